@@ -1,0 +1,96 @@
+"""Hidden states computed once: those of a frozen backbone never change, so training need not compute them again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value
+from datasets import List as ListFeature
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+
+class CapsuleCollator(DataCollatorWithPadding):
+    """Pads a batch of texts, or of cached hidden states, to its longest.
+
+    Args:
+        tokenizer: the backbone's; pads texts, on its own side.
+        n_depths: number of depths in cached hidden states.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, n_depths: int) -> None:
+        super().__init__(tokenizer)
+        self.n_depths = n_depths
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Returns what the model takes: `input_ids ...`, or `hidden_states` and `attention_mask`; and `labels`."""
+        if "hidden_states" not in features[0]:
+            return super().__call__(features)
+        lengths = [len(feature["attention_mask"]) for feature in features]
+        states = [torch.from_numpy(np.asarray(feature["hidden_states"], dtype=np.float16)) for feature in features]
+        states = [x.view(length, self.n_depths, -1) for x, length in zip(states, lengths)]
+        return {
+            "hidden_states": torch.nn.utils.rnn.pad_sequence(states, batch_first=True),
+            "attention_mask": (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
+            "labels": torch.tensor([feature["labels"] for feature in features]),
+        }
+
+
+def cache_hidden_states(
+    dataset: Dataset, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
+) -> Dataset:
+    """Computes a frozen backbone's hidden states for a tokenized dataset, in half precision, on disk.
+
+    They are stored in `datasets`' own cache and found there again by any run with the same texts and backbone. They
+    take `2 * n_depths * width` bytes a token.
+
+    Args:
+        dataset: tokenized, with `length` and `labels`.
+        model: a capsule-head model with a frozen backbone.
+        tokenizer: its tokenizer.
+        batch_size: texts per batch.
+
+    Returns:
+        A dataset with `hidden_states` (flat), `attention_mask`, `length` and `labels`, in order of length.
+
+    Raises:
+        ValueError: if the backbone is not frozen.
+    """
+    config = model.config
+    if not config.freeze_backbone:
+        raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
+    collator = DataCollatorWithPadding(tokenizer)
+    dataset = dataset.sort("length")
+
+    @torch.no_grad()
+    def compute(batch: dict) -> dict:
+        inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())]).to(model.device)
+        lengths, labels = inputs.pop("length"), inputs.pop("labels")
+        states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states, dim=2).half()
+        masks = inputs["attention_mask"].bool()
+        return {
+            "hidden_states": [x[mask].flatten().cpu().numpy() for x, mask in zip(states, masks)],
+            "attention_mask": [[1] * int(length) for length in lengths],
+            "length": lengths.tolist(),
+            "labels": labels.tolist(),
+        }
+
+    key = (dataset._fingerprint, config.base_model_name_or_path, config.base_model_revision, config.depths)
+    features = Features(
+        hidden_states=ListFeature(Value("float16")),
+        attention_mask=ListFeature(Value("int8")),
+        length=Value("int64"),
+        labels=dataset.features["labels"],
+    )
+    return dataset.map(
+        compute,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=dataset.column_names,
+        features=features,
+        new_fingerprint=Hasher.hash(key),
+        desc="Computing hidden states",
+    ).with_format("numpy")

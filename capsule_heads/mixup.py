@@ -1,0 +1,37 @@
+"""Mixup (Zhang et al., 2018, arXiv 1710.09412), with one ratio per sample, as the paper of routing uses it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Beta
+
+
+def draw_mixup(n_samples: int, alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draws, for each sample of a batch, a partner from the batch and the share that it keeps of itself.
+
+    Args:
+        n_samples: batch size.
+        alpha: both parameters of the Beta distribution of the shares.
+        device: where to put the result. The draws come from torch's generator of that device.
+
+    Returns:
+        `ratio [batch]`, float32 in [0, 1], and `partner [batch]`, a permutation of the batch's indices.
+    """
+    concentration = torch.full((n_samples,), float(alpha), device=device)
+    return Beta(concentration, concentration).sample(), torch.randperm(n_samples, device=device)
+
+
+def mix(tensor: Tensor, ratio: Tensor, partner: Tensor) -> Tensor:
+    """Mixes each sample with its partner: `ratio * tensor + (1 - ratio) * tensor[partner]`.
+
+    Args:
+        tensor: `[batch, ...]`, floating point.
+        ratio: `[batch]`, the share of itself that each sample keeps.
+        partner: `[batch]`, the index of each sample's partner.
+
+    Returns:
+        `[batch, ...]`, of the tensor's dtype.
+    """
+    ratio = ratio.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
+    return torch.lerp(tensor[partner], tensor, ratio)

@@ -1,0 +1,17 @@
+"""transformers models with a routing-capsule head."""
+
+from .configuration_capsule_head import CapsuleHeadConfig
+from .modeling_capsule_head import (
+    CapsuleHeadClassifierOutput,
+    CapsuleHeadForSequenceClassification,
+    CapsuleHeadModel,
+    CapsuleHeadModelOutput,
+)
+
+__all__ = [
+    "CapsuleHeadClassifierOutput",
+    "CapsuleHeadConfig",
+    "CapsuleHeadForSequenceClassification",
+    "CapsuleHeadModel",
+    "CapsuleHeadModelOutput",
+]

@@ -1,0 +1,180 @@
+"""The configuration of capsule-head models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..ops import check_routing_options
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+class CapsuleHeadConfig(PreTrainedConfig):
+    """Configuration of a routing-capsule head on a backbone's hidden states.
+
+    Usually built by `from_backbone`. Beyond the arguments below it takes those of `PreTrainedConfig`, such as
+    `num_labels`, `id2label` and `problem_type`. `num_labels=1` without a `problem_type` means regression, as in
+    transformers.
+
+    Args:
+        base_config: the backbone's own configuration, an object or a dict with its `model_type`.
+        base_model_name_or_path: where the backbone's pretrained weights are from; None if it was not pretrained.
+        base_model_revision: the commit they are of, where they are from the Hub.
+        head_only: whether `save_pretrained` leaves the backbone out by default, because its weights are, unchanged,
+            those of `base_model_name_or_path`. Kept by the model; not an option to set by hand.
+        freeze_backbone: whether the backbone is frozen: no gradients, no dropout.
+        n_hidden_states: how many hidden states the backbone yields, the embedding output included; None for one more
+            than its number of layers.
+        depths: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
+            None for all. They are kept resolved: ascending, not negative.
+        d_inp: width of the capsules that hidden states become.
+        n_parts: number of part capsules.
+        d_cap: width of part and class capsules.
+        n_iters: iterations of each routing.
+        p_model: "gaussian", or "skm" for soft k-means.
+        single_beta: whether the routings share one beta for use and ignorance.
+        eps: added to counts of data and to variances in routing.
+        strategy: how routing is computed, "auto" or one of `capsule_heads.ops.STRATEGIES`.
+        mixup_alpha: of the Beta distribution of mixup's ratios in training (the paper's 0.2); 0 turns mixup off.
+        class_weights: weight of each class in the loss; None for equal ones. Not for regression.
+        label_mean: of the labels in a regression's training set: the value that the head starts from.
+        label_std: of those labels: the unit of the head's own output, and of the loss. Regression only.
+
+    Raises:
+        ValueError: naming the field, what was given and what was expected.
+    """
+
+    model_type = "capsule_head"
+    sub_configs = {"base_config": AutoConfig}
+    has_no_defaults_at_init = True  # there is no default backbone
+    keys_to_ignore_at_inference = ["poses", "variances", "routing_probabilities", "hidden_states"]
+
+    def __init__(
+        self,
+        base_config: PreTrainedConfig | dict[str, Any] | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        head_only: bool = False,
+        freeze_backbone: bool = True,
+        n_hidden_states: int | None = None,
+        depths: list[int] | None = None,
+        d_inp: int = 64,
+        n_parts: int = 64,
+        d_cap: int = 2,
+        n_iters: int = 3,
+        p_model: str = "gaussian",
+        single_beta: bool = False,
+        eps: float = 1e-5,
+        strategy: str = "auto",
+        mixup_alpha: float = 0.2,
+        class_weights: list[float] | None = None,
+        label_mean: float = 0.0,
+        label_std: float = 1.0,
+        **kwargs,
+    ) -> None:
+        self.base_config = _as_config(base_config)
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.head_only = head_only
+        self.freeze_backbone = freeze_backbone
+        self.n_hidden_states = n_hidden_states or _count_hidden_states(self.base_config)
+        self.depths = _resolve_depths(depths, self.n_hidden_states)
+        for name, size in (("d_inp", d_inp), ("n_parts", n_parts), ("d_cap", d_cap)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}; expected a positive whole number.")
+        self.d_inp, self.n_parts, self.d_cap = d_inp, n_parts, d_cap
+        check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
+        self.n_iters, self.p_model, self.single_beta = n_iters, p_model, single_beta
+        self.eps, self.strategy = eps, strategy
+        if isinstance(mixup_alpha, bool) or not isinstance(mixup_alpha, int | float) or mixup_alpha < 0:
+            raise ValueError(f"mixup_alpha is {mixup_alpha!r}; expected a number, 0 (no mixup) or more.")
+        self.mixup_alpha = mixup_alpha
+        self.class_weights = class_weights
+        self.label_mean, self.label_std = label_mean, label_std
+        # transformers hands the attention implementation down to the backbone's configuration: keep what it has.
+        kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
+        super().__init__(**kwargs)
+        if self.problem_type is None and self.num_labels == 1:
+            self.problem_type = "regression"
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        if not self.label_std > 0:
+            raise ValueError(f"label_std is {self.label_std!r}; expected a positive number.")
+        weights = self.class_weights
+        if weights is None:
+            return
+        if self.problem_type == "regression":
+            raise ValueError("class_weights were given for a regression, which has no classes; leave them out.")
+        if len(weights) != self.num_labels or any(weight < 0 for weight in weights) or sum(weights) <= 0:
+            raise ValueError(
+                f"class_weights is {weights}; expected {self.num_labels} numbers, one per label, 0 or more and not all 0."
+            )
+
+    @classmethod
+    def check_model_type(cls, config_dict: dict[str, Any], source: object = "This configuration") -> None:
+        """Refuses the configuration of another kind of model, which transformers would take with a warning.
+
+        Raises:
+            ValueError: naming the kind, and the way to put a head on it.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{source} is of a {model_type} model, not of a capsule-head model. To put a capsule head on that "
+                "model as its backbone: CapsuleHeadForSequenceClassification.from_backbone(name_or_path, num_labels=...)."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> CapsuleHeadConfig:
+        """As in transformers, but refuses the dict of another kind of model."""
+        cls.check_model_type(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's text configuration: vocabulary size, hidden size and the like are its."""
+        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    if isinstance(base_config, PreTrainedConfig):
+        return base_config
+    if not isinstance(base_config, dict) or "model_type" not in base_config:
+        raise ValueError(
+            f"base_config is {base_config!r}; expected the backbone's configuration, an object such as "
+            "AutoConfig.from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
+            ".from_backbone(name, num_labels=...) builds it for you."
+        )
+    base_config = dict(base_config)
+    return AutoConfig.for_model(base_config.pop("model_type"), **base_config)
+
+
+def _count_hidden_states(base_config: PreTrainedConfig) -> int:
+    n_layers = getattr(base_config.get_text_config(), "num_hidden_layers", None)
+    if n_layers is None:
+        raise ValueError(
+            f"The configuration of a {base_config.model_type} backbone does not say how many layers it has; pass "
+            "n_hidden_states, the number of hidden states that it yields."
+        )
+    return n_layers + 1
+
+
+def _resolve_depths(depths: list[int] | None, n_hidden_states: int) -> list[int]:
+    if depths is None:
+        return list(range(n_hidden_states))
+    if not depths or any(isinstance(d, bool) or not isinstance(d, int) for d in depths):
+        raise ValueError(f"depths is {depths!r}; expected a list of whole numbers, or None for all hidden states.")
+    if any(not -n_hidden_states <= d < n_hidden_states for d in depths):
+        raise ValueError(
+            f"depths is {depths}; the backbone has {n_hidden_states} hidden states, so expected numbers from "
+            f"{-n_hidden_states} to {n_hidden_states - 1}."
+        )
+    resolved = sorted({d % n_hidden_states for d in depths})
+    if len(resolved) != len(depths):
+        raise ValueError(f"depths is {depths}, which names a hidden state more than once; name each one once.")
+    return resolved

@@ -1,0 +1,70 @@
+"""Losses of the three problem types, on targets that mixup may have mixed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_capsule_head import CapsuleHeadConfig
+
+
+def infer_problem_type(config: CapsuleHeadConfig, labels: Tensor) -> str:
+    """The configuration's problem type or, where it has none, what the labels' dtype says, as in transformers."""
+    if config.problem_type is not None:
+        return config.problem_type
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def check_labels(config: CapsuleHeadConfig, labels: Tensor) -> None:
+    """Checks labels against the problem type.
+
+    Raises:
+        ValueError: naming what was given and what was expected.
+    """
+    n = config.num_labels
+    if config.problem_type == "single_label_classification":
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; single-label classification expects whole "
+                '[batch] class indices. For other labels set problem_type to "multi_label_classification" or "regression".'
+            )
+        # Not while compiling: it reads values, which would break the graph.
+        if not torch.compiler.is_compiling() and labels.numel() and not 0 <= labels.min() <= labels.max() < n:
+            raise ValueError(
+                f"labels go from {labels.min()} to {labels.max()}; num_labels={n} expects class indices 0 to {n - 1}."
+            )
+    elif labels.shape[1:] != (n,) and not (config.problem_type == "regression" and n == 1 and labels.ndim == 1):
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; {config.problem_type} expects [batch, {n}].")
+
+
+def problem_targets(config: CapsuleHeadConfig, labels: Tensor) -> Tensor:
+    """`[batch, num_labels]`, float32: one-hot classes, 0 or 1 per label, or values in units of the head's output."""
+    if config.problem_type == "single_label_classification":
+        return (labels[:, None] == torch.arange(config.num_labels, device=labels.device)).float()
+    targets = labels.float().view(len(labels), -1)
+    return (targets - config.label_mean) / config.label_std if config.problem_type == "regression" else targets
+
+
+def problem_loss(config: CapsuleHeadConfig, logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss over a batch: cross-entropy, binary cross-entropy or mean squared error.
+
+    Class weights weight each target in the cross-entropy, and divide its mean, as in `torch.nn.CrossEntropyLoss`; in
+    the binary cross-entropy they weight each label. The squared error is in units of `config.label_std`.
+
+    Args:
+        config: the model's configuration; its problem type chooses the loss.
+        logits: `[batch, num_labels]`.
+        targets: `[batch, num_labels]`, from `problem_targets`, mixed or not.
+
+    Returns:
+        A scalar.
+    """
+    if config.problem_type == "regression":
+        return F.mse_loss((logits - config.label_mean) / config.label_std, targets)
+    weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=logits.device)
+    if config.problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, targets, weight=weights)
+    if weights is not None:
+        targets = targets * weights
+    return -(targets * logits.log_softmax(-1)).sum() / targets.sum()

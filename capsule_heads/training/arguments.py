@@ -1,0 +1,71 @@
+"""Training arguments with the paper's regime as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+# Names of ours for two of transformers' fields, which only admit the names it knows.
+RADAM = "radam"
+ONE_CYCLE = "one_cycle"
+
+
+@dataclass
+class CapsuleTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the regime of Heinsen (2019): RAdam, one cycle, batches of 20, and mixup in the model.
+
+    Defaults that differ from those of `TrainingArguments`:
+
+    | argument                      | here              | there               |
+    | ----------------------------- | ----------------- | ------------------- |
+    | `optim`                       | "radam"           | "adamw_torch_fused" |
+    | `lr_scheduler_type`           | "one_cycle"       | "linear"            |
+    | `learning_rate` (the peak)    | 5e-4              | 5e-5                |
+    | `min_learning_rate`           | 1e-5              | (none)              |
+    | `min_adam_beta1`              | 0.81              | (none)              |
+    | `warmup_steps`                | 0.1 (of all)      | 0                   |
+    | `per_device_train_batch_size` | 20                | 8                   |
+    | `per_device_eval_batch_size`  | 64                | 8                   |
+    | `max_grad_norm`               | 0 (no clipping)   | 1.0                 |
+    | `train_sampling_strategy`     | "group_by_length" | "random"            |
+
+    Any optimizer and schedule of transformers may be named instead. The paper has a batch of 20 on one device: with N
+    devices, or when accumulating over N steps, divide `per_device_train_batch_size` by N. Mixup is a field of the
+    model's configuration, `mixup_alpha`.
+    """
+
+    optim: str = field(default=RADAM, metadata={"help": f'"{RADAM}", or the name of an optimizer of transformers.'})
+    lr_scheduler_type: str = field(
+        default=ONE_CYCLE, metadata={"help": f'"{ONE_CYCLE}", or the name of a schedule of transformers.'}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "The learning rate, at its peak."})
+    min_learning_rate: float = field(
+        default=1e-5, metadata={"help": "The learning rate at the beginning and the end of the cycle."}
+    )
+    min_adam_beta1: float = field(
+        default=0.81, metadata={"help": "Adam's beta1 where the learning rate is at its peak; adam_beta1 at the ends."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps until the peak; a number below 1 is a share of all steps."}
+    )
+    per_device_train_batch_size: int = field(default=20, metadata={"help": "Training batch size per device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation batch size per device."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Norm to clip gradients to; 0 for no clipping."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": '"group_by_length" (batches of texts of like length), "random" or "sequential".'},
+    )
+
+    def __post_init__(self) -> None:
+        # transformers checks these two against its own names: show it names it knows, and put ours back.
+        ours = {}
+        for name, own_value, stand_in in (("optim", RADAM, "adamw_torch"), ("lr_scheduler_type", ONE_CYCLE, "linear")):
+            if getattr(self, name) == own_value:
+                ours[name] = own_value
+                setattr(self, name, stand_in)
+        super().__post_init__()
+        for name, own_value in ours.items():
+            setattr(self, name, own_value)
+        if hasattr(TrainingArguments, "group_by_length"):  # before transformers 5.2
+            self.group_by_length = self.train_sampling_strategy == "group_by_length"

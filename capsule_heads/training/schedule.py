@@ -1,0 +1,62 @@
+"""The learning-rate schedule of the paper."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class OneCycle(LRScheduler):
+    """One cycle of learning rate, and of beta1 the other way.
+
+    The learning rate rises linearly from `min_lr` to the optimizer's own over the warm-up, then falls by a half cosine
+    to `min_lr`; beta1 falls from the optimizer's own to `min_beta1`, then rises back. An optimizer without betas keeps
+    its momentum.
+
+    Args:
+        optimizer: its learning rates and beta1 are the peaks.
+        n_steps: steps of the whole cycle.
+        n_warmup_steps: steps of the rise.
+        min_lr: learning rate at both ends.
+        min_beta1: beta1 at the learning rate's peak.
+        last_epoch: as in torch.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        n_steps: int,
+        n_warmup_steps: int,
+        min_lr: float,
+        min_beta1: float,
+        last_epoch: int = -1,
+    ) -> None:
+        self.n_steps, self.n_warmup_steps = n_steps, n_warmup_steps
+        self.min_lr, self.min_beta1 = min_lr, min_beta1
+        for group in optimizer.param_groups:
+            if "betas" in group:
+                group.setdefault("initial_beta1", group["betas"][0])  # as torch does for the learning rate
+        super().__init__(optimizer, last_epoch)
+
+    def height(self) -> float:
+        """How far up the cycle the current step is: 0 at both ends, 1 at the peak."""
+        step = min(self.last_epoch, self.n_steps)
+        if step < self.n_warmup_steps:
+            return step / self.n_warmup_steps
+        progress = (step - self.n_warmup_steps) / max(1, self.n_steps - self.n_warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group at the current step."""
+        return [self.min_lr + (peak - self.min_lr) * self.height() for peak in self.base_lrs]
+
+    def step(self, *args) -> None:
+        """Moves on by one step, as in torch, and sets beta1 too."""
+        super().step(*args)
+        for group in self.optimizer.param_groups:
+            if "initial_beta1" in group:
+                beta1 = group["initial_beta1"] + (self.min_beta1 - group["initial_beta1"]) * self.height()
+                group["betas"] = (beta1, *group["betas"][1:])

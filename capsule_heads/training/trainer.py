@@ -1,0 +1,73 @@
+"""The Trainer of capsule heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.training_args import TrainingArguments
+
+from ..data.tokenization import check_pad_token
+from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments
+from .schedule import OneCycle
+
+
+class CapsuleTrainer(Trainer):
+    """`Trainer` that knows the paper's optimizer and schedule, those `CapsuleTrainingArguments` name by default.
+
+    All else is transformers' own: callbacks, early stopping, best model, resuming, several devices. Mixup happens in the
+    model's forward pass.
+
+    Raises:
+        ValueError: if the tokenizer given as `processing_class` has no padding token.
+    """
+
+    args: CapsuleTrainingArguments
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            check_pad_token(self.processing_class)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[type[Optimizer], dict[str, Any]]:
+        """The optimizer's class and arguments; as in transformers, but for "radam"."""
+        if args.optim != RADAM:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        betas = (args.adam_beta1, args.adam_beta2)
+        return torch.optim.RAdam, {
+            "lr": args.learning_rate,
+            "betas": betas,
+            "eps": args.adam_epsilon,
+            "decoupled_weight_decay": True,
+        }
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
+        """The schedule; as in transformers, but for "one_cycle"."""
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == ONE_CYCLE:
+            self.lr_scheduler = OneCycle(
+                self.optimizer if optimizer is None else optimizer,
+                n_steps=num_training_steps,
+                n_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                min_lr=self.args.min_learning_rate,
+                min_beta1=self.args.min_adam_beta1,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        # transformers drops the column of lengths, which the model does not take, before it looks for it.
+        dataset, args = self.train_dataset, self.args
+        if args.train_sampling_strategy != "group_by_length" or args.length_column_name not in getattr(
+            dataset, "column_names", ()
+        ):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch_size, lengths=list(dataset[args.length_column_name]))
