@@ -7,7 +7,6 @@ from .models import CapsuleHeadConfig, CapsuleHeadForSequenceClassification, Cap
 from .training import CapsuleTrainer, CapsuleTrainingArguments
 from .version import __version__
 
-
 __all__ = [
     "CapsuleHeadConfig",
     "CapsuleHeadForSequenceClassification",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
+import datasets.config
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from datasets import List as ListFeature
-from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
@@ -44,8 +46,8 @@ def cache_hidden_states(
 ) -> Dataset:
     """Computes a frozen backbone's hidden states for a tokenized dataset, in half precision, on disk.
 
-    They are stored in `datasets`' own cache and found there again by any run with the same texts and backbone. They
-    take `2 * n_depths * width` bytes a token.
+    They are stored in `datasets`' cache folder, in one file that any later run on the same tokens, labels and backbone
+    finds and maps into memory. It takes `2 * n_depths * width` bytes a token.
 
     Args:
         dataset: tokenized, with `length` and `labels`.
@@ -59,8 +61,7 @@ def cache_hidden_states(
     Raises:
         ValueError: if the backbone is not frozen.
     """
-    config = model.config
-    if not config.freeze_backbone:
+    if not model.config.freeze_backbone:
         raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
     collator = DataCollatorWithPadding(tokenizer)
     dataset = dataset.sort("length")
@@ -70,6 +71,8 @@ def cache_hidden_states(
         inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())]).to(model.device)
         lengths, labels = inputs.pop("length"), inputs.pop("labels")
         states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states, dim=2).half()
+        if not states.isfinite().all():
+            raise ValueError("The backbone's hidden states exceed half precision (65,504); train without the cache.")
         masks = inputs["attention_mask"].bool()
         return {
             "hidden_states": [x[mask].flatten().cpu().numpy() for x, mask in zip(states, masks)],
@@ -78,19 +81,34 @@ def cache_hidden_states(
             "labels": labels.tolist(),
         }
 
-    key = (dataset._fingerprint, config.base_model_name_or_path, config.base_model_revision, config.depths)
     features = Features(
         hidden_states=ListFeature(Value("float16")),
         attention_mask=ListFeature(Value("int8")),
         length=Value("int64"),
         labels=dataset.features["labels"],
     )
+    digest = _digest(dataset, model)
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "capsule_heads")
+    folder.mkdir(parents=True, exist_ok=True)
     return dataset.map(
         compute,
         batched=True,
         batch_size=batch_size,
         remove_columns=dataset.column_names,
         features=features,
-        new_fingerprint=Hasher.hash(key),
+        cache_file_name=str(folder / f"hidden_states_{digest}.arrow"),
+        new_fingerprint=digest,
         desc="Computing hidden states",
     ).with_format("numpy")
+
+
+def _digest(dataset: Dataset, model: torch.nn.Module) -> str:
+    """Of all that the hidden states, and what is stored with them, depend on: the weights, the depths, the tokens."""
+    digest = hashlib.sha256(repr(model.config.depths).encode())
+    for name, tensor in model.backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    columns = dataset.with_format("numpy")
+    for name in ("length", "labels", "input_ids"):
+        digest.update(np.concatenate([np.atleast_1d(value) for value in columns[name][:]]).tobytes())
+    return digest.hexdigest()[:16]

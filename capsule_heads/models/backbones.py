@@ -8,14 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 TOKENS_TO_PROBE_WITH = 4
 
 
-def build_backbone(base_config) -> PreTrainedModel:
-    """A backbone with random weights, without a pooler, from its configuration object (which it keeps)."""
-    return drop_pooler(AutoModel.from_config(base_config))
+def build_backbone(base_config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """A backbone with random weights, without a pooler, from its configuration object (which it keeps).
+
+    Args:
+        base_config: its configuration.
+        dtype: of its weights; None for that of its configuration.
+    """
+    return drop_pooler(AutoModel.from_config(base_config, dtype=dtype or base_config.dtype))
 
 
 def drop_pooler(backbone: PreTrainedModel) -> PreTrainedModel:
@@ -83,9 +89,14 @@ def count_hidden_states(backbone: PreTrainedModel) -> int:
     if "input_ids" not in inspect.signature(backbone.forward).parameters:
         raise ValueError(f"{model_type} does not take input_ids; expected a text backbone.")
     input_ids = torch.zeros(1, TOKENS_TO_PROBE_WITH, dtype=torch.long, device=backbone.device)
-    outputs = backbone(
-        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True, return_dict=True
-    )
+    try:
+        outputs = backbone(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True, return_dict=True
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{model_type} could not be run on input_ids alone ({error}); expected a text backbone."
+        ) from error
     shapes = [tuple(states.shape) for states in outputs.get("hidden_states") or ()]
     width = backbone.config.get_text_config().hidden_size
     if not shapes or any(shape != (1, TOKENS_TO_PROBE_WITH, width) for shape in shapes):

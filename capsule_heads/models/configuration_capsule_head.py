@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
 
 from transformers import AutoConfig
@@ -80,22 +82,27 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.base_model_revision = base_model_revision
         self.head_only = head_only
         self.freeze_backbone = freeze_backbone
-        self.n_hidden_states = n_hidden_states or _count_hidden_states(self.base_config)
-        self.depths = _resolve_depths(depths, self.n_hidden_states)
-        for name, size in (("d_inp", d_inp), ("n_parts", n_parts), ("d_cap", d_cap)):
+        if n_hidden_states is None:
+            n_hidden_states = _count_hidden_states(self.base_config)
+        sizes = {"n_hidden_states": n_hidden_states, "d_inp": d_inp, "n_parts": n_parts, "d_cap": d_cap}
+        for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} is {size!r}; expected a positive whole number.")
+        self.n_hidden_states = n_hidden_states
+        self.depths = _resolve_depths(depths, n_hidden_states)
         self.d_inp, self.n_parts, self.d_cap = d_inp, n_parts, d_cap
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
         self.n_iters, self.p_model, self.single_beta = n_iters, p_model, single_beta
         self.eps, self.strategy = eps, strategy
-        if isinstance(mixup_alpha, bool) or not isinstance(mixup_alpha, int | float) or mixup_alpha < 0:
+        if isinstance(mixup_alpha, bool) or not isinstance(mixup_alpha, int | float) or not 0 <= mixup_alpha < math.inf:
             raise ValueError(f"mixup_alpha is {mixup_alpha!r}; expected a number, 0 (no mixup) or more.")
         self.mixup_alpha = mixup_alpha
         self.class_weights = class_weights
         self.label_mean, self.label_std = label_mean, label_std
-        # transformers hands the attention implementation down to the backbone's configuration: keep what it has.
-        kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
+        # transformers hands these down to the backbone's configuration: where none is given, keep what it has.
+        for name in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.base_config, f"_{name}")
         super().__init__(**kwargs)
         if self.problem_type is None and self.num_labels == 1:
             self.problem_type = "regression"
@@ -132,9 +139,12 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> CapsuleHeadConfig:
-        """As in transformers, but refuses the dict of another kind of model."""
+        """As in transformers, but refuses the dict of another kind of model, and checks fields given as keywords."""
         cls.check_model_type(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        # transformers would set them on the finished configuration, past the checks, and depths unresolved.
+        fields = inspect.signature(cls.__init__).parameters.keys() - {"base_config"} | {"problem_type"}
+        overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's text configuration: vocabulary size, hidden size and the like are its."""
@@ -167,7 +177,11 @@ def _count_hidden_states(base_config: PreTrainedConfig) -> int:
 def _resolve_depths(depths: list[int] | None, n_hidden_states: int) -> list[int]:
     if depths is None:
         return list(range(n_hidden_states))
-    if not depths or any(isinstance(d, bool) or not isinstance(d, int) for d in depths):
+    if (
+        not isinstance(depths, list | tuple)
+        or not depths
+        or any(isinstance(d, bool) or not isinstance(d, int) for d in depths)
+    ):
         raise ValueError(f"depths is {depths!r}; expected a list of whole numbers, or None for all hidden states.")
     if any(not -n_hidden_states <= d < n_hidden_states for d in depths):
         raise ValueError(

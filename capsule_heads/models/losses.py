@@ -16,14 +16,14 @@ def infer_problem_type(config: CapsuleHeadConfig, labels: Tensor) -> str:
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
-def check_labels(config: CapsuleHeadConfig, labels: Tensor) -> None:
+def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
     """Checks labels against the problem type.
 
     Raises:
         ValueError: naming what was given and what was expected.
     """
-    n = config.num_labels
-    if config.problem_type == "single_label_classification":
+    n = num_labels
+    if problem_type == "single_label_classification":
         if labels.is_floating_point() or labels.ndim != 1:
             raise ValueError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; single-label classification expects whole "
@@ -34,8 +34,8 @@ def check_labels(config: CapsuleHeadConfig, labels: Tensor) -> None:
             raise ValueError(
                 f"labels go from {labels.min()} to {labels.max()}; num_labels={n} expects class indices 0 to {n - 1}."
             )
-    elif labels.shape[1:] != (n,) and not (config.problem_type == "regression" and n == 1 and labels.ndim == 1):
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; {config.problem_type} expects [batch, {n}].")
+    elif labels.shape[1:] != (n,) and not (problem_type == "regression" and n == 1 and labels.ndim == 1):
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; {problem_type} expects [batch, {n}].")
 
 
 def problem_targets(config: CapsuleHeadConfig, labels: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from .schedule import OneCycle
 class CapsuleTrainer(Trainer):
     """`Trainer` that knows the paper's optimizer and schedule, those `CapsuleTrainingArguments` name by default.
 
-    All else is transformers' own: callbacks, early stopping, best model, resuming, several devices. Mixup happens in the
-    model's forward pass.
+    All else is transformers' own: callbacks, early stopping, best model, resuming, several devices. Mixup happens in
+    the model's forward pass.
 
     Raises:
         ValueError: if the tokenizer given as `processing_class` has no padding token.

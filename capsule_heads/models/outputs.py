@@ -1,0 +1,50 @@
+"""What the models return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class CapsuleHeadModelOutput(ModelOutput):
+    """Part capsules: what the tokens at all depths were routed to.
+
+    Attributes:
+        scores: `[batch, n_parts]`, scores of the parts, as logits.
+        poses: `[batch, n_parts, 1, d_cap]`, their poses.
+        variances: `[batch, n_parts, 1, d_cap]`, of the votes for each pose.
+        hidden_states: on request, per depth used `[batch, tokens, width]`.
+        routing_probabilities: on request, one tensor `[batch, tokens * depths, n_parts]`.
+    """
+
+    scores: Tensor | None = None
+    poses: Tensor | None = None
+    variances: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    routing_probabilities: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class CapsuleHeadClassifierOutput(ModelOutput):
+    """Class scores.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: `[batch, num_labels]`, float32: the scores of the class capsules; for regression, values in the labels'
+            unit.
+        hidden_states: on request, per depth used `[batch, tokens, width]`.
+        poses: on request, `[batch, n_capsules, 1, d_cap]`, poses of the class capsules.
+        variances: on request, `[batch, n_capsules, 1, d_cap]`, of the votes for each pose.
+        routing_probabilities: on request, per routing `[batch, n_inp, n_out]`: from tokens and depths to parts (input
+            `token * n_depths + depth index`), and from parts to classes.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    poses: Tensor | None = None
+    variances: Tensor | None = None
+    routing_probabilities: tuple[Tensor, ...] | None = None

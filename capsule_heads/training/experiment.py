@@ -1,0 +1,159 @@
+"""What a training run is made of: its data and its model, from the fields of a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..data.glue import GLUE_TASKS, load_glue
+from ..data.reviews import load_reviews
+from ..data.sst import STANFORD_URL, load_sst
+from ..models import CapsuleHeadForSequenceClassification
+from ..models.loading import resolve_backbone
+
+SST_TASKS = ("sst5", "sst2_root")
+TASKS = ("reviews", *SST_TASKS, *GLUE_TASKS)
+
+
+@dataclass
+class DataArguments:
+    """Which texts, and how they are prepared."""
+
+    task: str = field(metadata={"help": "What to classify.", "choices": TASKS})
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the data is: for sst5 and sst2_root a directory, zip or URL of the trees (default: "
+            "Stanford's address); for a GLUE task a directory of TSV files (default: the Hub). "
+            "reviews comes with the package."
+        },
+    )
+    phrases: bool = field(
+        default=True, metadata={"help": "Train on all distinct phrases of the trees, not on whole sentences only."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens to cut texts to. Default: as many as the backbone takes."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Padding token, for a tokenizer that has none (such as GPT-2's)."}
+    )
+    cache_hidden_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the frozen backbone's hidden states of the training texts once, on disk in half "
+            "precision, rather than in every epoch."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations without a better metric_for_best_model. Needs "
+            "load_best_model_at_end."
+        },
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which backbone, and the head's sizes."""
+
+    backbone: str = field(
+        metadata={"help": "A model on the Hub, a directory, or package:NAME/FOLDER inside an installed package."}
+    )
+    backbone_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
+    freeze_backbone: bool = field(default=True, metadata={"help": "Train the head alone."})
+    depths: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the hidden states to use; 0 is the embedding output. Default: all."}
+    )
+    d_inp: int = field(default=64, metadata={"help": "Width of the capsules that hidden states become."})
+    n_parts: int = field(default=64, metadata={"help": "Number of part capsules."})
+    d_cap: int = field(default=2, metadata={"help": "Width of part and class capsules."})
+    n_iters: int = field(default=3, metadata={"help": "Iterations of each routing."})
+    p_model: str = field(default="gaussian", metadata={"help": "gaussian or skm (soft k-means)."})
+    single_beta: bool = field(default=False, metadata={"help": "Use one beta for use and ignorance of data."})
+    eps: float = field(default=1e-5, metadata={"help": "Added to counts of data and to variances in routing."})
+    strategy: str = field(default="auto", metadata={"help": "How routing is computed."})
+    mixup_alpha: float = field(default=0.2, metadata={"help": "Of the distribution of mixup's ratios; 0 for none."})
+    class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class in the loss."})
+
+
+def load_task(task: str, source: str | None = None, phrases: bool = True) -> DatasetDict:
+    """Loads a task's splits, with `text`, perhaps `text_pair`, and `label`.
+
+    Args:
+        task: one of `TASKS`.
+        source: as in `load_sst` and `load_glue`.
+        phrases: as in `load_sst`.
+
+    Raises:
+        ValueError: for an unknown task, or a source for the reviews, which have none.
+    """
+    if task == "reviews":
+        if source is not None:
+            raise ValueError(f"source is {source}, but the reviews come with the package; leave it out.")
+        return load_reviews()
+    if task in SST_TASKS:
+        return load_sst(source or STANFORD_URL, fine_grained=task == "sst5", phrases=phrases)
+    return load_glue(task, source)
+
+
+def load_tokenizer(backbone: str, revision: str | None = None, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a backbone's tokenizer, and gives it a padding token where one is named."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(backbone), revision=revision)
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(f"pad_token is {pad_token!r}, which is not in the vocabulary of {backbone}'s tokenizer.")
+        tokenizer.pad_token = pad_token
+    return tokenizer
+
+
+def build_model(arguments: ModelArguments, train: Dataset) -> CapsuleHeadForSequenceClassification:
+    """Puts a new head for a dataset's labels on a pretrained backbone.
+
+    Args:
+        arguments: backbone and sizes.
+        train: its `label` column gives the classes' names or, where it holds numbers, mean and unit of a regression.
+    """
+    head = {f.name: getattr(arguments, f.name) for f in fields(arguments) if not f.name.startswith("backbone")}
+    label = train.features["label"]
+    if isinstance(label, ClassLabel):
+        head["id2label"] = dict(enumerate(label.names))
+        head["label2id"] = {name: index for index, name in enumerate(label.names)}
+    else:
+        values = train.with_format("numpy")["label"][:]
+        head |= {"num_labels": 1, "label_mean": float(values.mean()), "label_std": float(values.std())}
+    return CapsuleHeadForSequenceClassification.from_backbone(
+        arguments.backbone, revision=arguments.backbone_revision, **head
+    )
+
+
+def evaluation_splits(datasets: DatasetDict, prefix: str) -> dict[str, Dataset]:
+    """The splits whose name begins with a prefix (MNLI has two for validation) and that have labels."""
+    return {
+        name: split
+        for name, split in datasets.items()
+        if name.startswith(prefix) and not _is_unlabelled(split.with_format("numpy")["label"][:])
+    }
+
+
+def _is_unlabelled(labels) -> bool:
+    return bool(((labels == -1) | (labels != labels)).all())  # GLUE: -1, or NaN for numbers
+
+
+def check_labels_match(model: CapsuleHeadForSequenceClassification, dataset: Dataset) -> None:
+    """Checks that a model was trained for a dataset's labels.
+
+    Raises:
+        ValueError: naming both.
+    """
+    label = dataset.features["label"]
+    expected = list(label.names) if isinstance(label, ClassLabel) else None
+    regression = model.config.problem_type == "regression"
+    found = None if regression else [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if found != expected:
+        raise ValueError(
+            f"The model was trained for {found or 'numbers'}, and the dataset has {expected or 'numbers'}; expected "
+            "the same labels in the same order."
+        )

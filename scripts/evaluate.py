@@ -1,0 +1,59 @@
+"""Evaluates a trained model: `python scripts/evaluate.py MODEL --task sst5 --source TREES --split test`.
+
+Prints the task's metrics as JSON.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # this file hides evaluate
+
+import argparse
+import json
+import tempfile
+
+from datasets import DatasetDict
+from transformers import AutoTokenizer
+
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads.data.tokenization import tokenize
+from capsule_heads.metrics import compute_metrics_for
+from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.training.experiment import TASKS, check_labels_match, evaluation_splits, load_task
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory or Hub name of the model")
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--source", help="where the data is, as in the training configurations")
+    parser.add_argument("--split", default="validation", help="validation (default) or test")
+    parser.add_argument("--batch_size", type=int, default=64)
+    options = parser.parse_args()
+    try:
+        datasets = load_task(options.task, options.source)
+        splits = evaluation_splits(datasets, options.split)
+        if not splits:
+            raise ValueError(f"{options.task} has no labelled split {options.split}; it has {', '.join(datasets)}.")
+        model = CapsuleHeadForSequenceClassification.from_pretrained(options.model)
+        check_labels_match(model, next(iter(splits.values())))
+        tokenized = tokenize(DatasetDict(splits), AutoTokenizer.from_pretrained(options.model))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        fail(error)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = CapsuleTrainer(
+            model=model,
+            args=CapsuleTrainingArguments(folder, per_device_eval_batch_size=options.batch_size),
+            processing_class=AutoTokenizer.from_pretrained(options.model),
+            compute_metrics=compute_metrics_for(options.task),
+        )
+        results = {}
+        for name, split in tokenized.items():
+            results |= trainer.evaluate(split, metric_key_prefix=name)
+    if trainer.is_world_process_zero():
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Trains a capsule head: `python scripts/train.py configs/quickstart.yaml [--option value ...]`.
+
+Also under `accelerate launch`. Writes the model, its tokenizer and `results.json` to the run's output_dir.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
+
+import json
+import time
+
+from transformers import EarlyStoppingCallback, set_seed
+
+from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads.data.hidden_states import CapsuleCollator, cache_hidden_states
+from capsule_heads.data.tokenization import tokenize
+from capsule_heads.metrics import compute_metrics_for
+from capsule_heads.training.command_line import fail, parse_config_and_options
+from capsule_heads.training.experiment import (
+    DataArguments,
+    ModelArguments,
+    build_model,
+    evaluation_splits,
+    load_task,
+    load_tokenizer,
+)
+
+
+def main() -> None:
+    data, model_arguments, arguments = parse_config_and_options(
+        (DataArguments, ModelArguments, CapsuleTrainingArguments), sys.argv[1:], __doc__
+    )
+    set_seed(arguments.seed)
+    try:
+        with arguments.main_process_first():
+            datasets = load_task(data.task, data.source, data.phrases)
+            tokenizer = load_tokenizer(model_arguments.backbone, model_arguments.backbone_revision, data.pad_token)
+            model = build_model(model_arguments, datasets["train"])
+            tokenized = tokenize(datasets, tokenizer, data.max_length)
+        metrics = compute_metrics_for("classification" if data.task == "reviews" else data.task)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        fail(error)
+
+    train = tokenized["train"]
+    if data.cache_hidden_states:
+        with arguments.main_process_first():
+            train = cache_hidden_states(train, model.to(arguments.device), tokenizer)
+    validation = {name: tokenized[name] for name in evaluation_splits(datasets, "validation")}
+    patience = data.early_stopping_patience
+    trainer = CapsuleTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation if len(validation) > 1 else next(iter(validation.values())),
+        processing_class=tokenizer,
+        data_collator=CapsuleCollator(tokenizer, len(model.config.depths)),
+        compute_metrics=metrics,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+    )
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    seconds = time.perf_counter() - start
+    trainer.save_model()
+
+    results = {
+        "task": data.task,
+        "seed": arguments.seed,
+        "steps": trainer.state.global_step,
+        "training_seconds": seconds,
+        "trained_parameters": model.num_parameters(only_trainable=True),
+    }
+    for name in [*validation, *evaluation_splits(datasets, "test")]:
+        results |= trainer.evaluate(tokenized[name], metric_key_prefix=name)
+    if trainer.is_world_process_zero():
+        text = json.dumps(results, indent=2)
+        Path(arguments.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
