@@ -95,13 +95,23 @@ class TokenDepthHead(nn.Module):
 
         Returns:
             A `HeadOutput`.
+
+        Raises:
+            ValueError: for another number of hidden states than `d_depth`, or shapes that do not fit.
         """
+        if len(hidden_states) != len(self.depth_emb):
+            raise ValueError(
+                f"{len(hidden_states)} hidden states were passed to a head built for d_depth={len(self.depth_emb)}; "
+                "expected one per depth: the embeddings, say, and the output of every layer."
+            )
         affine, swish, norm = self.detect_parts
         # W (x + e) + b = W x + (W e + b): nothing of the size token x depth x width is made. [batch, tokens, depth, d]
         offsets = affine(self.depth_emb)
         parts = torch.stack([F.linear(x, affine.weight) + e for x, e in zip(hidden_states, offsets)], dim=2)
         x = norm(swish(parts)).flatten(1, 2).unsqueeze(-2)  # [batch, i, 1, d_inp], i = token * d_depth + depth
-        a = torch.logit(mask.to(x.dtype)).repeat_interleave(len(hidden_states), dim=1)  # [batch, i]
+        # In float32 also where x is bfloat16, which would round a mixed mask to two digits.
+        mask = mask.to(torch.promote_types(x.dtype, torch.float32))
+        a = torch.logit(mask).repeat_interleave(len(hidden_states), dim=1)  # [batch, i]
 
         routing_probabilities = []
         for routing in self.routings:

@@ -17,9 +17,14 @@ from transformers import AutoTokenizer
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.tokenization import tokenize
-from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.training.command_line import OneLineParser, fail
-from capsule_heads.training.experiment import TASKS, check_labels_match, evaluation_splits, load_task
+from capsule_heads.training.experiment import (
+    TASKS,
+    check_labels_match,
+    compute_metrics_of,
+    evaluation_splits,
+    load_task,
+)
 
 
 def main() -> None:
@@ -31,13 +36,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args()
     try:
-        datasets = load_task(options.task, options.source)
+        datasets = load_task(options.task, options.source, phrases=False)
         splits = evaluation_splits(datasets, options.split)
         if not splits:
             raise ValueError(f"{options.task} has no labelled split {options.split}; it has {', '.join(datasets)}.")
         model = CapsuleHeadForSequenceClassification.from_pretrained(options.model)
         check_labels_match(model, next(iter(splits.values())))
-        tokenized = tokenize(DatasetDict(splits), AutoTokenizer.from_pretrained(options.model))
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenized = tokenize(DatasetDict(splits), tokenizer)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 
@@ -45,8 +51,8 @@ def main() -> None:
         trainer = CapsuleTrainer(
             model=model,
             args=CapsuleTrainingArguments(folder, per_device_eval_batch_size=options.batch_size),
-            processing_class=AutoTokenizer.from_pretrained(options.model),
-            compute_metrics=compute_metrics_for(options.task),
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics_of(options.task),
         )
         results = {}
         for name, split in tokenized.items():

@@ -16,12 +16,12 @@ from transformers import EarlyStoppingCallback, set_seed
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.hidden_states import CapsuleCollator, cache_hidden_states
 from capsule_heads.data.tokenization import tokenize
-from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.training.command_line import fail, parse_config_and_options
 from capsule_heads.training.experiment import (
     DataArguments,
     ModelArguments,
     build_model,
+    compute_metrics_of,
     evaluation_splits,
     load_task,
     load_tokenizer,
@@ -33,22 +33,24 @@ def main() -> None:
         (DataArguments, ModelArguments, CapsuleTrainingArguments), sys.argv[1:], __doc__
     )
     set_seed(arguments.seed)
+    patience, checkpoint = data.early_stopping_patience, arguments.resume_from_checkpoint
     try:
+        if patience and not arguments.load_best_model_at_end:
+            raise ValueError("early_stopping_patience needs load_best_model_at_end.")
+        if checkpoint and not Path(checkpoint).is_dir():
+            raise ValueError(f"resume_from_checkpoint is {checkpoint}, which is not a directory.")
         with arguments.main_process_first():
             datasets = load_task(data.task, data.source, data.phrases)
             tokenizer = load_tokenizer(model_arguments.backbone, model_arguments.backbone_revision, data.pad_token)
             model = build_model(model_arguments, datasets["train"])
             tokenized = tokenize(datasets, tokenizer, data.max_length)
-        metrics = compute_metrics_for("classification" if data.task == "reviews" else data.task)
+            train = tokenized["train"]
+            if data.cache_hidden_states:
+                train = cache_hidden_states(train, model.to(arguments.device), tokenizer)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 
-    train = tokenized["train"]
-    if data.cache_hidden_states:
-        with arguments.main_process_first():
-            train = cache_hidden_states(train, model.to(arguments.device), tokenizer)
     validation = {name: tokenized[name] for name in evaluation_splits(datasets, "validation")}
-    patience = data.early_stopping_patience
     trainer = CapsuleTrainer(
         model=model,
         args=arguments,
@@ -56,16 +58,18 @@ def main() -> None:
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values())),
         processing_class=tokenizer,
         data_collator=CapsuleCollator(tokenizer, len(model.config.depths)),
-        compute_metrics=metrics,
+        compute_metrics=compute_metrics_of(data.task),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
+    trainer.remove_callback(EarlyStoppingCallback)  # it warns of an evaluation under another name than "eval"
 
     results = {
         "task": data.task,
+        "backbone": model_arguments.backbone,
         "seed": arguments.seed,
         "steps": trainer.state.global_step,
         "training_seconds": seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListFeature
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+# What a configuration says of where the backbone comes from, not of what it computes.
+NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
 
 
 class CapsuleCollator(DataCollatorWithPadding):
@@ -64,12 +68,13 @@ def cache_hidden_states(
     if not model.config.freeze_backbone:
         raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
     collator = DataCollatorWithPadding(tokenizer)
-    dataset = dataset.sort("length")
+    dataset = dataset.select(np.argsort(dataset.with_format(None)["length"][:], kind="stable"))
 
     @torch.no_grad()
     def compute(batch: dict) -> dict:
         inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())]).to(model.device)
-        lengths, labels = inputs.pop("length"), inputs.pop("labels")
+        lengths, labels = inputs["length"], inputs["labels"]
+        inputs = {name: inputs[name] for name in tokenizer.model_input_names if name in inputs}
         states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states, dim=2).half()
         if not states.isfinite().all():
             raise ValueError("The backbone's hidden states exceed half precision (65,504); train without the cache.")
@@ -103,12 +108,15 @@ def cache_hidden_states(
 
 
 def _digest(dataset: Dataset, model: torch.nn.Module) -> str:
-    """Of all that the hidden states, and what is stored with them, depend on: the weights, the depths, the tokens."""
-    digest = hashlib.sha256(repr(model.config.depths).encode())
+    """Of all that the hidden states, and what is stored with them, depend on."""
+    config = model.config.base_config.to_dict()  # weights alone say nothing of, for example, the number of heads
+    config = {name: value for name, value in config.items() if name not in NAMES_OF_BACKBONE}
+    digest = hashlib.sha256(json.dumps([model.config.depths, config], sort_keys=True, default=str).encode())
     for name, tensor in model.backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     columns = dataset.with_format("numpy")
-    for name in ("length", "labels", "input_ids"):
+    for name in sorted(dataset.column_names):
+        digest.update(name.encode())
         digest.update(np.concatenate([np.atleast_1d(value) for value in columns[name][:]]).tobytes())
     return digest.hexdigest()[:16]

@@ -21,7 +21,9 @@ def build_backbone(base_config: PreTrainedConfig, dtype: torch.dtype | str | Non
         base_config: its configuration.
         dtype: of its weights; None for that of its configuration.
     """
-    return drop_pooler(AutoModel.from_config(base_config, dtype=dtype or base_config.dtype))
+    if dtype is not None:
+        base_config.dtype = dtype
+    return drop_pooler(AutoModel.from_config(base_config))
 
 
 def drop_pooler(backbone: PreTrainedModel) -> PreTrainedModel:
@@ -35,7 +37,8 @@ def run_backbone(backbone: PreTrainedModel, depths: Sequence[int], n_hidden_stat
     """Runs a backbone and returns the hidden states at some depths.
 
     Index 0 is the embedding output. The last depth is `last_hidden_state`: some models' own tuple ends before the final
-    norm, which would then be left out.
+    norm, which would then be left out. A token's states do not depend on padding, unless the backbone itself mixes
+    padding into its tokens (FNet and others without a mask, ConvBERT's convolutions, RWKV with padding on the left).
 
     Args:
         backbone: a text backbone.
@@ -49,27 +52,12 @@ def run_backbone(backbone: PreTrainedModel, depths: Sequence[int], n_hidden_stat
     Raises:
         ValueError: if the backbone yields another number of hidden states, or none.
     """
-    accepted = inspect.signature(backbone.forward).parameters
-    inputs = {name: value for name, value in inputs.items() if value is not None and name in accepted}
-    mask = inputs.get("attention_mask")
-    if "position_ids" in accepted and "position_ids" not in inputs and mask is not None and not _offsets_own(backbone):
-        # Padding on the left must not shift the positions of the tokens.
-        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    outputs = backbone(**inputs, output_hidden_states=True, return_dict=True)
-    hidden_states = outputs.get("hidden_states")
-    if hidden_states is None:
-        raise ValueError(
-            f"The {backbone.config.model_type} backbone returned no hidden_states, only {', '.join(outputs.keys())}; "
-            "expected a model that yields one [batch, tokens, width] tensor per layer."
-        )
+    hidden_states = _all_hidden_states(backbone, inputs)
     if len(hidden_states) != n_hidden_states:
         raise ValueError(
             f"The {backbone.config.model_type} backbone returned {len(hidden_states)} hidden states, where the "
             f"configuration says n_hidden_states={n_hidden_states}; set n_hidden_states to what it returns."
         )
-    hidden_states = [*hidden_states[:-1], outputs.last_hidden_state]
     return [hidden_states[depth] for depth in depths]
 
 
@@ -90,16 +78,14 @@ def count_hidden_states(backbone: PreTrainedModel) -> int:
         raise ValueError(f"{model_type} does not take input_ids; expected a text backbone.")
     input_ids = torch.zeros(1, TOKENS_TO_PROBE_WITH, dtype=torch.long, device=backbone.device)
     try:
-        outputs = backbone(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True, return_dict=True
+        hidden_states = _all_hidden_states(
+            backbone, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         )
     except Exception as error:
-        raise ValueError(
-            f"{model_type} could not be run on input_ids alone ({error}); expected a text backbone."
-        ) from error
-    shapes = [tuple(states.shape) for states in outputs.get("hidden_states") or ()]
+        raise ValueError(f"{model_type} does not run on input_ids alone; expected a text backbone. {error}") from error
+    shapes = [tuple(states.shape) for states in hidden_states]
     width = backbone.config.get_text_config().hidden_size
-    if not shapes or any(shape != (1, TOKENS_TO_PROBE_WITH, width) for shape in shapes):
+    if any(shape != (1, TOKENS_TO_PROBE_WITH, width) for shape in shapes):
         raise ValueError(
             f"The hidden states of {model_type} for {TOKENS_TO_PROBE_WITH} tokens have shapes {shapes}; expected each "
             f"to be [1, {TOKENS_TO_PROBE_WITH}, {width}], that is, [batch, tokens, width]."
@@ -107,10 +93,28 @@ def count_hidden_states(backbone: PreTrainedModel) -> int:
     return len(shapes)
 
 
-def _offsets_own(backbone: nn.Module) -> bool:
-    # RoBERTa and its like number positions from their padding index, from input_ids: padding shifts nothing there, and
-    # positions counted from 0 would be wrong.
-    return any(
-        "position" in name and getattr(module, "padding_idx", None) is not None
-        for name, module in backbone.named_modules()
-    )
+def _all_hidden_states(backbone: PreTrainedModel, inputs: dict[str, Tensor | None]) -> list[Tensor]:
+    accepted = inspect.signature(backbone.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if value is not None and name in accepted}
+    if "position_ids" in accepted and "position_ids" not in inputs and "attention_mask" in inputs:
+        inputs["position_ids"] = _positions(backbone, inputs["attention_mask"].long())
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    outputs = backbone(**inputs, output_hidden_states=True, return_dict=True)
+    if not outputs.get("hidden_states"):
+        raise ValueError(
+            f"The {backbone.config.model_type} backbone returned no hidden_states, only {', '.join(outputs.keys())}; "
+            "expected a model that yields one [batch, tokens, width] tensor per layer."
+        )
+    return [*outputs.hidden_states[:-1], outputs.last_hidden_state]
+
+
+def _positions(backbone: nn.Module, mask: Tensor) -> Tensor:
+    """`[batch, tokens]`: positions counted over the tokens, so that padding on the left does not shift them."""
+    for name, module in backbone.named_modules():
+        padding_idx = getattr(module, "padding_idx", None)
+        # RoBERTa and its like give padding a position of its own and count tokens from the next one. Modules with an
+        # offset (XGLM's) add it themselves.
+        if "position" in name and padding_idx is not None and not hasattr(module, "offset"):
+            return mask.cumsum(-1) * mask + padding_idx
+    return (mask.cumsum(-1) - 1).clamp_min(0)

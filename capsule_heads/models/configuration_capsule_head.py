@@ -100,9 +100,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.class_weights = class_weights
         self.label_mean, self.label_std = label_mean, label_std
         # transformers hands these down to the backbone's configuration: where none is given, keep what it has.
-        for name in ("attn_implementation", "experts_implementation"):
-            if kwargs.get(name) is None:
-                kwargs[name] = getattr(self.base_config, f"_{name}")
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or self.base_config._attn_implementation
+        kwargs["experts_implementation"] = kwargs.get("experts_implementation") or {}
         super().__init__(**kwargs)
         if self.problem_type is None and self.num_labels == 1:
             self.problem_type = "regression"
@@ -120,7 +119,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
             raise ValueError("class_weights were given for a regression, which has no classes; leave them out.")
         if len(weights) != self.num_labels or any(weight < 0 for weight in weights) or sum(weights) <= 0:
             raise ValueError(
-                f"class_weights is {weights}; expected {self.num_labels} numbers, one per label, 0 or more and not all 0."
+                f"class_weights is {weights}; expected {self.num_labels} numbers, one per label, 0 or more, not all 0."
             )
 
     @classmethod
@@ -134,7 +133,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(
                 f"{source} is of a {model_type} model, not of a capsule-head model. To put a capsule head on that "
-                "model as its backbone: CapsuleHeadForSequenceClassification.from_backbone(name_or_path, num_labels=...)."
+                "model as its backbone: CapsuleHeadForSequenceClassification.from_backbone(name_or_path, num_labels=n)."
             )
 
     @classmethod
@@ -158,7 +157,7 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
         raise ValueError(
             f"base_config is {base_config!r}; expected the backbone's configuration, an object such as "
             "AutoConfig.from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
-            ".from_backbone(name, num_labels=...) builds it for you."
+            ".from_backbone(name, num_labels=n) builds it for you."
         )
     base_config = dict(base_config)
     return AutoConfig.for_model(base_config.pop("model_type"), **base_config)

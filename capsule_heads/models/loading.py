@@ -75,10 +75,15 @@ def load_pretrained_backbone(
 
     Raises:
         ValueError: if the checkpoint is itself a capsule-head model, or lacks weights of the backbone.
+        OSError: if there is no such checkpoint.
     """
     name_or_path = resolve_backbone(name_or_path)
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    commit = extract_commit_hash(cached_file(name_or_path, "config.json", revision=revision, **hub_kwargs), None)
+    try:
+        config_file = cached_file(name_or_path, "config.json", revision=revision, **hub_kwargs)
+    except OSError as error:
+        raise OSError(f"The backbone {name_or_path} was not found. {error}") from error
+    commit = extract_commit_hash(config_file, None)
     if config is None:
         config_kwargs = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
         config = AutoConfig.from_pretrained(name_or_path, revision=commit or revision, **hub_kwargs, **config_kwargs)

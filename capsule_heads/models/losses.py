@@ -27,7 +27,7 @@ def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
         if labels.is_floating_point() or labels.ndim != 1:
             raise ValueError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; single-label classification expects whole "
-                '[batch] class indices. For other labels set problem_type to "multi_label_classification" or "regression".'
+                '[batch] class indices. For others set problem_type to "multi_label_classification" or "regression".'
             )
         # Not while compiling: it reads values, which would break the graph.
         if not torch.compiler.is_compiling() and labels.numel() and not 0 <= labels.min() <= labels.max() < n:

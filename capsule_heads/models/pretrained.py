@@ -87,7 +87,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 comes inside an installed Python package.
             num_labels: number of classes; default 2, or that of `id2label`.
             revision: the backbone's branch, tag or commit.
-            **kwargs: fields of `CapsuleHeadConfig`, such as `depths` or `freeze_backbone`, and what loading the backbone
+            **kwargs: fields of `CapsuleHeadConfig`, such as `depths` or `freeze_backbone`, and what loading a backbone
                 takes: `dtype`, `device_map`, `attn_implementation`, `token`, `cache_dir`, `trust_remote_code`, ...
 
         Returns:
@@ -130,7 +130,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         Arguments as in transformers, and:
 
         Args:
-            load_backbone: False to leave the backbone out of a head-only checkpoint; the model then takes hidden states.
+            load_backbone: False to leave out the backbone of a head-only checkpoint: the model takes hidden states.
 
         Raises:
             ValueError: for a checkpoint of another kind of model, or one that lacks the backbone's weights.
@@ -138,9 +138,11 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         """
         source = pretrained_model_name_or_path
         if source is None:  # with a state_dict, as transformers' own tools do
-            return super().from_pretrained(
-                None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
+            model, loading_info = super().from_pretrained(
+                None, *model_args, config=config, output_loading_info=True, **kwargs
             )
+            check_backbone_weights("The state_dict", loading_info)
+            return (model, loading_info) if output_loading_info else model
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)
         backbone_kwargs = {name: loading_kwargs[name] for name in BACKBONE_KWARGS if name in loading_kwargs}
@@ -171,8 +173,9 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         except OSError as error:
             revision = f" (revision {config.base_model_revision})" if config.base_model_revision else ""
             raise OSError(
-                f"{source} holds a head alone, and its backbone {config.base_model_name_or_path}{revision} could not be "
-                f"loaded: {error} Pass base_model_name_or_path=... if it is elsewhere now, or load_backbone=False."
+                f"{source} holds a head alone, and its backbone {config.base_model_name_or_path}{revision} could not "
+                f"be loaded: {error} Pass base_model_name_or_path=... (and base_model_revision=...) if it is elsewhere "
+                "now, or load_backbone=False."
             ) from error
         config.base_config = backbone.config
         self.backbone = backbone
@@ -266,8 +269,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         if hidden_states is not None:
             if hidden_states.ndim != 4 or hidden_states.shape[2:] != (n_depths, width):
                 raise ValueError(
-                    f"hidden_states has shape {tuple(hidden_states.shape)}; expected [batch, tokens, {n_depths} depths, "
-                    f"width {width}]."
+                    f"hidden_states has shape {tuple(hidden_states.shape)}; expected [batch, tokens, depths, width], "
+                    f"with {n_depths} depths of width {width}."
                 )
             states = hidden_states.unbind(2)
         else:
@@ -282,11 +285,16 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
 
 def token_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
-    """`[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`."""
+    """`[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
+
+    In float32 or wider, whatever the states are: mixup makes fractions of it, which bfloat16 would round to two digits.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if attention_mask is None:
-        return torch.ones(like.shape[:2], dtype=like.dtype, device=like.device)
+        return torch.ones(like.shape[:2], dtype=dtype, device=like.device)
     if attention_mask.shape != like.shape[:2]:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], {tuple(like.shape[:2])}."
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here "
+            f"{tuple(like.shape[:2])}."
         )
-    return attention_mask.to(device=like.device, dtype=like.dtype)
+    return attention_mask.to(device=like.device, dtype=dtype)

@@ -64,8 +64,8 @@ def route(
     Args:
         a_inp: `[...i]`, input scores, as logits. `-inf` masks an input: it then changes nothing.
         mu_inp: `[...icd]`, input capsules.
-        W: `[i or 1, j or 1, d, h]`, and B: `[i or 1, j or 1, c, h]`, which give the votes `V_ij = mu_inp_i W_ij + B_ij`.
-        B: see `W`.
+        W: `[i or 1, j or 1, d, h]`, the linear part of the votes `V_ij = mu_inp_i W_ij + B_ij`.
+        B: `[i or 1, j or 1, c, h]`, their constant part.
         beta_use: `[i or 1, j or 1]`, net benefit of using a unit of data.
         beta_ign: `[i or 1, j or 1]`, net cost of ignoring one.
         n_out: number of output capsules.
@@ -99,6 +99,8 @@ def route(
 def _check_shapes(
     a_inp: Tensor, mu_inp: Tensor, W: Tensor, B: Tensor, beta_use: Tensor, beta_ign: Tensor, n_out: int
 ) -> None:
+    if n_out < 1:
+        raise ValueError(f"n_out is {n_out}; expected at least 1.")
     if mu_inp.ndim < 3 or mu_inp.shape[:-2] != a_inp.shape:
         raise ValueError(
             f"a_inp has shape {tuple(a_inp.shape)} and mu_inp {tuple(mu_inp.shape)}; expected scores [..., n_inp] and "

@@ -23,8 +23,7 @@ def route_reference(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Routes by the E-, D- and M-steps of Heinsen (2019), section 3, algorithm 1. Arguments as in `ops.route`."""
-    V = torch.einsum("...icd,ijdh->...ijch", mu_inp, W) + B  # [...ijch]
-    V = V.expand(*V.shape[:-3], n_out, *V.shape[-2:])  # a no-op unless B is shared by all outputs
+    V = torch.einsum("...icd,ijdh->...ijch", mu_inp, W) + B  # [...ijch], or [...i1ch] where outputs share both W and B
     f_inp = torch.sigmoid(a_inp).unsqueeze(-1)  # [...i1]
     R = torch.full_like(f_inp, 1.0 / n_out).expand(*f_inp.shape[:-1], n_out)  # [...ij]
     a_out = mu_out = sig2_out = None

@@ -54,7 +54,10 @@ class CapsuleTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Norm to clip gradients to; 0 for no clipping."})
     train_sampling_strategy: str = field(
         default="group_by_length",
-        metadata={"help": '"group_by_length" (batches of texts of like length), "random" or "sequential".'},
+        metadata={
+            "help": '"group_by_length": batches of texts of like length.',
+            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
+        },
     )
 
     def __post_init__(self) -> None:

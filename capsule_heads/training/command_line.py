@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -18,7 +20,24 @@ class OneLineParser(HfArgumentParser):
     source = "command line"
 
     def error(self, message: str) -> NoReturn:
+        """Ends the program; says which of the sources is wrong."""
         fail(f"{self.source}: {message}")
+
+
+class _GivenOptions(OneLineParser):
+    """Parses what is given and nothing else: here no option is required, and none has a default."""
+
+    def __init__(self, dataclass_types: Sequence[type]) -> None:
+        super().__init__(dataclass_types, add_help=False, allow_abbrev=False)
+
+    def add_argument(self, *names, **kwargs):
+        return super().add_argument(*names, **{**kwargs, "default": argparse.SUPPRESS, "required": False})
+
+    def parse(self, options: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
+        """The values of options, and what is none."""
+        self.source = source
+        namespace, rest = self.parse_known_args(options)
+        return vars(namespace), rest
 
 
 def fail(message: object) -> NoReturn:
@@ -42,37 +61,36 @@ def parse_config_and_options(dataclass_types: Sequence[type], argv: Sequence[str
         SystemExit: with status 2, after one line that says what is wrong and where, for a missing file, an unknown key,
             or a value of the wrong type.
     """
-    parser = OneLineParser(list(dataclass_types), description=description, allow_abbrev=False)
-    parser.usage = "%(prog)s CONFIG.yaml [--option value ...]"
-    if not argv or argv[0] in ("-h", "--help"):
-        parser.print_help()
+    if not argv or {"-h", "--help"} & set(argv):
+        parser = HfArgumentParser(list(dataclass_types), description=description)
+        parser.usage = "%(prog)s CONFIG.yaml [--option value ...]"
+        parser.print_help(None if argv else sys.stderr)
         sys.exit(0 if argv else 2)
-    if argv[0].startswith("-"):
-        fail(f"command line: expected a YAML file before the options, found {argv[0]}")
-    names = {action.dest for action in parser._actions}
-    defaults = _to_options(_read_yaml(Path(argv[0])), names, argv[0])
-    parser.source = argv[0]
-    required = [action for action in parser._actions if action.required]
-    for action in required:  # may be on the command line: not missing from the file yet
-        action.required = False
-    parser.parse_args(defaults)
-    for action in required:
-        action.required = True
-    parser.source = f"{argv[0]} with the command line"
-    namespace, unknown = parser.parse_known_args([*defaults, *argv[1:]])
-    if unknown:
-        fail(f"command line: unknown option {unknown[0]}")
-    try:
-        return tuple(
-            cls(**{name: value for name, value in vars(namespace).items() if name in _init_fields(cls)})
-            for cls in dataclass_types
-        )
-    except (TypeError, ValueError) as error:
-        fail(f"{parser.source}: {error}")
+    path, *options = argv
+    if path.startswith("-"):
+        fail(f"command line: expected a YAML file before the options, found {path}")
+    parser = _GivenOptions(dataclass_types)
+    values = _parse_config(parser, _read_yaml(Path(path)), path)
+    overrides, rest = parser.parse(options, "command line")
+    if rest:
+        is_option = rest[0].startswith("-")
+        fail(f"command line: {'unknown option' if is_option else 'unexpected value'} {rest[0].partition('=')[0]}")
+    values |= overrides
+    instances = []
+    for cls in dataclass_types:
+        fields = _fields(cls)
+        for name, field in fields.items():
+            if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+                fail(f"{path}: the key {name} is missing (or the option --{name})")
+        try:
+            instances.append(cls(**{name: value for name, value in values.items() if name in fields}))
+        except (ImportError, TypeError, ValueError) as error:  # what the dataclass itself checks
+            fail(f"{path}{' with the command line' if options else ''}: {error}")
+    return tuple(instances)
 
 
-def _init_fields(cls: type) -> set[str]:
-    return {name for name, field in cls.__dataclass_fields__.items() if field.init}
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls) if field.init}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -87,16 +105,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _to_options(config: dict[str, Any], names: set[str], source: str) -> list[str]:
-    """As the options that would say the same: one parser then checks names and types of both."""
-    options = []
+def _parse_config(parser: _GivenOptions, config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The values of a YAML file's keys.
+
+    Each is parsed as the option that would say the same: file and command line then have one way to be right. It also
+    makes a number of 5e-4, which YAML takes for a string.
+    """
+    hints = {name: get_type_hints(cls)[name] for cls in parser.dataclass_types for name in _fields(cls)}
+    values = {}
     for name, value in config.items():
-        if name not in names:
+        if name not in hints:
             fail(f"{source}: unknown key {name}")
-        if isinstance(value, list):
-            options += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            options += [f"--{name}={json.dumps(value)}"]
-        elif value is not None:
-            options += [f"--{name}={value}"]
-    return options
+        types = get_args(hints[name])
+        if value is None:
+            if type(None) not in types:
+                fail(f"{source}: {name} is null; expected a value, or leave the key out")
+            values[name] = None
+            continue
+        if isinstance(value, dict) and dict not in types:
+            fail(f"{source}: {name} holds keys of its own; expected one value")
+        text = [json.dumps(value) if isinstance(value, dict) else str(value)]
+        options = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={text[0]}"]
+        parsed, rest = parser.parse(options, source)
+        if rest:
+            fail(f"{source}: {name} is a list; expected one value")
+        values |= parsed
+    return values

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase
 
 from ..data.glue import GLUE_TASKS, load_glue
 from ..data.reviews import load_reviews
 from ..data.sst import STANFORD_URL, load_sst
+from ..metrics import compute_metrics_for
 from ..models import CapsuleHeadForSequenceClassification
 from ..models.loading import resolve_backbone
 
@@ -97,6 +99,11 @@ def load_task(task: str, source: str | None = None, phrases: bool = True) -> Dat
     if task in SST_TASKS:
         return load_sst(source or STANFORD_URL, fine_grained=task == "sst5", phrases=phrases)
     return load_glue(task, source)
+
+
+def compute_metrics_of(task: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The `compute_metrics` of one of `TASKS`, for a Trainer."""
+    return compute_metrics_for("classification" if task == "reviews" else task)
 
 
 def load_tokenizer(backbone: str, revision: str | None = None, pad_token: str | None = None) -> PreTrainedTokenizerBase:

@@ -53,9 +53,9 @@ class OneCycle(LRScheduler):
         """The learning rate of each parameter group at the current step."""
         return [self.min_lr + (peak - self.min_lr) * self.height() for peak in self.base_lrs]
 
-    def step(self, *args) -> None:
+    def step(self, epoch: int | None = None) -> None:
         """Moves on by one step, as in torch, and sets beta1 too."""
-        super().step(*args)
+        super().step(epoch)
         for group in self.optimizer.param_groups:
             if "initial_beta1" in group:
                 beta1 = group["initial_beta1"] + (self.min_beta1 - group["initial_beta1"]) * self.height()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,9 +66,35 @@ class CapsuleTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         # transformers drops the column of lengths, which the model does not take, before it looks for it.
         dataset, args = self.train_dataset, self.args
-        if args.train_sampling_strategy != "group_by_length" or args.length_column_name not in getattr(
-            dataset, "column_names", ()
+        if getattr(args, "train_sampling_strategy", None) != "group_by_length" or (
+            args.length_column_name not in getattr(dataset, "column_names", ())
         ):
             return super()._get_train_sampler(train_dataset)
+        lengths = dataset.with_format(None)[args.length_column_name][:]
         batch_size = args.train_batch_size * args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch_size, lengths=list(dataset[args.length_column_name]))
+        return _SeededSampler(batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
+        # transformers would group these by length too: predictions would come in another order than their texts.
+        return None
+
+
+class _SeededSampler(LengthGroupedSampler):
+    """Groups by length in an order that follows from seed and epoch alone.
+
+    transformers' own draws it from torch's global generator, which is in another state when training resumes, and may
+    be in one process of several; accelerate calls `set_epoch`.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the epoch's indices."""
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()

@@ -1,4 +1,4 @@
-"""The reference strategy against an oracle that shares nothing with it: numpy, float64, loops over inputs and outputs."""
+"""The reference strategy against an oracle that shares nothing with it: float64 numpy, loops over i and j."""
 
 import itertools
 import math
@@ -32,42 +32,47 @@ def softmax(logits):
     return [weight / sum(weights) for weight in weights]
 
 
-def oracle_one(a_inp, mu_inp, W, B, beta_use, beta_ign, n_out, n_iters, p_model, eps):
-    """One sample, section 1 of the specification line by line."""
-    I, J = range(len(a_inp)), range(n_out)
-    f = [0.0 if a == -INF else 1.0 / (1.0 + math.exp(-a)) for a in a_inp]
-    V = [[mu_inp[i] @ shared(W, i, j) + shared(B, i, j) for j in J] for i in I]
+def exact(x):
+    return x
+
+
+def oracle_one(a_inp, mu_inp, W, B, beta_use, beta_ign, n_out, n_iters, p_model, eps, rounded):
+    """One sample, section 1 of the specification line by line. `rounded` sees every elementary result."""
+    inputs, outputs = range(len(a_inp)), range(n_out)
+    f = [0.0 if a == -INF else rounded(1.0 / (1.0 + math.exp(-a))) for a in a_inp]
+    V = [[rounded(mu_inp[i]) @ rounded(shared(W, i, j)) + rounded(shared(B, i, j)) for j in outputs] for i in inputs]
     a_out = mu = sig2 = None
     R = np.full((len(f), n_out), 1.0 / n_out)
     for iteration in range(n_iters):
-        for i in I if iteration > 0 else ():
+        for i in inputs if iteration > 0 else ():
             log_p = []
-            for j in J:
-                distances = (V[i][j] - mu[j]) ** 2
+            for j in outputs:
+                distances = rounded((V[i][j] - mu[j]) ** 2)
                 if p_model == "gaussian":
-                    log_p.append(-np.sum(distances / (2 * sig2[j])) - np.sum(np.log(np.sqrt(sig2[j]))))
+                    log_p.append(-np.sum(distances / (2 * sig2[j])) - np.sum(rounded(np.log(np.sqrt(sig2[j])))))
                 else:
                     log_p.append(-np.sum(distances))
             if p_model == "skm":
                 log_p = [math.log(p) if p > 0 else -INF for p in softmax(log_p)]
-            R[i] = softmax([-np.logaddexp(0.0, -a_out[j]) + log_p[j] for j in J])
+            R[i] = softmax([rounded(-np.logaddexp(0.0, -a_out[j])) + rounded(log_p[j]) for j in outputs])
         a_out, mu, sig2 = np.zeros(n_out), [None] * n_out, [None] * n_out
-        for j in J:
-            for i in I:
-                use = f[i] * R[i, j]
-                a_out[j] += shared(beta_use, i, j) * use - shared(beta_ign, i, j) * (f[i] - use)
-            n_j = sum(f[i] * R[i, j] for i in I)
-            mu[j] = sum(f[i] * R[i, j] * V[i][j] for i in I) / (n_j + eps)
-            sig2[j] = sum(f[i] * R[i, j] * (V[i][j] - mu[j]) ** 2 for i in I) / (n_j + eps) + eps
+        for j in outputs:
+            use = [rounded(f[i] * R[i, j]) for i in inputs]
+            for i in inputs:
+                a_out[j] += rounded(shared(beta_use, i, j) * use[i])
+                a_out[j] -= rounded(shared(beta_ign, i, j) * (f[i] - use[i]))
+            n_j = rounded(sum(use) + eps)
+            mu[j] = rounded(sum(rounded(use[i] * V[i][j]) for i in inputs) / n_j)
+            sig2[j] = rounded(sum(use[i] * rounded((V[i][j] - mu[j]) ** 2) for i in inputs) / n_j + eps)
     return a_out, np.stack(mu), np.stack(sig2), R
 
 
-def oracle(tensors, n_out, n_iters=3, p_model="gaussian", eps=1e-5):
+def oracle(tensors, n_out, n_iters=3, p_model="gaussian", eps=1e-5, rounded=exact):
     """Every sample of a batch on its own. Numpy in, numpy out: a_out, mu_out, sig2_out, R."""
     a_inp, mu_inp, *parameters = tensors
     batch = a_inp.shape[:-1]
     results = [
-        oracle_one(a_inp[index], mu_inp[index], *parameters, n_out, n_iters, p_model, eps)
+        oracle_one(a_inp[index], mu_inp[index], *parameters, n_out, n_iters, p_model, eps, rounded)
         for index in itertools.product(*(range(size) for size in batch))
     ]
     return [np.stack(parts).reshape(*batch, *parts[0].shape) for parts in zip(*results)]
@@ -182,6 +187,14 @@ def test_infinite_scores(p_model):
     assert_agree(arrays, n_out=5, p_model=p_model)
 
 
+@pytest.mark.parametrize("p_model", P_MODELS)
+def test_scores_whose_sigmoid_underflows(p_model):
+    arrays = draw()
+    arrays[4], arrays[5] = 1000 * arrays[4], 1000 * np.abs(arrays[5])
+    assert oracle(arrays, n_out=5, n_iters=2)[0].min() < -1000  # exp(-1000) is zero in float64
+    assert_agree(arrays, n_out=5, p_model=p_model)
+
+
 def test_another_eps():
     assert_agree(draw(), n_out=5, eps=0.3)
     assert relative(oracle(draw(), n_out=5, eps=0.3)[2], oracle(draw(), n_out=5)[2]) > 0.01
@@ -195,12 +208,13 @@ def test_defaults_are_those_of_the_paper():
     assert all(torch.equal(a, b) for a, b in zip(outputs, explicit))
 
 
-def perturbed(arrays, size, seed):
+def errors_of(size, seed):
+    """Relative errors, normal with standard deviation `size`, for every elementary result of the oracle."""
     rng = np.random.default_rng(seed)
-    return [array * (1 + size * rng.normal(size=array.shape)) for array in arrays]
+    return lambda x: x * (1 + size * rng.normal(size=np.shape(x)))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -226,14 +240,13 @@ def test_any_shape_agrees_with_the_oracle(seed, dtype, n_out, n_iters, p_model, 
     options = {"n_out": n_out, "n_iters": n_iters, "p_model": p_model}
     expected = oracle(arrays, **options)
 
-    # The tolerance. Each rounding is a relative error of `u`; sums of some ten terms make it a few. To first order, that
-    # is the exact result for arguments that are a few `u` off. How far such arguments move the outputs depends on the
-    # draw, as every E-step sharpens; so it is measured: the oracle moves its own arguments by 16 u, at random. Outputs
-    # may also be rounded themselves: 16 u more.
+    # The tolerance. Every elementary result carries a relative error of `u`, sums of some ten terms several. How far
+    # that moves the outputs depends on the draw: E-steps sharpen, and symmetric outputs may be an unstable state. So it
+    # is measured: the oracle with errors of 8 u in each of its elementary results. The outputs are rounded: 8 u more.
     u = torch.finfo(dtype).eps / 2
-    moved = [oracle(perturbed(arrays, 16 * u, trial), **options) for trial in range(3)]
-    tolerances = [16 * u + max(relative(m, e) for m in ms) for e, *ms in zip(expected, *moved)]
-    assume(max(tolerances) < 1e-2)  # beyond, first order says nothing
+    wrong = [oracle(arrays, **options, rounded=errors_of(8 * u, trial)) for trial in range(4)]
+    tolerances = [8 * u + max(relative(w, e) for w in ws) for e, *ws in zip(expected, *wrong)]
+    assume(max(tolerances) < 1e-2)  # beyond, the draw is chaotic: rounding decides its outputs
 
     actual = route(*tensors, **options, return_R=True, strategy="reference")
     for name, a, e, tolerance in zip(OUTPUTS, actual, expected, tolerances, strict=True):
@@ -371,10 +384,10 @@ def test_no_inputs_at_all_are_like_masked_ones():
 
 @pytest.mark.parametrize("p_model", P_MODELS)
 def test_the_scores_are_sums_of_credits_and_rows_of_R_sum_to_one(p_model):
-    a_inp, mu_inp, W, B, beta_use, beta_ign = tensors = as_torch(draw(batch=(2,)))
+    tensors = as_torch(draw(batch=(2,)))
     a_out, _, _, R = route(*tensors, n_out=5, p_model=p_model, return_R=True)
-    used = a_inp.sigmoid()[..., None] * R
-    credits = beta_use * used - beta_ign * (a_inp.sigmoid()[..., None] - used)  # phi [...ij]
+    f_inp, beta_use, beta_ign = tensors[0].sigmoid()[..., None], tensors[4], tensors[5]
+    credits = beta_use * f_inp * R - beta_ign * f_inp * (1 - R)  # phi [...ij]
     assert relative(credits.sum(-2), a_out) <= 1e-12
     assert relative(R.sum(-1), np.ones((2, 7))) <= 1e-12
     assert (R >= 0).all()

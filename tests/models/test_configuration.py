@@ -1,0 +1,229 @@
+"""The configuration: what it accepts, refuses, resolves and keeps."""
+
+import json
+import re
+
+import pytest
+from transformers import AutoConfig, BertConfig
+
+from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification
+
+
+@pytest.fixture
+def base(backbone_config):
+    return backbone_config("bert")
+
+
+# Round trips
+
+
+def test_round_trip_through_a_directory(base, tmp_path):
+    config = CapsuleHeadConfig(
+        base,
+        base_model_name_or_path="org/name",
+        base_model_revision="a" * 40,
+        freeze_backbone=False,
+        depths=[-1, 0],
+        d_inp=5,
+        n_parts=7,
+        d_cap=3,
+        n_iters=2,
+        p_model="skm",
+        single_beta=True,
+        eps=1e-4,
+        strategy="reference",
+        mixup_alpha=0.5,
+        class_weights=[1.0, 2.0, 3.0],
+        num_labels=3,
+        output_hidden_states=True,
+    )
+    config.save_pretrained(tmp_path)
+    for loaded in (CapsuleHeadConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is CapsuleHeadConfig
+        assert type(loaded.base_config) is BertConfig
+        assert loaded.base_config.to_dict() == base.to_dict()
+        for name in ("head_only", "freeze_backbone", "d_inp", "n_parts", "d_cap", "n_iters", "p_model", "single_beta"):
+            assert getattr(loaded, name) == getattr(config, name), name
+        for name in ("eps", "strategy", "mixup_alpha", "class_weights", "num_labels", "output_hidden_states"):
+            assert getattr(loaded, name) == getattr(config, name), name
+        assert (loaded.base_model_name_or_path, loaded.base_model_revision) == ("org/name", "a" * 40)
+        assert (loaded.depths, loaded.n_hidden_states) == ([0, 2], 3)
+
+
+def test_round_trip_of_a_regression(base, tmp_path):
+    CapsuleHeadConfig(base, num_labels=1, label_mean=2.5, label_std=1.5).save_pretrained(tmp_path)
+    loaded = CapsuleHeadConfig.from_pretrained(tmp_path)
+    assert (loaded.label_mean, loaded.label_std, loaded.num_labels) == (2.5, 1.5, 1)
+    assert loaded.problem_type == "regression"
+
+
+def test_base_config_as_object_is_kept_and_as_dict_is_built(base):
+    assert CapsuleHeadConfig(base).base_config is base  # transformers sets things on it later
+    config = CapsuleHeadConfig(base.to_dict())
+    assert type(config.base_config) is BertConfig
+    assert config.base_config.hidden_size == base.hidden_size
+
+
+def test_round_trip_through_dict_and_json(base):
+    config = CapsuleHeadConfig(base, d_inp=9)
+    as_dict = config.to_dict()
+    assert as_dict["base_config"]["model_type"] == "bert"
+    assert CapsuleHeadConfig.from_dict(as_dict).to_dict() == as_dict
+    assert json.loads(config.to_json_string(use_diff=False))["base_config"]["hidden_size"] == base.hidden_size
+    assert CapsuleHeadConfig.from_dict(json.loads(config.to_json_string())).to_dict() == as_dict
+
+
+def test_from_dict_leaves_the_dict_alone(base):
+    as_dict = CapsuleHeadConfig(base).to_dict()
+    copy = json.loads(json.dumps(as_dict))
+    CapsuleHeadConfig.from_dict(as_dict, d_inp=3, num_labels=5)
+    assert json.loads(json.dumps(as_dict)) == copy
+
+
+def test_fields_given_to_from_pretrained_are_checked_and_resolved(base, tmp_path):
+    CapsuleHeadConfig(base, num_labels=3).save_pretrained(tmp_path)
+    loaded, unused = CapsuleHeadConfig.from_pretrained(
+        tmp_path, depths=[-1], freeze_backbone=False, num_labels=5, cache_dir=None, other=1, return_unused_kwargs=True
+    )
+    assert (loaded.depths, loaded.freeze_backbone, loaded.num_labels, len(loaded.id2label)) == ([2], False, 5, 5)
+    assert unused == {"other": 1}
+    with pytest.raises(ValueError, match="n_parts is 0"):
+        CapsuleHeadConfig.from_pretrained(tmp_path, n_parts=0)
+
+
+# Depths
+
+
+@pytest.mark.parametrize(
+    ("depths", "resolved"),
+    [(None, [0, 1, 2]), ([2, 0], [0, 2]), ([-1], [2]), ([-3, 1], [0, 1]), ((1,), [1])],
+)
+def test_depths_are_resolved(base, depths, resolved):
+    assert CapsuleHeadConfig(base, depths=depths).depths == resolved
+
+
+@pytest.mark.parametrize(
+    ("depths", "message"),
+    [
+        ([], "depths is []; expected a list of whole numbers"),
+        (1, "depths is 1; expected a list of whole numbers"),
+        ("all", "depths is 'all'; expected a list of whole numbers"),
+        ([0.0], "depths is [0.0]; expected a list of whole numbers"),
+        ([True], "depths is [True]; expected a list of whole numbers"),
+        ([0, 3], "depths is [0, 3]; the backbone has 3 hidden states, so expected numbers from -3 to 2"),
+        ([-4], "depths is [-4]; the backbone has 3 hidden states"),
+        ([2, 2], "depths is [2, 2], which names a hidden state more than once"),
+        ([2, -1], "depths is [2, -1], which names a hidden state more than once"),
+    ],
+)
+def test_wrong_depths_are_refused(base, depths, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CapsuleHeadConfig(base, depths=depths)
+
+
+def test_hidden_states_are_counted_from_the_backbone_unless_given(backbone_config):
+    assert CapsuleHeadConfig(backbone_config("gpt2", n_layer=5)).n_hidden_states == 6
+    assert CapsuleHeadConfig(backbone_config("gpt2"), n_hidden_states=9).depths == list(range(9))
+    without_layers = AutoConfig.for_model("timm_wrapper")
+    with pytest.raises(ValueError, match="timm_wrapper backbone does not say how many layers it has; pass n_hidden"):
+        CapsuleHeadConfig(without_layers)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"d_inp": 0}, "d_inp is 0; expected a positive whole number"),
+        ({"n_parts": 2.5}, "n_parts is 2.5; expected a positive whole number"),
+        ({"d_cap": True}, "d_cap is True; expected a positive whole number"),
+        ({"n_hidden_states": 0}, "n_hidden_states is 0; expected a positive whole number"),
+        ({"n_iters": 0}, "n_iters is 0; expected"),
+        ({"p_model": "normal"}, "p_model is 'normal'; expected"),
+        ({"eps": 0}, "eps is 0; expected"),
+        ({"strategy": "fast"}, "strategy is 'fast'; expected"),
+        ({"mixup_alpha": -0.1}, "mixup_alpha is -0.1; expected a number, 0 (no mixup) or more"),
+        ({"mixup_alpha": "0.2"}, "mixup_alpha is '0.2'; expected a number"),
+        ({"mixup_alpha": True}, "mixup_alpha is True; expected a number"),
+        ({"mixup_alpha": float("nan")}, "mixup_alpha is nan; expected a number"),
+        ({"mixup_alpha": float("inf")}, "mixup_alpha is inf; expected a number"),
+        ({"problem_type": "ranking"}, "ranking"),
+        ({"class_weights": [1.0]}, "class_weights is [1.0]; expected 2 numbers"),
+        ({"class_weights": [1.0, -1.0]}, "class_weights is [1.0, -1.0]; expected 2 numbers"),
+        ({"class_weights": [0, 0]}, "class_weights is [0, 0]; expected 2 numbers"),
+        ({"class_weights": [1.0], "num_labels": 1}, "class_weights were given for a regression"),
+        ({"label_std": 0.0, "num_labels": 1}, "label_std is 0.0; expected a positive number"),
+        ({"label_std": float("nan"), "num_labels": 1}, "label_std is nan; expected a positive number"),
+    ],
+)
+def test_wrong_values_are_refused(base, fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CapsuleHeadConfig(base, **fields)
+
+
+@pytest.mark.parametrize("base_config", [None, "bert", {"hidden_size": 4}])
+def test_a_missing_base_config_is_refused(base_config):
+    with pytest.raises(ValueError, match=r"base_config is .*; expected the backbone's configuration"):
+        CapsuleHeadConfig(base_config)
+
+
+def test_the_configuration_of_another_model_is_refused(backbone_dir):
+    with pytest.raises(ValueError, match=r"of a bert model, not of a capsule-head model.*from_backbone"):
+        CapsuleHeadConfig.from_pretrained(backbone_dir("bert"))
+    with pytest.raises(ValueError, match="of a bert model"):
+        CapsuleHeadConfig.from_dict({"model_type": "bert", "hidden_size": 4})
+
+
+@pytest.mark.parametrize("name", ["n_part", "label_smoothing", "head_only", "base_config", "base_model_revision"])
+def test_from_backbone_refuses_what_is_no_field(backbone_dir, name):
+    with pytest.raises(TypeError, match=f"Unknown arguments {name}; expected fields of CapsuleHeadConfig"):
+        CapsuleHeadForSequenceClassification.from_backbone(backbone_dir("bert"), **{name: 1})
+
+
+# Labels
+
+
+def test_labels_follow_transformers_rules(base):
+    config = CapsuleHeadConfig(base)
+    assert (config.num_labels, config.problem_type) == (2, None)
+    config = CapsuleHeadConfig(base, id2label={0: "neg", 1: "neutral", 2: "pos"}, label2id={"neg": 0})
+    assert (config.num_labels, config.id2label[2], config.problem_type) == (3, "pos", None)
+    assert CapsuleHeadConfig(base, num_labels=4).id2label == {n: f"LABEL_{n}" for n in range(4)}
+
+
+def test_one_label_means_regression_unless_it_is_said_otherwise(base):
+    assert CapsuleHeadConfig(base, num_labels=1).problem_type == "regression"
+    config = CapsuleHeadConfig(base, num_labels=1, problem_type="multi_label_classification")
+    assert config.problem_type == "multi_label_classification"
+    assert CapsuleHeadConfig(base, num_labels=3, problem_type="regression").problem_type == "regression"
+
+
+# The backbone's own configuration
+
+
+def test_wrapping_keeps_the_implementation_of_attention(backbone_config, tmp_path):
+    base = backbone_config("bert", attn_implementation="eager")
+    config = CapsuleHeadConfig(base)
+    assert (config._attn_implementation, config.base_config._attn_implementation) == ("eager", "eager")
+    config = CapsuleHeadConfig(backbone_config("bert", attn_implementation="eager"), attn_implementation="sdpa")
+    assert config.base_config._attn_implementation == "sdpa"
+
+
+def test_wrapping_keeps_the_implementation_of_experts(backbone_config, tmp_path):
+    base = backbone_config("mixtral", experts_implementation="eager")
+    config = CapsuleHeadConfig(base)
+    assert config.base_config._experts_implementation == "eager"
+    config.save_pretrained(tmp_path)
+    CapsuleHeadConfig.from_pretrained(tmp_path)
+
+
+def test_a_loaded_configuration_takes_the_implementation_of_attention(base, tmp_path):
+    CapsuleHeadConfig(base).save_pretrained(tmp_path)
+    loaded = CapsuleHeadConfig.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.base_config._attn_implementation == "eager"
+
+
+def test_vocabulary_and_width_are_the_backbones(backbone_config):
+    config = CapsuleHeadConfig(backbone_config("distilbert", vocab_size=77, dim=24))
+    assert (config.get_text_config().vocab_size, config.get_text_config().hidden_size) == (77, 24)

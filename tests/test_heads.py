@@ -1,0 +1,209 @@
+import math
+
+import pytest
+import torch
+
+from capsule_heads.heads import HeadOutput, TokenDepthHead
+
+BATCH, TOKENS = 2, 6
+SIZES = {"d_depth": 3, "d_emb": 10, "d_inp": 8, "n_parts": 5, "d_cap": 2}
+INF = math.inf
+
+
+def build(n_out=4, dtype=torch.float64, **options):
+    """A small head in which no parameter is zero or one, so that each of them matters."""
+    torch.manual_seed(0)
+    head = TokenDepthHead(n_out=n_out, **(SIZES | options)).to(dtype)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return head
+
+
+def draw(dtype=torch.float64, tokens=TOKENS):
+    torch.manual_seed(1)
+    hidden_states = torch.randn(SIZES["d_depth"], BATCH, tokens, SIZES["d_emb"], dtype=dtype)
+    mask = torch.ones(BATCH, tokens, dtype=dtype)
+    mask[0, 4:], mask[1, 2] = 0, 0.3  # padding, and a share of a token, as mixup makes it
+    return hidden_states, mask
+
+
+def relative(actual, expected):
+    assert actual.shape == expected.shape
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def straightforward(head, hidden_states, mask):
+    """Section 2 of the specification, capsule by capsule."""
+    affine, _, norm = head.detect_parts
+    n_depth = len(hidden_states)
+    capsules, scores = [], []
+    for token in range(mask.shape[1]):
+        for depth in range(n_depth):
+            x = (hidden_states[depth][:, token] + head.depth_emb[depth]) @ affine.weight.T + affine.bias
+            x = x / (1 + torch.exp(-x))
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
+            capsules.append((x * norm.weight + norm.bias).unsqueeze(-2))
+            scores.append(torch.log(mask[:, token]) - torch.log(1 - mask[:, token]))
+    a, x, R = torch.stack(scores, dim=1), torch.stack(capsules, dim=1), []
+    for routing in head.routings:
+        a, x, sig2, probabilities = routing(a, x, return_R=True)
+        R.append(probabilities)
+    return a, x, sig2, R
+
+
+@pytest.mark.parametrize(
+    "n_out, published, shapes",
+    [(5, 140_480, {"W": (64, 5, 2, 2), "beta_use": (64, 5)}), (2, 138_944, {"W": (64, 2, 2, 2), "beta_use": (64, 2)})],
+)
+def test_number_of_parameters_is_that_of_the_paper(n_out, published, shapes):
+    with torch.device("meta"):
+        head = TokenDepthHead(d_depth=37, d_emb=1280, n_out=n_out)
+    assert sum(parameter.numel() for parameter in head.parameters()) == published
+    assert {name: tuple(getattr(head.routings[1], name).shape) for name in shapes} == shapes
+
+
+@pytest.mark.parametrize("n_out", [4, None])
+@pytest.mark.parametrize("options", [{}, {"p_model": "skm", "n_iters": 2, "single_beta": True, "eps": 0.1}], ids=str)
+def test_agrees_with_the_straightforward_computation(options, n_out):
+    head = build(n_out, **options)
+    hidden_states, mask = draw()
+    output = head(hidden_states.unbind(0), mask, return_routing_probabilities=True)
+    a, x, sig2, R = straightforward(head, hidden_states, mask)
+    assert isinstance(output, HeadOutput)
+    assert output.a_out.shape == (BATCH, n_out or SIZES["n_parts"])
+    assert output.mu_out.shape == output.sig2_out.shape == (BATCH, n_out or SIZES["n_parts"], 1, SIZES["d_cap"])
+    assert len(output.routing_probabilities) == len(R) == (1 if n_out is None else 2)
+    for actual, expected in zip((*output[:3], *output.routing_probabilities), (a, x, sig2, *R), strict=True):
+        assert relative(actual, expected) <= 1e-12
+
+    parameters = dict(head.named_parameters())
+    cotangents = [torch.randn_like(part) for part in (a, x, sig2)]
+    actual = torch.autograd.grad(output[:3], parameters.values(), cotangents)
+    expected = torch.autograd.grad((a, x, sig2), parameters.values(), cotangents)
+    for name, got, wanted in zip(parameters, actual, expected, strict=True):
+        assert wanted.any(), name
+        assert relative(got, wanted) <= 1e-10, name
+
+
+def test_options_reach_both_routings():
+    options = {"n_iters": 2, "p_model": "skm", "single_beta": True, "eps": 0.1, "strategy": "reference"}
+    for routing in build(**options).routings:
+        assert {name: getattr(routing, name) for name in options} == options
+
+
+def test_routing_probabilities_only_where_asked_for():
+    assert build()(draw()[0], draw()[1]).routing_probabilities is None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    head = build()
+    hidden_states, mask = draw()
+    shorter = head(hidden_states, mask)
+    garbage, none = 50 * torch.randn_like(hidden_states), torch.zeros_like(mask)
+    pairs = (garbage, hidden_states), (none, mask)
+    padded = head(
+        *(torch.cat(pair if side == "left" else pair[::-1], dim=-1 if pair[0] is none else 2) for pair in pairs)
+    )
+    for a, b in zip(padded[:3], shorter[:3]):
+        assert relative(a, b) <= 1e-12
+
+
+def test_a_sample_of_padding_alone_is_finite():
+    head = build(dtype=torch.float32)
+    hidden_states, mask = draw(torch.float32)
+    mask[0] = 0
+    hidden_states.requires_grad_()
+    output = head(hidden_states, mask)
+    (output.a_out.sum() + output.mu_out.sum() + output.sig2_out.sum()).backward()
+    gradients = [hidden_states.grad, *(parameter.grad for parameter in head.parameters())]
+    assert all(x.isfinite().all() for x in (*output[:3], *gradients))
+    assert not hidden_states.grad[:, 0].any() and hidden_states.grad[:, 1].any()
+
+
+def test_capsules_are_ordered_by_token_then_depth():
+    head = build()
+    hidden_states, mask = draw()
+    token = 5
+    assert not mask[0, token]  # so it changes no row of R but its own
+    before = head(hidden_states, mask, True).routing_probabilities[0][0]
+    for depth in range(SIZES["d_depth"]):
+        changed = hidden_states.clone()
+        changed[depth, 0, token] += 1
+        after = head(changed, mask, True).routing_probabilities[0][0]
+        rows = (after != before).any(-1).nonzero().flatten().tolist()
+        assert rows == [token * SIZES["d_depth"] + depth]
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    head = TokenDepthHead(d_depth=4, d_emb=1000, n_out=3)
+    fresh = {name: parameter.clone() for name, parameter in head.named_parameters()}
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.fill_(7.0)
+    head.reset_parameters()
+    for parameters in (fresh, dict(head.named_parameters())):
+        weight = parameters.pop("detect_parts.0.weight")  # Kaiming normal
+        std = math.sqrt(2 / 1000)
+        assert abs(weight.mean()) < 5 * std / math.sqrt(weight.numel())
+        assert abs(weight.std() / std - 1) < 5 / math.sqrt(2 * weight.numel())
+        assert (weight.abs().max() / std).item() > 3  # no uniform distribution
+        assert (parameters.pop("detect_parts.2.weight") == 1).all()
+        W = parameters.pop("routings.0.W")
+        assert abs(W.std() * 64 - 1) < 5 / math.sqrt(2 * W.numel())
+        assert parameters.pop("routings.1.W").any()
+        for name, parameter in parameters.items():
+            assert not parameter.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_any_dtype(dtype):
+    head = build()
+    hidden_states, mask = draw()
+    mask = mask.round()
+    assert torch.equal(head(hidden_states, mask.to(dtype)).a_out, head(hidden_states, mask).a_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_are_the_logits_of_the_mask_in_float32(dtype):
+    head = build(dtype=dtype)
+    hidden_states, mask = draw(torch.float32)
+    scores = []
+    head.routings[0].register_forward_pre_hook(lambda module, args: scores.append(args[0]))
+    output = head(hidden_states.to(dtype), mask)
+    assert scores[0].dtype == output.a_out.dtype == torch.float32
+    expected = {0.0: -INF, 1.0: INF, mask[1, 2].item(): math.log(0.3 / 0.7)}
+    for sample in range(BATCH):
+        wanted = [expected[m] for m in mask[sample].tolist() for _ in range(SIZES["d_depth"])]
+        assert scores[0][sample].tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_autocast_touches_only_the_affine_map():
+    head = build(dtype=torch.float32)
+    hidden_states, mask = draw(torch.float32)
+    received = []
+    head.routings[0].register_forward_pre_hook(lambda module, args: received.append(args))
+    plain = head(hidden_states, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = head(hidden_states, mask)
+    again = head.routings[1](*head.routings[0](*received[1])[:2])
+    assert not torch.equal(cast.a_out, plain.a_out)  # autocast did something
+    assert all(torch.equal(a, b) for a, b in zip(cast[:3], again))
+    assert all(x.dtype == torch.float32 for x in cast[:3])
+
+
+@pytest.mark.parametrize("n_depth", [2, 4])
+def test_another_number_of_hidden_states_is_an_error(n_depth):
+    hidden_states, mask = draw()
+    with pytest.raises(
+        ValueError, match=rf"{n_depth} hidden states were passed to a head built for d_depth=3; expected"
+    ):
+        build()([hidden_states[0]] * n_depth, mask)
+
+
+def test_a_mask_of_another_shape_is_an_error():
+    hidden_states, mask = draw()
+    with pytest.raises(ValueError, match=r"a_inp has shape \(2, 15\) and mu_inp \(2, 18, 1, 8\)"):
+        build()(hidden_states, mask[:, 1:])

@@ -1,0 +1,77 @@
+import ast
+import dataclasses
+import json
+import re
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from capsule_heads import CapsuleTrainingArguments
+
+TABLE = {
+    match[1]: match.groups()[1:]
+    for match in re.finditer(r"\| `(\w+)`[^|]*\| (\S+)[^|]*\| (\S+)[^|]*\|", CapsuleTrainingArguments.__doc__)
+}
+OURS, THEIRS = ({f.name: f for f in dataclasses.fields(cls)} for cls in (CapsuleTrainingArguments, TrainingArguments))
+
+
+def test_the_table_lists_every_field_that_the_class_declares_and_no_other():
+    assert set(TABLE) == set(CapsuleTrainingArguments.__annotations__)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_tells_the_defaults_of_both_classes(name):
+    here, there = TABLE[name]
+    assert OURS[name].default == ast.literal_eval(here)
+    if there == "(none)":
+        assert name not in THEIRS
+    elif name in THEIRS:  # before transformers 5.2 there is no train_sampling_strategy
+        assert THEIRS[name].default == ast.literal_eval(there)
+
+
+def test_all_other_defaults_are_those_of_transformers():
+    others = OURS.keys() - TABLE.keys()
+    assert len(others) > 50
+    assert all(OURS[name].default == THEIRS[name].default for name in others)
+
+
+def test_instances_hold_the_defaults(tmp_path):
+    arguments = CapsuleTrainingArguments(str(tmp_path), use_cpu=True)
+    for name, (here, _) in TABLE.items():
+        assert getattr(arguments, name) == ast.literal_eval(here)
+    assert arguments.get_warmup_steps(1000) == 100
+
+
+def test_optimizers_and_schedules_of_transformers_can_be_named(tmp_path):
+    arguments = CapsuleTrainingArguments(str(tmp_path), use_cpu=True, optim="adamw_torch", lr_scheduler_type="cosine")
+    assert arguments.optim is OptimizerNames.ADAMW_TORCH
+    assert arguments.lr_scheduler_type is SchedulerType.COSINE
+
+
+@pytest.mark.parametrize("wrong", [{"optim": "nadam"}, {"lr_scheduler_type": "two_cycle"}, {"save_strategy": "daily"}])
+def test_wrong_names_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+        CapsuleTrainingArguments(str(tmp_path), use_cpu=True, **wrong)
+
+
+def test_to_dict_and_json(tmp_path):
+    arguments = CapsuleTrainingArguments(str(tmp_path), use_cpu=True)
+    for content in (arguments.to_dict(), json.loads(arguments.to_json_string())):
+        assert content["optim"] == "radam"
+        assert content["lr_scheduler_type"] == "one_cycle"
+        assert content["min_adam_beta1"] == 0.81
+    again = CapsuleTrainingArguments(**{name: arguments.to_dict()[name] for name in TABLE}, use_cpu=True)
+    assert all(getattr(again, name) == getattr(arguments, name) for name in TABLE)
+
+
+def test_the_command_line_parser_of_transformers_takes_the_class(tmp_path):
+    parser = HfArgumentParser(CapsuleTrainingArguments)
+    options = ["--output_dir", str(tmp_path), "--use_cpu", "--min_learning_rate", "2e-5", "--optim", "adafactor"]
+    (arguments,) = parser.parse_args_into_dataclasses(options)
+    assert arguments.min_learning_rate == 2e-5
+    assert arguments.optim is OptimizerNames.ADAFACTOR
+    assert arguments.lr_scheduler_type == "one_cycle"
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--train_sampling_strategy", "by_colour"])
