@@ -41,7 +41,7 @@ class CapsuleCollator(DataCollatorWithPadding):
         return {
             "hidden_states": torch.nn.utils.rnn.pad_sequence(states, batch_first=True),
             "attention_mask": (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
-            "labels": torch.tensor([feature["labels"] for feature in features]),
+            "labels": torch.from_numpy(np.asarray([feature["labels"] for feature in features])),
         }
 
 

@@ -161,7 +161,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             check_backbone_weights(source, loading_info)
         elif load_backbone:
             model._load_backbone(source, backbone_kwargs)
-        model.eval()
+        model.eval()  # which freezes the backbone too
         return (model, loading_info) if output_loading_info else model
 
     def _load_backbone(self, source: str | os.PathLike, backbone_kwargs: dict) -> None:
@@ -181,7 +181,6 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         self.backbone = backbone
         self.post_init()  # again, now that there is a backbone: it collects the backbone's tied weights and the like
         self._refer_to_backbone(config.freeze_backbone)
-        self._freeze()
 
     def save_pretrained(self, save_directory, *args, head_only: bool | None = None, **kwargs) -> None:
         """Saves as in transformers; the backbone too, or only where its weights can be had.

@@ -47,7 +47,11 @@ def make_model(saved):
     def make(name="bert", seed=0, changes=(), **fields):
         backbone = saved(name, seed, **dict(changes))
         torch.manual_seed(1)
-        return CapsuleHeadForSequenceClassification.from_backbone(backbone, **{"d_inp": 8, "n_parts": 4, **fields})
+        model = CapsuleHeadForSequenceClassification.from_backbone(backbone, **{"d_inp": 8, "n_parts": 4, **fields})
+        with torch.no_grad():  # a new head scores nothing: its betas are zero
+            for parameter in model.head.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
 
     return make
 
@@ -78,7 +82,7 @@ def test_what_is_stored(make_model):
     assert sorted(rows_of(cached)) == sorted(rows_of(train))
     assert cached.features["labels"] == train.features["labels"]
     for row in cached:
-        assert row["hidden_states"].dtype == np.float16
+        assert np.array_equal(row["hidden_states"], row["hidden_states"].astype(np.float16))
         assert row["hidden_states"].shape == (row["length"] * 3 * 16,)
         assert row["attention_mask"].tolist() == [1] * row["length"]
 
@@ -211,7 +215,7 @@ def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path
         arguments = CapsuleTrainingArguments(
             str(tmp_path / "run"),
             use_cpu=True,
-            num_train_epochs=4,
+            num_train_epochs=2,
             per_device_train_batch_size=5,
             learning_rate=2e-2,
             logging_steps=1,
@@ -228,5 +232,6 @@ def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path
         trainer.train()
         return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
-    assert len(losses(False)) == 16
-    np.testing.assert_allclose(losses(True), losses(False), rtol=5e-3)
+    from_texts = losses(False)
+    assert len(from_texts) == 8
+    np.testing.assert_allclose(losses(True), from_texts, rtol=5e-3)

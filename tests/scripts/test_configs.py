@@ -1,0 +1,62 @@
+"""Every file in configs/ can be used as its header says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import capsule_heads
+from capsule_heads import CapsuleTrainingArguments
+from capsule_heads.data.glue import GLUE_TASKS
+from capsule_heads.training.command_line import parse_config_and_options
+from capsule_heads.training.experiment import DataArguments, ModelArguments, compute_metrics_of
+
+ROOT = Path(capsule_heads.__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+COMMAND = re.compile(r"^#   python scripts/train\.py (configs/\S+)(.*)$", re.MULTILINE)
+
+
+def parse(path, *options):
+    return parse_config_and_options(
+        (DataArguments, ModelArguments, CapsuleTrainingArguments), [str(path), *options], ""
+    )
+
+
+def test_there_are_those_of_the_paper_and_one_per_glue_task():
+    expected = {"quickstart", "sst2", "sst5", "sst5_roberta", *(f"glue_{task}" for task in GLUE_TASKS)}
+    assert expected <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_header_launches_its_own_file(path):
+    (command,) = COMMAND.findall(path.read_text(encoding="utf-8"))
+    assert command[0] == f"configs/{path.name}"
+    parse(path, "--use_cpu", *command[1].split())  # its options are options
+    assert re.search(r"should reach|has not run it", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_keys_and_values(path):
+    data, model, arguments = parse(path, "--use_cpu")
+    assert Path(arguments.output_dir) == Path("runs", path.stem)
+    assert model.freeze_backbone
+    assert (data.pad_token == "<|endoftext|>") == ("gpt2" in model.backbone)
+    if path.stem.startswith("glue_"):
+        assert data.task == path.stem.removeprefix("glue_")
+        assert arguments.load_best_model_at_end
+    if path.stem.startswith("sst"):  # the paper's regime
+        assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (3, 20)
+        assert (arguments.learning_rate, data.phrases, model.mixup_alpha) == (5e-4, True, 0.2)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_best_model_is_chosen_by_a_metric_of_the_task(path):
+    data, _, arguments = parse(path, "--use_cpu")
+    name = arguments.metric_for_best_model
+    if name is None:
+        return
+    if data.task == "mnli":
+        name = name.removeprefix("validation_matched_")
+    metric = compute_metrics_of(data.task).__closure__[0].cell_contents
+    values = [0.0, 1.0, 2.0] if data.task == "stsb" else [0, 1, 1]
+    assert name in metric.compute(predictions=values, references=values)
