@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -111,7 +111,10 @@ def _parse_config(parser: _GivenOptions, config: dict[str, Any], source: str) ->
     Each is parsed as the option that would say the same: file and command line then have one way to be right. It also
     makes a number of 5e-4, which YAML takes for a string.
     """
-    hints = {name: get_type_hints(cls)[name] for cls in parser.dataclass_types for name in _fields(cls)}
+    hints = {}
+    for cls in parser.dataclass_types:
+        types = get_type_hints(cls)
+        hints |= {name: types[name] for name in _fields(cls)}
     values = {}
     for name, value in config.items():
         if name not in hints:
@@ -122,10 +125,11 @@ def _parse_config(parser: _GivenOptions, config: dict[str, Any], source: str) ->
                 fail(f"{source}: {name} is null; expected a value, or leave the key out")
             values[name] = None
             continue
-        if isinstance(value, dict) and dict not in types:
-            fail(f"{source}: {name} holds keys of its own; expected one value")
-        text = [json.dumps(value) if isinstance(value, dict) else str(value)]
-        options = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={text[0]}"]
+        if isinstance(value, dict):
+            if dict not in {get_origin(kind) or kind for kind in types}:
+                fail(f"{source}: {name} holds keys of its own; expected one value")
+            value = json.dumps(value)
+        options = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
         parsed, rest = parser.parse(options, source)
         if rest:
             fail(f"{source}: {name} is a list; expected one value")

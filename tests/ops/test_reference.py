@@ -1,113 +1,15 @@
-"""The reference strategy against an oracle that shares nothing with it: float64 numpy, loops over i and j."""
+"""The reference strategy against the oracle."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from oracle import INF, NAMES, OUTPUTS, P_MODELS, as_torch, draw, oracle, random_cotangents, relative
 
-from capsule_heads.ops import STRATEGIES, check_routing_options, route
-
-NAMES = ("a_inp", "mu_inp", "W", "B", "beta_use", "beta_ign")
-OUTPUTS = ("a_out", "mu_out", "sig2_out", "R")
-P_MODELS = ("gaussian", "skm")
-INF = math.inf
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The oracle
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def shared(parameter, i, j):
-    """The entry of a parameter for input i and output j; a dimension of size 1 is shared."""
-    return parameter[i if parameter.shape[0] > 1 else 0, j if parameter.shape[1] > 1 else 0]
-
-
-def softmax(logits):
-    weights = [math.exp(logit - max(logits)) for logit in logits]
-    return [weight / sum(weights) for weight in weights]
-
-
-def exact(x):
-    return x
-
-
-def oracle_one(a_inp, mu_inp, W, B, beta_use, beta_ign, n_out, n_iters, p_model, eps, rounded):
-    """One sample, section 1 of the specification line by line. `rounded` sees every elementary result."""
-    inputs, outputs = range(len(a_inp)), range(n_out)
-    f = [0.0 if a == -INF else rounded(1.0 / (1.0 + math.exp(-a))) for a in a_inp]
-    V = [[rounded(mu_inp[i]) @ rounded(shared(W, i, j)) + rounded(shared(B, i, j)) for j in outputs] for i in inputs]
-    a_out = mu = sig2 = None
-    R = np.full((len(f), n_out), 1.0 / n_out)
-    for iteration in range(n_iters):
-        for i in inputs if iteration > 0 else ():
-            log_p = []
-            for j in outputs:
-                distances = rounded((V[i][j] - mu[j]) ** 2)
-                if p_model == "gaussian":
-                    log_p.append(-np.sum(distances / (2 * sig2[j])) - np.sum(rounded(np.log(np.sqrt(sig2[j])))))
-                else:
-                    log_p.append(-np.sum(distances))
-            if p_model == "skm":
-                log_p = [math.log(p) if p > 0 else -INF for p in softmax(log_p)]
-            R[i] = softmax([rounded(-np.logaddexp(0.0, -a_out[j])) + rounded(log_p[j]) for j in outputs])
-        a_out, mu, sig2 = np.zeros(n_out), [None] * n_out, [None] * n_out
-        for j in outputs:
-            use = [rounded(f[i] * R[i, j]) for i in inputs]
-            for i in inputs:
-                a_out[j] += rounded(shared(beta_use, i, j) * use[i])
-                a_out[j] -= rounded(shared(beta_ign, i, j) * (f[i] - use[i]))
-            n_j = rounded(sum(use) + eps)
-            mu[j] = rounded(sum(rounded(use[i] * V[i][j]) for i in inputs) / n_j)
-            sig2[j] = rounded(sum(use[i] * rounded((V[i][j] - mu[j]) ** 2) for i in inputs) / n_j + eps)
-    return a_out, np.stack(mu), np.stack(sig2), R
-
-
-def oracle(tensors, n_out, n_iters=3, p_model="gaussian", eps=1e-5, rounded=exact):
-    """Every sample of a batch on its own. Numpy in, numpy out: a_out, mu_out, sig2_out, R."""
-    a_inp, mu_inp, *parameters = tensors
-    batch = a_inp.shape[:-1]
-    results = [
-        oracle_one(a_inp[index], mu_inp[index], *parameters, n_out, n_iters, p_model, eps, rounded)
-        for index in itertools.product(*(range(size) for size in batch))
-    ]
-    return [np.stack(parts).reshape(*batch, *parts[0].shape) for parts in zip(*results)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inputs and comparisons
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def draw(seed=0, batch=(), n_inp=7, n_out=5, d_cov=3, d_inp=5, d_out=2, own_inp=True, own_out=True, scale=1.0):
-    """Random arguments of `route`, float64, all of them away from zero so that none drops out."""
-    rng = np.random.default_rng(seed)
-    i, j = n_inp if own_inp else 1, n_out if own_out else 1
-    # biases as wide as the votes: outputs that share W then differ as well
-    shapes = {"W": (i, j, d_inp, d_out), "B": (i, n_out, d_cov, d_out), "beta_use": (i, j), "beta_ign": (i, j)}
-    tensors = {
-        "a_inp": rng.normal(size=(*batch, n_inp)),
-        "mu_inp": scale * rng.normal(size=(*batch, n_inp, d_cov, d_inp)),
-    }
-    tensors |= {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    tensors["W"] /= math.sqrt(d_inp)
-    return list(tensors.values())
-
-
-def as_torch(arrays, dtype=torch.float64, requires_grad=False):
-    return [torch.tensor(array, dtype=dtype).requires_grad_(requires_grad) for array in arrays]
-
-
-def relative(actual, expected):
-    actual, expected = (
-        np.asarray(x.detach() if torch.is_tensor(x) else x, dtype=np.float64) for x in (actual, expected)
-    )
-    assert actual.shape == expected.shape
-    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), np.finfo(float).tiny)
+from capsule_heads.ops import route
 
 
 def assert_agree(arrays, tolerance=1e-10, **options):
@@ -118,11 +20,6 @@ def assert_agree(arrays, tolerance=1e-10, **options):
         assert a.dtype == torch.float64
         assert relative(a, e) <= tolerance, f"{name}: {relative(a, e):.1e}"
     assert actual[3].shape[-1] == n_out
-
-
-def random_cotangents(outputs, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in outputs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,105 +333,3 @@ def test_finite_outputs_and_gradients(p_model, scores, equal, scale, own_inp):
         for name, x in zip((*OUTPUTS, *NAMES), (*outputs, *gradients), strict=True):
             assert x.dtype == torch.float32
             assert x.isfinite().all(), f"{name} at {sizes}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dtypes
-# ---------------------------------------------------------------------------------------------------------------------
-
-HALVES = (torch.bfloat16, torch.float16)
-
-
-@pytest.mark.parametrize("half", HALVES, ids=str)
-@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
-def test_autocast_changes_no_bit(strategy, half):
-    tensors = as_torch(draw(batch=(2,)), torch.float32, requires_grad=True)
-    options = {"n_out": 5, "return_R": True, "strategy": strategy}
-    plain = route(*tensors, **options)
-    with torch.autocast("cpu", dtype=half):
-        assert (tensors[1] @ tensors[1].mT).dtype == half  # autocast is on here
-        cast = route(*tensors, **options)
-    cotangents = random_cotangents(plain)
-    gradients = [torch.autograd.grad(outputs, tensors, cotangents) for outputs in (cast, plain)]
-    for a, b in zip((*cast, *gradients[0]), (*plain, *gradients[1]), strict=True):
-        assert a.dtype == torch.float32
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("half", HALVES, ids=str)
-def test_half_precision_arguments_are_computed_in_float32(half):
-    halves = as_torch(draw(batch=(2,)), half)
-    outputs = route(*halves, n_out=5, return_R=True)
-    expected = route(*(x.float() for x in halves), n_out=5, return_R=True)
-    for a, b in zip(outputs, expected, strict=True):
-        assert a.dtype == torch.float32
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("which", range(6), ids=NAMES)
-def test_one_wider_argument_widens_the_computation(which):
-    tensors = as_torch(draw(), torch.bfloat16)
-    tensors[which] = tensors[which].double()
-    outputs = route(*tensors, n_out=5, return_R=True)
-    expected = route(*(x.double() for x in tensors), n_out=5, return_R=True)
-    for a, b in zip(outputs, expected, strict=True):
-        assert a.dtype == torch.float64
-        assert torch.equal(a, b)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------------------------------
-
-OPTION_ERRORS = [
-    ({"n_iters": 0}, r"n_iters is 0; expected a whole number of iterations, 1 or more"),
-    ({"n_iters": 2.0}, r"n_iters is 2\.0; expected a whole number"),
-    ({"n_iters": True}, r"n_iters is True; expected a whole number"),
-    ({"p_model": "gauss"}, r'p_model is \'gauss\'; expected "gaussian" or "skm"'),
-    ({"eps": 0.0}, r"eps is 0\.0; expected a positive number"),
-    ({"eps": -1e-5}, r"eps is -1e-05; expected a positive number"),
-    ({"eps": math.nan}, r"eps is nan; expected a positive number"),
-    ({"strategy": "fast"}, r"strategy is 'fast'; expected one of auto, reference"),
-]
-
-
-@pytest.mark.parametrize("option, message", OPTION_ERRORS, ids=str)
-def test_option_errors(option, message):
-    good = {"n_iters": 3, "p_model": "gaussian", "eps": 1e-5, "strategy": "auto"}
-    check_routing_options(**good)
-    with pytest.raises(ValueError, match=message):
-        check_routing_options(**(good | option))
-    with pytest.raises(ValueError, match=message):
-        route(*as_torch(draw()), n_out=5, **option)
-
-
-@pytest.mark.parametrize("n_out", [0, -1])
-def test_n_out_error(n_out):
-    with pytest.raises(ValueError, match=rf"n_out is {n_out}; expected at least 1"):
-        route(*as_torch(draw(own_out=False)), n_out=n_out)
-
-
-@pytest.mark.parametrize(
-    "which, shape, message",
-    [
-        (0, (6,), r"a_inp has shape \(6,\) and mu_inp \(7, 3, 5\); expected scores \[\.\.\., n_inp\]"),
-        (0, (2, 7), r"a_inp has shape \(2, 7\) and mu_inp \(7, 3, 5\)"),
-        (1, (3, 5), r"a_inp has shape \(7,\) and mu_inp \(3, 5\)"),
-        (1, (7, 4, 5), r"B has shape \(7, 5, 3, 2\), which does not fit .*; expected \[7 or 1, 5 or 1, 4, 2\]"),
-        (2, (6, 5, 5, 2), r"W has shape \(6, 5, 5, 2\).* \(7, 3, 5\) and n_out=5; expected \[7 or 1, 5 or 1, 5, 2\]"),
-        (2, (7, 4, 5, 2), r"W has shape \(7, 4, 5, 2\).*; expected \[7 or 1, 5 or 1, 5, 2\]"),
-        (2, (7, 5, 4, 2), r"W has shape \(7, 5, 4, 2\).*; expected \[7 or 1, 5 or 1, 5, 2\]"),
-        (2, (5, 5, 2), r"W has shape \(5, 5, 2\).*; expected \[7 or 1, 5 or 1, 5, 2\]"),
-        (3, (7, 5, 3, 1), r"B has shape \(7, 5, 3, 1\).*; expected \[7 or 1, 5 or 1, 3, 2\]"),
-        (3, (7, 5, 1, 2), r"B has shape \(7, 5, 1, 2\).*; expected \[7 or 1, 5 or 1, 3, 2\]"),
-        (4, (7, 4), r"beta_use has shape \(7, 4\).*; expected \[7 or 1, 5 or 1\]"),
-        (4, (5,), r"beta_use has shape \(5,\).*; expected \[7 or 1, 5 or 1\]"),
-        (5, (2, 5), r"beta_ign has shape \(2, 5\).*; expected \[7 or 1, 5 or 1\]"),
-        (5, (7, 5, 1), r"beta_ign has shape \(7, 5, 1\).*; expected \[7 or 1, 5 or 1\]"),
-    ],
-)
-def test_shape_errors(which, shape, message):
-    tensors = as_torch(draw())
-    tensors[which] = torch.zeros(shape)
-    with pytest.raises(ValueError, match=message):
-        route(*tensors, n_out=5)

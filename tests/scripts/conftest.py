@@ -30,15 +30,17 @@ def backbone(tmp_path_factory):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": 64}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    fields = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": 64}
+    fields["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **fields).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Offline, with a cache of its own."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hf_home"))}
+    """Offline, with a cache of its own, and one thread: more do not help so small a model."""
+    home = str(tmp_path_factory.mktemp("hf_home"))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

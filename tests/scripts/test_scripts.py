@@ -1,7 +1,6 @@
 """The scripts: each once in a process of its own, as a user runs it, and beyond that in this one."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -40,7 +39,7 @@ def reviews_model(run, backbone, tmp_path_factory):
     """Directory of a model that scripts/train.py made, on cached hidden states."""
     folder = tmp_path_factory.mktemp("reviews")
     config = write(folder / "run.yaml", task="reviews", backbone=backbone, output_dir=str(folder / "run"), max_steps=3)
-    done = run("train.py", config, "--cache_hidden_states", "--max_steps", 4, "--seed", 7)
+    done = run("train.py", config, "--cache_hidden_states", "--max_steps", 4, "--seed", 7, "--learning_rate", 0.1)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -55,7 +54,7 @@ def test_train_writes_results(reviews_model, backbone):
     assert results["training_seconds"] > 0
     for split in ("validation", "test"):
         assert 0 <= results[f"{split}_accuracy"] <= 1
-        assert results[f"{split}_loss"] == pytest.approx(math.log(2), rel=0.1)
+        assert 0.1 < results[f"{split}_loss"] < 2
 
 
 def test_early_stopping_and_the_best_model(call, backbone, trees, tmp_path):
@@ -69,7 +68,7 @@ def test_early_stopping_and_the_best_model(call, backbone, trees, tmp_path):
     assert "early stopping" not in out + err
     results = json.loads((folder / "results.json").read_text())
     assert results["steps"] == 3  # nothing is learned at a rate of 0: best in the first of 6 epochs, then patience
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     assert {"validation_accuracy", "test_accuracy"} <= results.keys()
 
     status, out, _ = call("evaluate.py", folder, "--task", "sst5", "--source", trees, "--split", "test")
@@ -108,12 +107,12 @@ def test_a_trained_model_is_loaded_in_a_new_process(reviews_model, environment, 
 
 
 def test_predict(run, call, reviews_model):
-    texts = ["the food was bad", "a good book\tthe good film", "“good” – très bien"]
+    texts = ["the food was bad", "a good book\tthe good film", "“good”, très bien"]
     model = CapsuleHeadForSequenceClassification.from_pretrained(reviews_model)
     tokenizer = AutoTokenizer.from_pretrained(reviews_model)
     assert tokenizer(*texts[1].split("\t"))["token_type_ids"] == [0] * 5 + [1] * 4
     scores = [model(**tokenizer(*t.split("\t"), return_tensors="pt")).logits.softmax(-1).max().item() for t in texts]
-    assert len({round(score, 4) for score in scores}) > 1
+    assert len({round(score, 4) for score in scores}) == 3
 
     status, out, _ = call("predict.py", reviews_model, *texts)
     assert status == 0

@@ -59,6 +59,7 @@ save_strategy: "no"
 pad_token: <|endoftext|>
 lr_scheduler_type: cosine_with_min_lr
 lr_scheduler_kwargs: {min_lr: 0.1}
+gradient_checkpointing_kwargs: {use_reentrant: false}
 """
     data, model, arguments = parse(config(text))
     assert (data.task, data.cache_hidden_states, data.max_length) == ("reviews", True, None)
@@ -68,6 +69,7 @@ lr_scheduler_kwargs: {min_lr: 0.1}
     assert model.class_weights == [1.0, 2.5]
     assert (arguments.learning_rate, arguments.min_learning_rate) == (5e-4, 2e-5)
     assert arguments.lr_scheduler_kwargs == {"min_lr": 0.1}
+    assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert arguments.save_strategy == "no"
     # and all else is as the classes have it
     assert (data.phrases, model.d_inp, arguments.optim, arguments.per_device_train_batch_size) == (
