@@ -41,10 +41,13 @@ def resolve_backbone(name_or_path: str | os.PathLike) -> str:
     installed. The package is found, not imported.
 
     Raises:
-        OSError: if the package is not installed, or has no such folder.
+        OSError: if the package is not installed, or has no such folder, or a path leads to no directory.
     """
     name_or_path = str(name_or_path)
     if not name_or_path.startswith(PACKAGE_PREFIX):
+        # Only a path begins so. Asked for it, the Hub's client would speak of the letters that a name may have.
+        if name_or_path.startswith(("/", ".", "~")) and not os.path.isdir(name_or_path):
+            raise OSError(f"The backbone {name_or_path} was not found: there is no such directory.")
         return name_or_path
     package, _, folder = name_or_path.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
