@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,9 @@ json.dump([before, after, new, sorted(set(sys.modules) - modules)], sys.stdout)
 
 @pytest.fixture(scope="module")
 def imported():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    # Not this process's environment: what the package were to change is changed in it already.
+    environment = {name: os.environ[name] for name in ("HOME", "PATH", "PYTHONPATH") if name in os.environ}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return json.loads(done.stdout)

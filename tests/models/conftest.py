@@ -126,6 +126,19 @@ def pad(ids):
     return pad_to
 
 
+@pytest.fixture
+def backbone_loads(monkeypatch):
+    """Records the names that backbones are loaded by."""
+    names, from_pretrained = [], AutoModel.from_pretrained
+
+    def record(name, *args, **kwargs):
+        names.append(str(name))
+        return from_pretrained(name, *args, **kwargs)
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", record)
+    return names
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A tokenizer of whole words that sends token_type_ids, as BERT's does."""

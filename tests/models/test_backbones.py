@@ -260,7 +260,7 @@ def test_names_that_are_no_packages(tmp_path):
         resolve_backbone("package:no_such_one/model")
     with pytest.raises(OSError, match="the Python package capsule_heads has no folder 'no/such'"):
         resolve_backbone("package:capsule_heads/no/such")
-    with pytest.raises(OSError, match="The backbone ./no/such was not found: there is no such directory"):
+    with pytest.raises(OSError, match=r"The backbone \./no/such was not found: there is no such directory"):
         resolve_backbone("./no/such")
 
 

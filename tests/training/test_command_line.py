@@ -1,5 +1,6 @@
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from transformers import HfArgumentParser
@@ -59,7 +60,6 @@ save_strategy: "no"
 pad_token: <|endoftext|>
 lr_scheduler_type: cosine_with_min_lr
 lr_scheduler_kwargs: {min_lr: 0.1}
-gradient_checkpointing_kwargs: {use_reentrant: false}
 """
     data, model, arguments = parse(config(text))
     assert (data.task, data.cache_hidden_states, data.max_length) == ("reviews", True, None)
@@ -69,7 +69,6 @@ gradient_checkpointing_kwargs: {use_reentrant: false}
     assert model.class_weights == [1.0, 2.5]
     assert (arguments.learning_rate, arguments.min_learning_rate) == (5e-4, 2e-5)
     assert arguments.lr_scheduler_kwargs == {"min_lr": 0.1}
-    assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert arguments.save_strategy == "no"
     # and all else is as the classes have it
     assert (data.phrases, model.d_inp, arguments.optim, arguments.per_device_train_batch_size) == (
@@ -78,6 +77,17 @@ gradient_checkpointing_kwargs: {use_reentrant: false}
         "radam",
         20,
     )
+
+
+@dataclass
+class WithKeys:
+    keys: dict[str, Any] | str | None = field(default=None)
+
+
+def test_keys_of_its_own_are_handed_on_as_json(config):
+    # transformers' dataclasses read them from there
+    (instance,) = parse_config_and_options((WithKeys,), [config("keys: {a: [1, 2]}\n", required="")], "")
+    assert instance.keys == '{"a": [1, 2]}'
 
 
 def test_the_command_line_overrides_the_file(config):

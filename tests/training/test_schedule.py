@@ -92,6 +92,10 @@ def test_a_saved_state_goes_on_along_the_same_curve(at):
     schedule.load_state_dict(states[1])
     assert curve(of, schedule, n=N + 1 - at) == whole[at:]
 
+    of = optimizer()
+    of.load_state_dict(states[0])  # it remembers its peaks, so that the schedule can begin anywhere, as in torch
+    assert curve(of, one_cycle(of, last_epoch=at - 1), n=N + 1 - at) == whole[at:]
+
 
 def test_an_optimizer_without_betas_keeps_its_momentum():
     of = optimizer(torch.optim.SGD, momentum=0.7)
