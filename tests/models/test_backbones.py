@@ -139,13 +139,13 @@ def test_the_pooler_is_dropped(backbone_config, backbone_dir):
     assert load_pretrained_backbone(backbone_dir("bert"), None)[0].pooler is None
 
 
-def test_hybrid_backbones_are_run_without_a_cache(backbone_config):
+def test_state_space_layers_are_run_without_a_cache(backbone_config):
     base = {
         name: getattr(backbone_config("llama"), name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")
     }
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24, "mamba_d_state": 4}
     jamba = AutoConfig.for_model(
-        "jamba", **base, **sizes, num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False
+        "jamba", **base, **sizes, num_experts=2, attn_layer_period=8, attn_layer_offset=4, use_mamba_kernels=False
     )
     assert count_hidden_states(build_backbone(jamba)) == 3
 

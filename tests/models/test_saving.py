@@ -65,6 +65,7 @@ def test_a_head_alone_by_default(make_model, backbone_dir, pad, tmp_path, backbo
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not loaded.training and not any(p.requires_grad for p in loaded.backbone.parameters())
     assert loaded.backbone.pooler is None
+    assert loaded._no_split_modules == model._no_split_modules != set()  # what device_map="auto" goes by
     assert_same(model, loaded, pad())
 
 
