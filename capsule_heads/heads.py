@@ -115,6 +115,6 @@ class TokenDepthHead(nn.Module):
 
         routing_probabilities = []
         for routing in self.routings:
-            a, x, sig2, R = routing(a, x, return_R=True)
-            routing_probabilities.append(R)
+            a, x, sig2, *R = routing(a, x, return_R=return_routing_probabilities)
+            routing_probabilities += R
         return HeadOutput(a, x, sig2, tuple(routing_probabilities) if return_routing_probabilities else None)

@@ -1,22 +1,44 @@
 """The routing operation: pure functions of tensors, without parameters.
 
-`route` checks its inputs, settles the dtype and calls a strategy. All strategies compute the same function:
+`route` checks its inputs, settles the dtype and calls a strategy. All strategies compute the same function, up to
+rounding: each within twice the error of the literal loop at the same dtype, or less.
 
-| strategy    | serves     | what it is                                                         |
-| ----------- | ---------- | ------------------------------------------------------------------ |
-| `reference` | everything | the literal loop of the paper, ground truth                        |
-| `auto`      | everything | the fastest strategy that serves the shape; today, `reference`     |
+| strategy    | what it is                                | serves                                                   |
+| ----------- | ----------------------------------------- | -------------------------------------------------------- |
+| `reference` | the literal loop of the paper             | everything                                               |
+| `moments`   | second moments of narrow inputs, streamed | weights shared by all inputs; CPU and CUDA               |
+| `votes`     | planes of votes, streamed                 | weights shared by all inputs; CPU and CUDA               |
+| `triton`    | fused kernels that stream                 | weights shared by all inputs, moderate sizes; CUDA       |
+
+`strategy="auto"` takes the first line of this table that holds:
+
+| where                                                                                             | it takes    |
+| ------------------------------------------------------------------------------------------------- | ----------- |
+| a parameter differs by input (`Routing` with `n_inp`), or the device is neither CPU nor CUDA        | `reference` |
+| on the CPU, fewer than `SMALL` numbers in all votes: the loop is done before a pass is set up     | `reference` |
+| `d_cov (d_inp (d_inp + 3) / 2) + 1 <= 4 d_cov d_out`: moments of the inputs are as few as votes     | `moments`   |
+| otherwise                                                                                         | `votes`     |
+
+It never takes `triton`, which has not been run on a GPU yet: ask for it by name. A strategy asked for by name that does
+not serve the shapes raises an error. Second derivatives: `reference` only, the others raise a `NotImplementedError`.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from .autograd import route_in_passes
 from .reference import route_reference
 
-STRATEGIES = {"reference": route_reference}
+STRATEGIES = {
+    "reference": route_reference,
+    **{name: functools.partial(route_in_passes, name) for name in ("moments", "votes", "triton")},
+}
 P_MODELS = ("gaussian", "skm")
+SMALL = 200_000  # numbers in all votes, [...ijch]
 
 __all__ = ["P_MODELS", "STRATEGIES", "check_routing_options", "route"]
 
@@ -80,20 +102,60 @@ def route(
         `R [...ij]` (probabilities; each row sums to 1 over the outputs).
 
     Raises:
-        ValueError: for an unknown option, or shapes that do not fit each other.
+        ValueError: for an unknown option, shapes that do not fit each other, or a strategy that does not serve them.
     """
     check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
     _check_shapes(a_inp, mu_inp, W, B, beta_use, beta_ign, n_out)
-    routing_strategy = STRATEGIES["reference" if strategy == "auto" else strategy]
     tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign)
+    if strategy == "auto":
+        strategy = _choose_strategy(mu_inp, tensors[2:], n_out)
+    else:
+        _check_strategy(strategy, mu_inp, tensors[2:], n_out)
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     with torch.autocast(a_inp.device.type, enabled=False):
-        outputs = routing_strategy(
-            *(tensor.to(dtype) for tensor in tensors), n_out=n_out, n_iters=n_iters, p_model=p_model, eps=eps
+        *outputs, R = STRATEGIES[strategy](
+            *(tensor.to(dtype) for tensor in tensors),
+            n_out=n_out,
+            n_iters=n_iters,
+            p_model=p_model,
+            eps=eps,
+            return_R=return_R,
         )
-    return outputs if return_R else outputs[:3]
+    return (*outputs, R) if return_R else tuple(outputs)
+
+
+def _choose_strategy(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int) -> str:
+    """The second table at the head of this file."""
+    d_cov, d_inp = mu_inp.shape[-2:]
+    d_out = parameters[0].shape[-1]
+    if any(parameter.shape[0] > 1 for parameter in parameters) or mu_inp.device.type not in ("cpu", "cuda"):
+        return "reference"
+    if mu_inp.device.type == "cpu" and mu_inp.numel() // d_inp * n_out * d_out < SMALL:
+        return "reference"
+    return "moments" if d_cov * d_inp * (d_inp + 3) // 2 + 1 <= 4 * d_cov * d_out else "votes"
+
+
+def _check_strategy(strategy: str, mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int) -> None:
+    """The first table at the head of this file."""
+    if strategy == "reference":
+        return
+    n_inp = max(parameter.shape[0] for parameter in parameters)
+    if n_inp > 1:
+        raise ValueError(
+            f'strategy "{strategy}" needs weights that all inputs share; these are different for each of {n_inp} '
+            'inputs. Use strategy="auto" or "reference".'
+        )
+    if mu_inp.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f'strategy "{strategy}" runs on CPU and CUDA; the inputs are on {mu_inp.device.type}. '
+            'Use strategy="auto" or "reference".'
+        )
+    if strategy == "triton":
+        from . import triton  # only here: not everyone has it
+
+        triton.check(mu_inp, d_out=parameters[0].shape[-1], n_out=n_out)
 
 
 def _check_shapes(

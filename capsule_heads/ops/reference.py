@@ -21,7 +21,8 @@ def route_reference(
     n_iters: int,
     p_model: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_R: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Routes by the E-, D- and M-steps of Heinsen (2019), section 3, algorithm 1. Arguments as in `ops.route`."""
     V = torch.einsum("...icd,ijdh->...ijch", mu_inp, W) + B  # [...ijch], or [...i1ch] where outputs share both W and B
     f_inp = torch.sigmoid(a_inp).unsqueeze(-1)  # [...i1]
@@ -50,4 +51,4 @@ def route_reference(
         mu_out = (weights * V).sum(-4) / n_used  # [...jch]
         sig2_out = (weights * (V - mu_out.unsqueeze(-4)).square()).sum(-4) / n_used + eps  # [...jch]
 
-    return a_out, mu_out, sig2_out, R
+    return a_out, mu_out, sig2_out, R if return_R else None

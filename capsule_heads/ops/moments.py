@@ -1,0 +1,193 @@
+"""Routing by second moments, for narrow inputs: no vote is ever computed.
+
+Everything that routing needs of an input is a quadratic form in it, for each output. So with the features
+`phi_i = [x_ic x_ic^T (upper triangle), x_ic, 1]`, an E-step is one matrix product, `phi` with the coefficients of
+`log_prior - sum_ch (scale (u - mean))^2`, and an M-step another, `D^T phi`.
+
+A square written out in powers of `x` cancels where a variance is much smaller than the spread of the inputs: single
+precision would lose all its digits there, so this strategy computes in float64, whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, min_logit, workspace
+
+
+class Quadratic(NamedTuple):
+    """`constant_j + sum_ch u_ijch (linear_jch + square_jch u_ijch)`: shapes `[n,j]`, `[n,c,h,j]` and `[n,c,h,j]`."""
+
+    constant: Tensor
+    linear: Tensor
+    square: Tensor
+
+    @classmethod
+    def about(cls, mean: Tensor, constant: Tensor, linear: Tensor, square: Tensor) -> Quadratic:
+        """From a form in `v = u - mean`."""
+        in_mean = (mean * (square * mean - linear)).sum((1, 2))
+        return cls(constant + in_mean, linear - 2.0 * square * mean, square)
+
+    def coefficients(self, W: Tensor) -> Tensor:
+        """Of the features: `[n,j,p]`."""
+        square = torch.einsum("nchj,hjp->njcp", self.square, _products(W))
+        linear = torch.einsum("nchj,hjd->njcd", self.linear, W)
+        return torch.cat([square.flatten(2), linear.flatten(2), self.constant[..., None]], dim=2)
+
+    def backward(self, W: Tensor, d_coefficients: Tensor) -> tuple[Quadratic, Tensor]:
+        """From the gradient of the coefficients to those of the form and of `W [h,j,d]`.
+
+        The moments `D^T phi` are such a gradient too, and give the moments of `u`.
+        """
+        c, d = self.linear.shape[1], W.shape[-1]
+        square, linear, constant = d_coefficients.split([c * d * (d + 1) // 2, c * d, 1], dim=2)
+        square, linear = square.unflatten(2, (c, -1)), linear.unflatten(2, (c, -1))
+        d_form = Quadratic(
+            constant[..., 0],
+            torch.einsum("njcd,hjd->nchj", linear, W),
+            torch.einsum("njcp,hjp->nchj", square, _products(W)),
+        )
+        d_products = torch.einsum("njcp,nchj->hjp", square, self.square)
+        rows, columns = torch.triu_indices(d, d, device=W.device)
+        symmetric = W.new_empty(*W.shape[:2], d, d)
+        symmetric[..., rows, columns] = d_products
+        symmetric[..., columns, rows] = d_products
+        d_W = 2.0 * (symmetric @ W[..., None])[..., 0]  # off the diagonal `_products` has each twice
+        return d_form, d_W + torch.einsum("njcd,nchj->hjd", linear, self.linear)
+
+
+def n_kept(d_cov: int, d_inp: int) -> int:
+    """See `passes.Passes`: the moments themselves."""
+    return d_cov * (d_inp * (d_inp + 1) // 2 + d_inp) + 1
+
+
+def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
+    """See `passes.Passes`."""
+    n, i, c, d = inputs.mu_inp.shape
+    W = inputs.W.double()
+    form = _exponent(e_step)
+    theta = form.coefficients(W)  # [njp]
+    n_features = theta.shape[-1]
+    moments = torch.zeros_like(theta)
+    for samples, part in blocks(n, i, block_size(theta, n_features + theta.shape[1] + 2 * c * d)):
+        f = inputs.f_inp[samples, None, part].double()
+        phi = _features(inputs, samples, part)
+        logits = torch.matmul(theta[samples], phi, out=workspace("logits", (len(f), theta.shape[1], f.shape[2]), phi))
+        weights, sum_weights = _softmax(logits)
+        if R is None:
+            D = weights.mul_(f / sum_weights)
+        else:
+            R[samples, part] = weights.div_(sum_weights).mT.to(R.dtype)
+            D = weights.mul_(f)
+        moments[samples] += D @ phi.mT
+    of_u, _ = form.backward(W, moments)
+    n_used = of_u.constant
+    mean = of_u.linear / n_used.clamp_min(torch.finfo(n_used.dtype).tiny)[:, None, None]
+    return Statistics(n_used, mean, (of_u.square - of_u.linear * mean).clamp_min(0.0), moments.mT)
+
+
+def gradients(
+    inputs: Inputs,
+    e_step: EStep,
+    statistics: Statistics,
+    d_use: UseGradient,
+    d_R: Tensor | None,
+    d_mu_inp: Tensor,
+    d_f_inp: Tensor,
+) -> tuple[EStep, Tensor]:
+    """See `passes.Passes`."""
+    n, i, c, d = inputs.mu_inp.shape
+    W = inputs.W.double()
+    j = W.shape[1]
+    forms = (_exponent(e_step), Quadratic.about(d_use.mean, d_use.constant, d_use.linear, d_use.square))
+    theta = torch.cat([form.coefficients(W) for form in forms], dim=1)  # [n,2j,p]: of the logits, and of d_D
+    n_features = theta.shape[-1]
+    d_theta = theta.new_zeros(n, j, n_features)
+    for samples, part in blocks(n, i, block_size(theta, 2 * n_features + 3 * j + 3 * c * d)):
+        f = inputs.f_inp[samples, None, part].double()
+        phi = _features(inputs, samples, part)
+        both = torch.matmul(theta[samples], phi, out=workspace("logits", (len(f), 2 * j, f.shape[2]), phi))
+        logits, d_D = both[:, :j], both[:, j:]
+        weights, sum_weights = _softmax(logits)
+        d_logits_of_R = None
+        if d_R is not None:
+            R = weights / sum_weights
+            d_logits_of_R = d_R[samples, part].mT * R
+            d_logits_of_R -= R * d_logits_of_R.sum(1, keepdim=True)
+        D = weights.mul_(f / sum_weights)
+
+        # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
+        d_f = torch.mul(D, d_D, out=workspace("D_d_D", D.shape, D)).sum(1, keepdim=True)
+        d_f /= f.clamp_min(torch.finfo(f.dtype).tiny)
+        d_f_inp[samples, part] += d_f[:, 0].to(d_f_inp.dtype)
+        d_logits = d_D.sub_(d_f).mul_(D)
+        if d_logits_of_R is not None:
+            d_logits += d_logits_of_R
+        d_theta[samples] += d_logits @ phi.mT
+
+        d_phi = torch.matmul(theta[samples, j:].mT, D, out=workspace("d_phi", phi.shape, phi))
+        for d_phi_, theta_, d_logits_ in zip(d_phi, theta[samples, :j], d_logits):
+            d_phi_.addmm_(theta_.T, d_logits_)
+        _features_backward(phi, d_phi, d_mu_inp[samples, part])
+
+    d_form, d_W = forms[0].backward(W, d_theta)
+    _, d_W_of_use = forms[1].backward(W, statistics.kept.mT)
+    mean, scale = e_step.mean, e_step.scale
+    d_constant = d_form.constant[:, None, None]
+    d_mean = 2.0 * scale.square() * (d_form.linear - mean * d_constant)
+    d_scale = -2.0 * scale * (d_form.square - 2.0 * mean * d_form.linear + mean.square() * d_constant)
+    return EStep(d_form.constant, d_mean, d_scale), d_W + d_W_of_use
+
+
+def _exponent(e_step: EStep) -> Quadratic:
+    """The exponent of an E-step: `log_prior - sum_ch (scale (u - mean))^2`."""
+    log_prior, mean, scale = e_step
+    return Quadratic.about(mean, log_prior, torch.zeros_like(mean), -scale.square())
+
+
+def _products(W: Tensor) -> Tensor:
+    """`(x W)^2` is linear in the products `x_d x_e`, `d <= e`: its coefficients `[h,j,p]`."""
+    rows, columns = torch.triu_indices(W.shape[-1], W.shape[-1], device=W.device)
+    return W[..., rows] * W[..., columns] * (2.0 - (rows == columns).to(W.dtype))
+
+
+def _features(inputs: Inputs, samples: slice, part: slice) -> Tensor:
+    """`phi [n,p,i]` of a block, float64: products of two columns, for each row of the capsule; all entries; 1."""
+    mu_inp = inputs.mu_inp[samples, part]
+    n, i, c, d = mu_inp.shape
+    n_products = c * d * (d + 1) // 2
+    centred = torch.sub(mu_inp, inputs.centre[samples], out=workspace("centred", mu_inp.shape, mu_inp))
+    phi = workspace("phi", (n, n_products + c * d + 1, i), mu_inp.new_empty(0, dtype=torch.float64))
+    x = phi[:, n_products:-1].unflatten(1, (c, d)).copy_(centred.permute(0, 2, 3, 1))  # [ncdi]
+    products = phi[:, :n_products].unflatten(1, (c, -1))
+    start = 0
+    for row in range(d):
+        torch.mul(x[:, :, row:], x[:, :, row : row + 1], out=products[:, :, start : start + d - row])
+        start += d - row
+    phi[:, -1] = 1.0
+    return phi
+
+
+def _features_backward(phi: Tensor, d_phi: Tensor, d_mu_inp: Tensor) -> None:
+    """Adds to the gradient of a block of inputs `[n,i,c,d]`. Overwrites `d_phi`."""
+    c, d = d_mu_inp.shape[2:]
+    n_products = c * d * (d + 1) // 2
+    x, d_x = (y[:, n_products:-1].unflatten(1, (c, d)) for y in (phi, d_phi))
+    d_products = d_phi[:, :n_products].unflatten(1, (c, -1))
+    start = 0
+    for row in range(d):
+        d_product = d_products[:, :, start : start + d - row]
+        d_x[:, :, row + 1 :].addcmul_(d_product[:, :, 1:], x[:, :, row : row + 1])
+        d_product[:, :, 0] *= 2.0
+        d_x[:, :, row] += d_product.mul_(x[:, :, row:]).sum(2)
+        start += d - row
+    d_mu_inp += d_x.permute(0, 3, 1, 2)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """In place, over `j`, up to the last division: weights `[n,j,i]` and their sum `[n,1,i]`."""
+    weights = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(min_logit(logits.dtype)).exp_()
+    return weights, weights.sum(1, keepdim=True)

@@ -1,0 +1,193 @@
+"""What streaming and its strategies share: the terms of one pass over the inputs, blocks of them, and work space.
+
+In the shapes `n` counts samples (all batch dimensions) and outputs come last, `[n,c,h,j]`. Inputs are centred,
+`x = mu_inp - centre`; then a vote is `u + bias` with `u = x W`, and means are those of `u`. See `streaming`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every pass reads.
+
+    Attributes:
+        mu_inp: `[n,i,c,d]`.
+        f_inp: `[n,i]`, the sigmoid of the scores.
+        centre: `[n,1,c,d]`, of the dtype of `mu_inp`.
+        W: `[h,j,d]`, of the dtype of `mu_inp`.
+        eps: added to counts and variances.
+    """
+
+    mu_inp: Tensor
+    f_inp: Tensor
+    centre: Tensor
+    W: Tensor
+    eps: float
+
+    def centred(self, samples: slice, part: slice) -> Tensor:
+        """A block of inputs less their centre, with a column of ones, in the workspace: `x [n,c,i,d+1]`."""
+        mu_inp = self.mu_inp[samples, part].transpose(1, 2)  # [ncid]
+        x = workspace("x", (*mu_inp.shape[:3], mu_inp.shape[3] + 1), mu_inp)
+        torch.sub(mu_inp, self.centre[samples].transpose(1, 2), out=x[..., :-1])
+        x[..., -1] = 1.0
+        return x
+
+
+class EStep(NamedTuple):
+    """Parameters of `R_ij = softmax_j( log_prior_j - sum_ch (scale_jch (u_ijch - mean_jch))^2 )`; or gradients.
+
+    Attributes:
+        log_prior: `[n,j]`.
+        mean: `[n,c,h,j]`.
+        scale: `[n,c,h,j]`.
+    """
+
+    log_prior: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
+class Statistics(NamedTuple):
+    """What a pass adds up for the M-step.
+
+    Attributes:
+        n_used: `[n,j]`, `sum_i D_ij`.
+        mean: `[n,c,h,j]`, `sum_i D_ij u_ijch / n_used_j`; anything finite where nothing is used.
+        scatter: `[n,c,h,j]`, `sum_i D_ij (u_ijch - mean_jch)^2`, about this very mean.
+        kept: `[n,k,j]`, what else the strategy wants to see again in the backward pass.
+    """
+
+    n_used: Tensor
+    mean: Tensor
+    scatter: Tensor
+    kept: Tensor | None = None
+
+    def packed(self, n_kept: int) -> Tensor:
+        """All of them as one tensor, `[n,1+2ch+k,j]`."""
+        kept = self.mean.new_zeros(len(self.mean), n_kept, self.mean.shape[-1]) if self.kept is None else self.kept
+        return torch.cat([self.n_used[:, None], self.mean.flatten(1, 2), self.scatter.flatten(1, 2), kept], dim=1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, c: int, h: int) -> Statistics:
+        """The inverse of `packed`."""
+        n_used, mean, scatter, kept = packed.tensor_split([1, 1 + c * h, 1 + 2 * c * h], dim=1)
+        return cls(n_used[:, 0], mean.unflatten(1, (c, h)), scatter.unflatten(1, (c, h)), kept)
+
+
+class UseGradient(NamedTuple):
+    """The gradient of `D_ij`: `constant_j + sum_ch v_ijch (linear_jch + square_jch v_ijch)`, with `v = u - mean`.
+
+    Attributes:
+        constant: `[n,j]`.
+        linear: `[n,c,h,j]`; it is also the gradient with respect to `sum_i D_ij u_ijch`.
+        square: `[n,c,h,j]`; it is also the gradient with respect to `sum_i D_ij v_ijch^2`.
+        mean: `[n,c,h,j]`.
+    """
+
+    constant: Tensor
+    linear: Tensor
+    square: Tensor
+    mean: Tensor
+
+
+class Passes(Protocol):
+    """What a strategy provides: one pass over the inputs for an iteration, and one for its backward pass."""
+
+    def n_kept(self, d_cov: int, d_inp: int) -> int:
+        """The size `k` of `Statistics.kept`."""
+        ...
+
+    def statistics(self, inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
+        """Adds up `D_ij = f_i R_ij`; writes `R [n,i,j]` where it is given."""
+        ...
+
+    def gradients(
+        self,
+        inputs: Inputs,
+        e_step: EStep,
+        statistics: Statistics,
+        d_use: UseGradient,
+        d_R: Tensor | None,
+        d_mu_inp: Tensor,
+        d_f_inp: Tensor,
+    ) -> tuple[EStep, Tensor]:
+        """Adds to `d_mu_inp [n,i,c,d]` and `d_f_inp [n,i]`, and returns the gradients of `e_step` and `W`."""
+        ...
+
+
+def blocks(n_samples: int, n_inp: int, block_size: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts `n_samples x n_inp` inputs into even blocks of about `block_size`: parts of a sample, or whole samples."""
+    if n_samples == 0 or n_inp == 0:
+        return
+    if n_inp >= block_size:
+        step = -(-n_inp // -(-n_inp // block_size))
+        for sample in range(n_samples):
+            for start in range(0, n_inp, step):
+                yield slice(sample, sample + 1), slice(start, min(n_inp, start + step))
+    else:
+        count = max(1, block_size // max(1, n_inp))
+        step = -(-n_samples // -(-n_samples // count))
+        for start in range(0, n_samples, step):
+            yield slice(start, min(n_samples, start + step)), slice(0, n_inp)
+
+
+def block_size(tensor: Tensor, floats_per_input: int) -> int:
+    """How many inputs make a block whose temporaries fill the cache (CPU) or a small part of memory (GPU)."""
+    if tensor.device.type == "cpu":
+        n_bytes = _cache_bytes_per_core() * torch.get_num_threads()
+    else:
+        n_bytes = torch.cuda.get_device_properties(tensor.device).total_memory // 64
+    return max(1, n_bytes // (floats_per_input * tensor.element_size()))
+
+
+@functools.cache
+def _cache_bytes_per_core() -> int:
+    """The second-level cache of a core: a block that fits is not written to memory between operations."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()  # Linux: "2048K"
+        return int(size.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 2**20
+
+
+def min_logit(dtype: torch.dtype) -> float:
+    """Logits further than this below the largest are raised to it: half way, in digits, to the smallest normal number.
+
+    In float32 that is a weight of 1e-19, as good as 0 beside weights that sum to 1. With a smaller one, products could
+    fall below the smallest normal number, and processors are many times slower there; as `exp` is where it underflows.
+    """
+    return 0.5 * math.log(torch.finfo(dtype).tiny)
+
+
+class Workspace(threading.local):
+    """Buffers for the temporaries of a block, used again for the next: to allocate anew costs page faults on the CPU.
+
+    They stay, for the next call as well: as much as fills the cache, for each thread that routes.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor, which holds until the same name is asked for again."""
+        numel = math.prod(shape)
+        key = (name, like.dtype, like.device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[key] = torch.empty(numel, dtype=key[1], device=key[2])
+        return buffer[:numel].view(shape)
+
+
+workspace = Workspace()

@@ -1,0 +1,232 @@
+"""Routing in a few passes over blocks of inputs, forward and backward: what the fast strategies share.
+
+An M-step is a sum over inputs and an E-step is local to each, so an iteration is one pass over the inputs that adds up
+statistics without `i`; its backward pass is one more, which computes each block anew. Nothing of the size `[...ij]` is
+kept, except `R` where it is asked for. A strategy provides the two passes (`Passes`). This module has the rest: the
+first iteration, in which `R` is uniform; what happens between passes, on tensors without `i`; and autograd.
+
+Two changes of variables keep the numbers good. Inputs are centred on their weighted mean, `x = mu_inp - centre`, so
+`V = u + b` with `u = x W` and `b = centre W + B`; and means are kept relative to that, `mean = mu - b`, so the
+difference `V - mu = u - mean` has no large terms. The centre is a constant to autograd: the function does not depend
+on it.
+
+In the shapes here `n` counts samples (all batch dimensions) and outputs come last, `[n,c,h,j]`. Tensors without `i` are
+float64, whatever the inputs are: they are small, and most cancellation happens there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .passes import EStep, Inputs, Passes, Statistics, UseGradient, block_size, blocks, workspace
+
+
+class MStep:
+    """The M-step on statistics, what the next E-step needs of it, and the gradients of both; all without `i`.
+
+    Attributes:
+        a_out: `[n,j]`.
+        mean: `[n,c,h,j]`, `mu_out - bias`.
+        mu_out: `[n,c,h,j]`.
+        sig2_out: `[n,c,h,j]`.
+    """
+
+    def __init__(self, statistics: Statistics, inputs: Inputs, B: Tensor, beta_use: Tensor, beta_ign: Tensor) -> None:
+        self.statistics, self.eps = statistics, inputs.eps
+        self.total = inputs.f_inp.sum(-1, keepdim=True, dtype=torch.float64)  # [n1]
+        self.beta_use, self.beta_ign = beta_use.double(), beta_ign.double()
+        # what votes have beside u = x W
+        bias = torch.einsum("nkcd,hjd->nchj", inputs.centre.double(), inputs.W.double()) + B.double()
+        n_used = statistics.n_used[:, None, None]
+        self.count = n_used + self.eps  # [n11j]
+        self.a_out = self.beta_use * statistics.n_used - self.beta_ign * (self.total - statistics.n_used)
+        self.mu_out = n_used * (statistics.mean + bias) / self.count
+        # eps draws the means to zero: they are not quite the mean votes, about which the scatter was taken
+        self.gap = self.eps * (statistics.mean + bias) / self.count
+        self.mean = statistics.mean - self.gap
+        self.sum_of_squares = statistics.scatter + n_used * self.gap.square()  # about self.mean
+        self.sig2_out = self.sum_of_squares / self.count + self.eps
+
+    def e_step(self, p_model: str) -> EStep:
+        """The parameters of the next E-step."""
+        log_prior = F.logsigmoid(self.a_out)
+        if p_model == "skm":  # the log-softmax of the paper is a constant of each input, which the softmax takes out
+            return EStep(log_prior, self.mean, torch.ones_like(self.mean))
+        return EStep(log_prior - 0.5 * self.sig2_out.log().sum((1, 2)), self.mean, (2.0 * self.sig2_out).rsqrt())
+
+    def e_step_backward(self, p_model: str, e_step: EStep, d: EStep) -> tuple[Tensor, Tensor, Tensor]:
+        """From the gradient of `e_step` to those of `a_out`, `mean` and `sig2_out`."""
+        d_a_out = d.log_prior * torch.sigmoid(-self.a_out)
+        if p_model == "skm":
+            return d_a_out, d.mean, torch.zeros_like(self.sig2_out)
+        d_sig2_out = -0.5 * (d.log_prior[:, None, None] + d.scale * e_step.scale) / self.sig2_out
+        return d_a_out, d.mean, d_sig2_out
+
+    def backward(self, d_a_out: Tensor, d_mean: Tensor, d_sig2_out: Tensor) -> tuple[UseGradient, MStepGradient]:
+        """From the gradients of `a_out`, `mean` and `sig2_out` to those of `D` and of what else the M-step reads."""
+        n_used = self.statistics.n_used
+        square = d_sig2_out / self.count
+        # The sum of squares is about `mean`, which is not quite the mean vote.
+        linear = (d_mean - 2.0 * square * n_used[:, None, None] * self.gap) / self.count
+        # The mean moves with n_used too, by what cancels against u = v + mean.
+        constant = (self.beta_use + self.beta_ign) * d_a_out - (square * self.sum_of_squares / self.count).sum((1, 2))
+        return UseGradient(constant, linear, square, self.mean), MStepGradient(
+            total=-(self.beta_ign * d_a_out).sum(-1, keepdim=True),
+            bias=-self.eps * linear,
+            beta_use=(d_a_out * n_used).sum(0),
+            beta_ign=(d_a_out * (n_used - self.total)).sum(0),
+        )
+
+
+class MStepGradient(NamedTuple):
+    """Gradients of what an M-step reads beside the statistics: `total [n,1]`, `bias [n,c,h,j]`, betas `[j]`."""
+
+    total: Tensor
+    bias: Tensor
+    beta_use: Tensor
+    beta_ign: Tensor
+
+
+class UniformPass:
+    """The first iteration, in which `R_ij = 1 / n_out`: its statistics need no votes, only `[c,d,d]` moments."""
+
+    @staticmethod
+    def moments(inputs: Inputs) -> Tensor:
+        """Second and first moments of the inputs, `[n,c,d,d+1]`: `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic`."""
+        n, i, c, d = inputs.mu_inp.shape
+        moments = inputs.mu_inp.new_zeros(n, c, d, d + 1, dtype=torch.float64)
+        for samples, part in blocks(n, i, block_size(moments, 2 * c * d)):
+            x = inputs.centred(samples, part)
+            f_x = torch.mul(
+                x[..., :d], inputs.f_inp[samples, None, part, None], out=workspace("f_x", (*x.shape[:3], d), x)
+            )
+            x64, f_x64 = (workspace(name, y.shape, moments).copy_(y) for name, y in (("x", x), ("f_x", f_x)))
+            moments[samples] += f_x64.mT @ x64
+        return moments
+
+    @staticmethod
+    def statistics(inputs: Inputs, moments: Tensor) -> Statistics:
+        """The statistics of `D_ij = f_i / n_out`."""
+        total, W, n_out = inputs.f_inp.sum(-1, keepdim=True, dtype=torch.float64), inputs.W.double(), inputs.W.shape[1]
+        mean_x = moments[..., -1] / total[..., None].clamp_min(torch.finfo(total.dtype).tiny)  # [ncd]
+        covariance = moments[..., :-1] - total[..., None, None] * mean_x[..., :, None] * mean_x[..., None, :]
+        mean = torch.einsum("ncd,hjd->nchj", mean_x, W)
+        scatter = torch.einsum("ncde,hjd,hje->nchj", covariance, W, W) / n_out
+        return Statistics((total / n_out).expand(-1, n_out), mean, scatter)
+
+    @staticmethod
+    def gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
+        """Adds to `d_mu_inp [n,i,c,d]` and `d_f_inp [n,i]`, and returns the gradient of `W [h,j,d]`, float64."""
+        n, i, c, d = inputs.mu_inp.shape
+        W, n_out = inputs.W.double(), inputs.W.shape[1]
+        # The gradient of D_ij summed over j is a quadratic form in x: constant + x linear + x square x^T.
+        in_u = (d_use.linear - 2.0 * d_use.square * d_use.mean) / n_out  # [nchj]
+        square = torch.einsum("nchj,hjd,hje->ncde", d_use.square / n_out, W, W)
+        linear = torch.einsum("nchj,hjd->ncd", in_u, W)
+        at_zero = (d_use.square * d_use.mean - d_use.linear) * d_use.mean
+        constant = (d_use.constant.sum(-1) + at_zero.sum((1, 2, 3))) / n_out
+        # f (2 x square + linear), as a product with x and its column of ones
+        half = torch.cat([square, linear[:, :, None] / 2.0], dim=2).to(inputs.mu_inp.dtype)  # [n,c,d+1,d]
+        for samples, part in blocks(n, i, block_size(inputs.mu_inp, 2 * c * (d + 1))):
+            x = inputs.centred(samples, part)  # [n,c,i,d+1]
+            d_x = torch.matmul(x, half[samples], out=workspace("d_x", (*x.shape[:3], d), x))
+            d_f = (x[..., :d] @ half[samples, :, d, :, None]).sum((1, 3)) + constant[samples, None].to(x.dtype)
+            f_x = torch.mul(d_x, x[..., :d], out=workspace("f_x", d_x.shape, x))
+            d_f_inp[samples, part] += d_f + f_x.sum((1, 3))
+            d_x.mul_(inputs.f_inp[samples, None, part, None])
+            d_mu_inp[samples, part].add_(d_x.transpose(1, 2), alpha=2.0)
+        return torch.einsum("ncd,nchj->hjd", moments[..., -1], in_u) + 2.0 * torch.einsum(
+            "ncde,nchj,hje->hjd", moments[..., :-1], d_use.square / n_out, W
+        )
+
+
+def forward(
+    passes: Passes,
+    a_inp: Tensor,
+    mu_inp: Tensor,
+    W: Tensor,
+    B: Tensor,
+    beta_use: Tensor,
+    beta_ign: Tensor,
+    *,
+    n_iters: int,
+    p_model: str,
+    eps: float,
+    return_R: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Routes. Shapes: `a_inp [n,i]`, `mu_inp [n,i,c,d]`, `W [h,j,d]`, `B [c,h,j]`, betas `[j]`.
+
+    Returns:
+        `a_out [n,j]`, `mu_out` and `sig2_out [n,c,h,j]`, and `R [n,i,j]` (empty unless asked for), of the dtype of
+        `mu_inp`; and what `backward` needs: `centre`, the moments of the inputs, and the statistics of every iteration,
+        `[n_iters,n,1+2ch,j]`.
+    """
+    f_inp = torch.sigmoid(a_inp)
+    weighted_sum = (f_inp[:, None] @ mu_inp.flatten(2)).view(len(mu_inp), 1, *mu_inp.shape[2:])
+    total = f_inp.sum(-1, keepdim=True)[..., None, None]
+    centre = weighted_sum / total.clamp_min(torch.finfo(mu_inp.dtype).tiny)
+    inputs = Inputs(mu_inp, f_inp, centre, W, eps)
+    moments = UniformPass.moments(inputs)
+    m_steps = [MStep(UniformPass.statistics(inputs, moments), inputs, B, beta_use, beta_ign)]
+    R = mu_inp.new_full((*a_inp.shape, W.shape[1]) if return_R else (0,), 1.0 / W.shape[1])
+    for iteration in range(1, n_iters):
+        e_step = m_steps[-1].e_step(p_model)
+        R_out = R if return_R and iteration == n_iters - 1 else None
+        statistics = passes.statistics(inputs, e_step, R_out)
+        m_steps.append(MStep(statistics, inputs, B, beta_use, beta_ign))
+    outputs = (x.to(mu_inp.dtype) for x in (m_steps[-1].a_out, m_steps[-1].mu_out, m_steps[-1].sig2_out))
+    n_kept = passes.n_kept(*mu_inp.shape[2:])
+    return *outputs, R, centre, moments, torch.stack([m_step.statistics.packed(n_kept) for m_step in m_steps])
+
+
+def backward(
+    passes: Passes,
+    d_outputs: tuple[Tensor | None, ...],
+    a_inp: Tensor,
+    mu_inp: Tensor,
+    W: Tensor,
+    B: Tensor,
+    beta_use: Tensor,
+    beta_ign: Tensor,
+    centre: Tensor,
+    moments: Tensor,
+    statistics: Tensor,
+    *,
+    p_model: str,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The gradients of `forward`'s six tensors. `d_outputs`: of `a_out`, `mu_out`, `sig2_out`, `R`, or None."""
+    inputs = Inputs(mu_inp, torch.sigmoid(a_inp), centre, W, eps)
+    m_steps = [MStep(Statistics.unpacked(s, *B.shape[:2]), inputs, B, beta_use, beta_ign) for s in statistics]
+
+    last = m_steps[-1]
+    d_a_out, d_mean, d_sig2_out = (
+        torch.zeros_like(x) if d is None else d.double()
+        for d, x in zip(d_outputs, (last.a_out, last.mu_out, last.sig2_out))
+    )
+    d_bias, d_R = d_mean, d_outputs[3]  # mu_out = mean + bias
+    d_mu_inp, d_f_inp = torch.zeros_like(mu_inp), torch.zeros_like(a_inp)
+    d_W, d_read = torch.zeros_like(W, dtype=torch.float64), []
+    for previous, m_step in zip([None, *m_steps][-2::-1], m_steps[::-1]):
+        d_use, d_read_here = m_step.backward(d_a_out, d_mean, d_sig2_out)
+        d_read.append(d_read_here)
+        if previous is None:
+            d_W += UniformPass.gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
+        else:
+            e_step = previous.e_step(p_model)
+            d_e_step, d_W_here = passes.gradients(inputs, e_step, m_step.statistics, d_use, d_R, d_mu_inp, d_f_inp)
+            d_R = None  # only the last iteration's is an output
+            d_W += d_W_here
+            d_a_out, d_mean, d_sig2_out = previous.e_step_backward(p_model, e_step, d_e_step)
+
+    d_total, d_bias_of_eps, d_beta_use, d_beta_ign = (sum(parts) for parts in zip(*d_read))
+    d_bias = d_bias + d_bias_of_eps
+    d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
+    d_f_inp += d_total.to(d_f_inp.dtype)
+    d_a_inp = d_f_inp * inputs.f_inp * (1.0 - inputs.f_inp)
+    d_parameters = (x.to(W.dtype) for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
+    return d_a_inp, d_mu_inp, *d_parameters

@@ -1,0 +1,179 @@
+"""Routing by planes of votes, for narrow outputs: `u_ijch` as few contiguous `[j,i]` planes, one for each `c` and `h`.
+
+The E-step's shift and scale are folded into the weights, so one matrix product gives the planes
+`z_ijch = scale_jch (u_ijch - mean_jch)` of a block; the rest are elementwise operations on planes, all in cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, min_logit, workspace
+
+
+def n_kept(d_cov: int, d_inp: int) -> int:
+    """See `passes.Passes`."""
+    return 0
+
+
+def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
+    """See `passes.Passes`."""
+    n, i, c, d = inputs.mu_inp.shape
+    h, j, _ = inputs.W.shape
+    planes = _Planes(inputs, e_step)
+    scale, mean = planes.scale.flatten(1, 2), e_step.mean.flatten(1, 2)  # [npj], float64
+    n_used = scale.new_zeros(n, j)
+    mean_u, scatter = torch.zeros_like(scale), torch.zeros_like(scale)
+    for samples, part in blocks(n, i, block_size(inputs.mu_inp, (c * h + 2) * j + c * (d + 1))):
+        f = inputs.f_inp[samples, None, part]
+        _, z, weights, sum_weights = planes.e_step(samples, part)
+        if R is None:
+            D = weights.mul_(f / sum_weights)
+        else:
+            R[samples, part] = weights.div_(sum_weights).mT
+            D = weights.mul_(f)
+        n_block = D.sum(-1)  # [nj]
+        # The scatter about the block's own mean: about any other, it would lose digits to the distance.
+        mean_z = _weighted_sum(D, z) / n_block.clamp_min(torch.finfo(D.dtype).tiny)[:, None]  # [npj]
+        scatter_z = _weighted_sum(D, z.sub_(mean_z[..., None]).square_())
+        _merge(
+            (n_used[samples], mean_u[samples], scatter[samples]),
+            (n_block.double(), mean[samples] + mean_z / scale[samples], scatter_z / scale[samples].square()),
+        )
+    return Statistics(n_used, mean_u.unflatten(1, (c, h)), scatter.unflatten(1, (c, h)))
+
+
+def gradients(
+    inputs: Inputs,
+    e_step: EStep,
+    statistics: Statistics,
+    d_use: UseGradient,
+    d_R: Tensor | None,
+    d_mu_inp: Tensor,
+    d_f_inp: Tensor,
+) -> tuple[EStep, Tensor]:
+    """See `passes.Passes`."""
+    n, i, c, d = inputs.mu_inp.shape
+    h, j, _ = inputs.W.shape
+    planes = _Planes(inputs, e_step)
+
+    # The gradient with respect to D in units of z: constant + sum_p v (linear + square v), v = z - offset.
+    offset = planes.scale * (d_use.mean - e_step.mean)  # [nchj]
+    linear, square = d_use.linear / planes.scale, d_use.square / planes.scale.square()
+    offset_, linear_, square_ = (planes.per_plane(x) for x in (offset, linear, square))  # [npj1]
+    constant_ = d_use.constant.to(offset_.dtype)[..., None]  # [nj1]
+
+    d_log_prior = torch.zeros_like(d_use.constant)
+    d_weights = torch.zeros_like(planes.weights)
+    for samples, part in blocks(n, i, block_size(inputs.mu_inp, (4 * c * h + 3) * j + c * (d + 1))):
+        f = inputs.f_inp[samples, None, part]
+        x, z, weights, sum_weights = planes.e_step(samples, part)
+        d_logits_of_R = None
+        if d_R is not None:
+            R = weights / sum_weights
+            d_logits_of_R = d_R[samples, part].mT * R
+            d_logits_of_R -= R * d_logits_of_R.sum(1, keepdim=True)
+        D = weights.mul_(f / sum_weights)
+
+        v = torch.sub(z, offset_[samples], out=workspace("v", z.shape, z))
+        d_v = torch.mul(v, square_[samples], out=workspace("d_v", z.shape, z))
+        slope = torch.add(d_v, linear_[samples], out=workspace("slope", z.shape, z))
+        d_D = torch.mul(v[:, 0], slope[:, 0], out=workspace("d_D", D.shape, D)).add_(constant_[samples])
+        for p in range(1, c * h):
+            d_D.addcmul_(v[:, p], slope[:, p])
+        d_v.add_(slope).mul_(D[:, None])  # D (linear + 2 square v)
+
+        # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
+        d_f = torch.mul(D, d_D, out=workspace("D_d_D", D.shape, D)).sum(1, keepdim=True)
+        d_f /= f.clamp_min(torch.finfo(f.dtype).tiny)
+        d_f_inp[samples, part] += d_f[:, 0]
+        d_logits = d_D.sub_(d_f).mul_(D)
+        if d_logits_of_R is not None:
+            d_logits += d_logits_of_R
+        d_log_prior[samples] += d_logits.sum(-1)
+        d_z = d_v.addcmul_(z, d_logits[:, None], value=-2.0)
+
+        # Back through z = weights x, summed into place
+        for sample, d_z_c in zip(range(samples.start, samples.stop), d_z.view(len(x), c, h * j, -1)):
+            d_mu_inp[sample, part].transpose(0, 1).baddbmm_(d_z_c.mT, planes.weights[sample, ..., :d])
+            d_weights[sample].baddbmm_(d_z_c, x[sample - samples.start])
+
+    # d_weights has what the E-step's scale and mean need, and, as u is also what the M-step averages, some more.
+    n_used = statistics.n_used[:, None, None]
+    gap = statistics.mean - d_use.mean
+    sum_v = planes.scale * n_used * gap
+    sum_v2 = planes.scale.square() * (statistics.scatter + n_used * gap.square())
+    d_sum = linear * n_used + 2.0 * square * sum_v
+    d_sum_z = linear * sum_v + 2.0 * square * sum_v2 + offset * d_sum
+    d_sum_z = (d_weights * planes.weights).sum(-1, dtype=torch.float64).view_as(d_sum_z) - d_sum_z
+    d_sum = d_weights[..., d].view_as(d_sum) - d_sum
+    d_W = (d_weights[..., :d] * planes.scale.flatten(2)[..., None].to(d_weights.dtype)).sum((0, 1)).view(h, j, d)
+    return EStep(d_log_prior, -planes.scale * d_sum, d_sum_z / e_step.scale), d_W
+
+
+class _Planes:
+    """Makes the planes `z [n,p,j,i]` of a block, `p` counting `c` and `h`, and the weights of its softmax."""
+
+    def __init__(self, inputs: Inputs, e_step: EStep) -> None:
+        self.inputs = inputs
+        self.scale = e_step.scale
+        W, dtype = inputs.W, inputs.W.dtype
+        weights = torch.empty(*self.scale.shape, W.shape[-1] + 1, dtype=dtype, device=W.device)
+        torch.mul(self.scale.to(dtype)[..., None], W, out=weights[..., :-1])
+        weights[..., -1] = -self.scale * e_step.mean
+        self.weights = weights.flatten(2, 3)  # [n,c,hj,d+1]
+        # No logit is above the largest prior, so this softmax can neither overflow nor, mostly, underflow.
+        log_prior = e_step.log_prior - e_step.log_prior.amax(1, keepdim=True)
+        self.log_prior = log_prior.to(dtype)[..., None]  # [nj1]
+        self.min_logit = min_logit(dtype)
+
+    def per_plane(self, x: Tensor) -> Tensor:
+        """`[n,c,h,j]` as `[n,p,j,1]`, of the dtype of the inputs."""
+        return x.flatten(1, 2).to(self.weights.dtype)[..., None]
+
+    def e_step(self, samples: slice, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A block's E-step: `R = weights / sum_weights`.
+
+        Returns:
+            `x [n,c,i,d+1]`, centred, with a column of ones; `z [n,p,j,i]`; `weights [n,j,i]`; `sum_weights [n,1,i]`.
+        """
+        h, j, _ = self.inputs.W.shape
+        x = self.inputs.centred(samples, part)
+        n, c, i, _ = x.shape
+        z = torch.matmul(self.weights[samples], x.mT, out=workspace("z", (n, c, h * j, i), x)).view(n, c * h, j, i)
+        logits = self._logits(samples, z)
+        sum_weights = logits.clamp_min_(self.min_logit).exp_().sum(1, keepdim=True)
+        if sum_weights.amin() < math.exp(0.5 * self.min_logit):  # an input far from every output
+            logits = self._logits(samples, z)
+            logits.sub_(logits.amax(1, keepdim=True))
+            sum_weights = logits.clamp_min_(self.min_logit).exp_().sum(1, keepdim=True)
+        return x, z, logits, sum_weights
+
+    def _logits(self, samples: slice, z: Tensor) -> Tensor:
+        logits = torch.mul(z[:, 0], z[:, 0], out=workspace("logits", (len(z), *z.shape[2:]), z))
+        for p in range(1, z.shape[1]):
+            logits.addcmul_(z[:, p], z[:, p])
+        return torch.sub(self.log_prior[samples], logits, out=logits)
+
+
+def _weighted_sum(D: Tensor, z: Tensor) -> Tensor:
+    """`sum_i D_nji z_npji`, `[npj]`."""
+    if z.shape[1] == 1:
+        return (D[:, None] * z).sum(-1)
+    # One product for each j, of [1,i] and [i,p]: it writes no product of planes. Slow for a single plane.
+    return torch.stack([torch.bmm(D_[:, None], z_.permute(1, 2, 0))[:, 0].mT for D_, z_ in zip(D, z)])
+
+
+def _merge(into: tuple[Tensor, Tensor, Tensor], block: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Adds the count `[nj]`, mean and scatter `[npj]` of a block to those of the blocks before it."""
+    count, mean, scatter = into
+    n_block, mean_block, scatter_block = block
+    total = count + n_block
+    share = (n_block / total.clamp_min(torch.finfo(total.dtype).tiny))[:, None]
+    distance = mean_block - mean
+    scatter += scatter_block + distance.square() * count[:, None] * share
+    mean += distance * share
+    count.copy_(total)
