@@ -16,7 +16,7 @@ rounding: each within twice the error of the literal loop at the same dtype, or 
 | ------------------------------------------------------------------------------------------------- | ----------- |
 | a parameter differs by input (`Routing` with `n_inp`), or the device is neither CPU nor CUDA        | `reference` |
 | on the CPU, fewer than `SMALL` numbers in all votes: the loop is done before a pass is set up     | `reference` |
-| `d_cov (d_inp (d_inp + 3) / 2) + 1 <= 4 d_cov d_out`: moments of the inputs are as few as votes     | `moments`   |
+| `d_cov (d_inp (d_inp + 3) / 2) + 1 <= 8 d_cov d_out`: the inputs have few moments                 | `moments`   |
 | otherwise                                                                                         | `votes`     |
 
 It never takes `triton`, which has not been run on a GPU yet: ask for it by name. A strategy asked for by name that does
@@ -38,7 +38,7 @@ STRATEGIES = {
     **{name: functools.partial(route_in_passes, name) for name in ("moments", "votes", "triton")},
 }
 P_MODELS = ("gaussian", "skm")
-SMALL = 200_000  # numbers in all votes, [...ijch]
+SMALL = 250_000  # numbers in all votes, [...ijch]
 
 __all__ = ["P_MODELS", "STRATEGIES", "check_routing_options", "route"]
 
@@ -134,7 +134,7 @@ def _choose_strategy(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int)
         return "reference"
     if mu_inp.device.type == "cpu" and mu_inp.numel() // d_inp * n_out * d_out < SMALL:
         return "reference"
-    return "moments" if d_cov * d_inp * (d_inp + 3) // 2 + 1 <= 4 * d_cov * d_out else "votes"
+    return "moments" if d_cov * d_inp * (d_inp + 3) // 2 + 1 <= 8 * d_cov * d_out else "votes"
 
 
 def _check_strategy(strategy: str, mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 from . import streaming
 from .passes import Passes
 
+# With fewer numbers than this in all votes, time goes into calls and not arithmetic: double precision costs nothing.
+SMALL_VOTES = 500_000
+
 
 def route_in_passes(
     strategy: str,
@@ -37,9 +40,9 @@ def route_in_passes(
     """
     *batch, n_inp, d_cov, d_inp = mu_inp.shape
     d_out = W.shape[-1]
-    a_out, mu_out, sig2_out, R = _Route.apply(
-        strategy,
-        (n_iters, p_model, eps, return_R),
+    is_small = mu_inp.numel() // d_inp * n_out * d_out < SMALL_VOTES
+    dtype = torch.float64 if is_small and strategy != "triton" else mu_inp.dtype
+    tensors = (
         a_inp.reshape(-1, n_inp),
         mu_inp.reshape(-1, n_inp, d_cov, d_inp),
         W[0].permute(2, 0, 1).expand(d_out, n_out, d_inp),
@@ -47,6 +50,8 @@ def route_in_passes(
         beta_use[0].expand(n_out),
         beta_ign[0].expand(n_out),
     )
+    outputs = _Route.apply(strategy, (n_iters, p_model, eps, return_R), *(tensor.to(dtype) for tensor in tensors))
+    a_out, mu_out, sig2_out, R = (output.to(mu_inp.dtype) for output in outputs)
     return (
         a_out.reshape(*batch, n_out),
         mu_out.permute(0, 3, 1, 2).reshape(*batch, n_out, d_cov, d_out),

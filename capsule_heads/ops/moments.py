@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, min_logit, workspace
+from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, exp_, workspace
 
 
 class Quadratic(NamedTuple):
@@ -75,7 +75,9 @@ def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
     for samples, part in blocks(n, i, block_size(theta, n_features + theta.shape[1] + 2 * c * d)):
         f = inputs.f_inp[samples, None, part].double()
         phi = _features(inputs, samples, part)
-        logits = torch.matmul(theta[samples], phi, out=workspace("logits", (len(f), theta.shape[1], f.shape[2]), phi))
+        logits = torch.matmul(
+            theta[samples], phi, out=workspace.like("logits", phi, (len(f), theta.shape[1], f.shape[2]))
+        )
         weights, sum_weights = _softmax(logits)
         if R is None:
             D = weights.mul_(f / sum_weights)
@@ -109,7 +111,7 @@ def gradients(
     for samples, part in blocks(n, i, block_size(theta, 2 * n_features + 3 * j + 3 * c * d)):
         f = inputs.f_inp[samples, None, part].double()
         phi = _features(inputs, samples, part)
-        both = torch.matmul(theta[samples], phi, out=workspace("logits", (len(f), 2 * j, f.shape[2]), phi))
+        both = torch.matmul(theta[samples], phi, out=workspace.like("logits", phi, (len(f), 2 * j, f.shape[2])))
         logits, d_D = both[:, :j], both[:, j:]
         weights, sum_weights = _softmax(logits)
         d_logits_of_R = None
@@ -120,7 +122,7 @@ def gradients(
         D = weights.mul_(f / sum_weights)
 
         # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
-        d_f = torch.mul(D, d_D, out=workspace("D_d_D", D.shape, D)).sum(1, keepdim=True)
+        d_f = torch.mul(D, d_D, out=workspace.like("D_d_D", D)).sum(1, keepdim=True)
         d_f /= f.clamp_min(torch.finfo(f.dtype).tiny)
         d_f_inp[samples, part] += d_f[:, 0].to(d_f_inp.dtype)
         d_logits = d_D.sub_(d_f).mul_(D)
@@ -128,7 +130,7 @@ def gradients(
             d_logits += d_logits_of_R
         d_theta[samples] += d_logits @ phi.mT
 
-        d_phi = torch.matmul(theta[samples, j:].mT, D, out=workspace("d_phi", phi.shape, phi))
+        d_phi = torch.matmul(theta[samples, j:].mT, D, out=workspace.like("d_phi", phi))
         for d_phi_, theta_, d_logits_ in zip(d_phi, theta[samples, :j], d_logits):
             d_phi_.addmm_(theta_.T, d_logits_)
         _features_backward(phi, d_phi, d_mu_inp[samples, part])
@@ -159,9 +161,9 @@ def _features(inputs: Inputs, samples: slice, part: slice) -> Tensor:
     mu_inp = inputs.mu_inp[samples, part]
     n, i, c, d = mu_inp.shape
     n_products = c * d * (d + 1) // 2
-    centred = torch.sub(mu_inp, inputs.centre[samples], out=workspace("centred", mu_inp.shape, mu_inp))
-    phi = workspace("phi", (n, n_products + c * d + 1, i), mu_inp.new_empty(0, dtype=torch.float64))
-    x = phi[:, n_products:-1].unflatten(1, (c, d)).copy_(centred.permute(0, 2, 3, 1))  # [ncdi]
+    phi = workspace("phi", (n, n_products + c * d + 1, i), torch.float64, mu_inp.device)
+    x = phi[:, n_products:-1].unflatten(1, (c, d)).copy_(mu_inp.permute(0, 2, 3, 1))  # [ncdi]
+    x -= inputs.centre[samples].permute(0, 2, 3, 1)
     products = phi[:, :n_products].unflatten(1, (c, -1))
     start = 0
     for row in range(d):
@@ -189,5 +191,5 @@ def _features_backward(phi: Tensor, d_phi: Tensor, d_mu_inp: Tensor) -> None:
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """In place, over `j`, up to the last division: weights `[n,j,i]` and their sum `[n,1,i]`."""
-    weights = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(min_logit(logits.dtype)).exp_()
+    weights = exp_(logits.sub_(logits.amax(1, keepdim=True)))
     return weights, weights.sum(1, keepdim=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,12 +37,14 @@ class Inputs:
     W: Tensor
     eps: float
 
-    def centred(self, samples: slice, part: slice) -> Tensor:
+    def centred(self, samples: slice, part: slice, dtype: torch.dtype | None = None) -> Tensor:
         """A block of inputs less their centre, with a column of ones, in the workspace: `x [n,c,i,d+1]`."""
         mu_inp = self.mu_inp[samples, part].transpose(1, 2)  # [ncid]
-        x = workspace("x", (*mu_inp.shape[:3], mu_inp.shape[3] + 1), mu_inp)
-        torch.sub(mu_inp, self.centre[samples].transpose(1, 2), out=x[..., :-1])
-        x[..., -1] = 1.0
+        n, c, i, d = mu_inp.shape
+        x = workspace("x", (n, c, i, d + 1), dtype or mu_inp.dtype, mu_inp.device)
+        x[..., :d] = mu_inp
+        x[..., :d] -= self.centre[samples].transpose(1, 2)
+        x[..., d] = 1.0
         return x
 
 
@@ -144,9 +147,12 @@ def blocks(n_samples: int, n_inp: int, block_size: int) -> Iterator[tuple[slice,
 
 
 def block_size(tensor: Tensor, floats_per_input: int) -> int:
-    """How many inputs make a block whose temporaries fill the cache (CPU) or a small part of memory (GPU)."""
+    """How many inputs make a block: its temporaries are not much larger than the cache, or a small part of a GPU.
+
+    Several times the second-level cache was best where it was measured: smaller blocks are more calls.
+    """
     if tensor.device.type == "cpu":
-        n_bytes = _cache_bytes_per_core() * torch.get_num_threads()
+        n_bytes = 4 * _cache_bytes_per_core() * torch.get_num_threads()
     else:
         n_bytes = torch.cuda.get_device_properties(tensor.device).total_memory // 64
     return max(1, n_bytes // (floats_per_input * tensor.element_size()))
@@ -162,13 +168,15 @@ def _cache_bytes_per_core() -> int:
         return 2**20
 
 
-def min_logit(dtype: torch.dtype) -> float:
-    """Logits further than this below the largest are raised to it: half way, in digits, to the smallest normal number.
+def exp_(logits: Tensor) -> Tensor:
+    """In place, `exp`, or 0 where it is close to the smallest normal number: below 1e-34 in float32.
 
-    In float32 that is a weight of 1e-19, as good as 0 beside weights that sum to 1. With a smaller one, products could
-    fall below the smallest normal number, and processors are many times slower there; as `exp` is where it underflows.
+    Beside the weight of the largest logit, 1, that is as good as 0. And processors are many times slower with numbers
+    below the smallest normal one: `exp` where it underflows, and whatever else multiplies its results.
     """
-    return 0.5 * math.log(torch.finfo(dtype).tiny)
+    lowest = 0.9 * math.log(torch.finfo(logits.dtype).tiny)
+    weights = logits.clamp_min_(lowest).exp_()
+    return F.threshold_(weights, 1.001 * math.exp(lowest), 0.0)
 
 
 class Workspace(threading.local):
@@ -180,14 +188,18 @@ class Workspace(threading.local):
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor, which holds until the same name is asked for again."""
         numel = math.prod(shape)
-        key = (name, like.dtype, like.device)
+        key = (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[key] = torch.empty(numel, dtype=key[1], device=key[2])
+            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(shape)
+
+    def like(self, name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The same with the dtype and device of a tensor, and its shape unless another is given."""
+        return self(name, tensor.shape if shape is None else shape, tensor.dtype, tensor.device)
 
 
 workspace = Workspace()

@@ -99,13 +99,10 @@ class UniformPass:
         """Second and first moments of the inputs, `[n,c,d,d+1]`: `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic`."""
         n, i, c, d = inputs.mu_inp.shape
         moments = inputs.mu_inp.new_zeros(n, c, d, d + 1, dtype=torch.float64)
-        for samples, part in blocks(n, i, block_size(moments, 2 * c * d)):
-            x = inputs.centred(samples, part)
-            f_x = torch.mul(
-                x[..., :d], inputs.f_inp[samples, None, part, None], out=workspace("f_x", (*x.shape[:3], d), x)
-            )
-            x64, f_x64 = (workspace(name, y.shape, moments).copy_(y) for name, y in (("x", x), ("f_x", f_x)))
-            moments[samples] += f_x64.mT @ x64
+        for samples, part in blocks(n, i, block_size(moments, 8 * c * (d + 1))):
+            x = inputs.centred(samples, part, dtype=torch.float64)
+            f_x = torch.mul(x[..., :d], inputs.f_inp[samples, None, part, None], out=workspace.like("f_x", x[..., :d]))
+            moments[samples] += f_x.mT @ x
         return moments
 
     @staticmethod
@@ -115,7 +112,8 @@ class UniformPass:
         mean_x = moments[..., -1] / total[..., None].clamp_min(torch.finfo(total.dtype).tiny)  # [ncd]
         covariance = moments[..., :-1] - total[..., None, None] * mean_x[..., :, None] * mean_x[..., None, :]
         mean = torch.einsum("ncd,hjd->nchj", mean_x, W)
-        scatter = torch.einsum("ncde,hjd,hje->nchj", covariance, W, W) / n_out
+        W_covariance = W.flatten(0, 1) @ covariance  # [n,c,hj,d]
+        scatter = (W_covariance * W.flatten(0, 1)).sum(-1).unflatten(2, W.shape[:2]) / n_out
         return Statistics((total / n_out).expand(-1, n_out), mean, scatter)
 
     @staticmethod
@@ -125,23 +123,23 @@ class UniformPass:
         W, n_out = inputs.W.double(), inputs.W.shape[1]
         # The gradient of D_ij summed over j is a quadratic form in x: constant + x linear + x square x^T.
         in_u = (d_use.linear - 2.0 * d_use.square * d_use.mean) / n_out  # [nchj]
-        square = torch.einsum("nchj,hjd,hje->ncde", d_use.square / n_out, W, W)
+        square = (d_use.square[..., None] / n_out * W).flatten(2, 3).mT @ W.flatten(0, 1)  # [n,c,d,d]
         linear = torch.einsum("nchj,hjd->ncd", in_u, W)
         at_zero = (d_use.square * d_use.mean - d_use.linear) * d_use.mean
         constant = (d_use.constant.sum(-1) + at_zero.sum((1, 2, 3))) / n_out
         # f (2 x square + linear), as a product with x and its column of ones
         half = torch.cat([square, linear[:, :, None] / 2.0], dim=2).to(inputs.mu_inp.dtype)  # [n,c,d+1,d]
-        for samples, part in blocks(n, i, block_size(inputs.mu_inp, 2 * c * (d + 1))):
+        for samples, part in blocks(n, i, block_size(inputs.mu_inp, 8 * c * (d + 1))):
             x = inputs.centred(samples, part)  # [n,c,i,d+1]
-            d_x = torch.matmul(x, half[samples], out=workspace("d_x", (*x.shape[:3], d), x))
+            d_x = torch.matmul(x, half[samples], out=workspace.like("d_x", x[..., :d]))
             d_f = (x[..., :d] @ half[samples, :, d, :, None]).sum((1, 3)) + constant[samples, None].to(x.dtype)
-            f_x = torch.mul(d_x, x[..., :d], out=workspace("f_x", d_x.shape, x))
+            f_x = torch.mul(d_x, x[..., :d], out=workspace.like("f_x", d_x))
             d_f_inp[samples, part] += d_f + f_x.sum((1, 3))
             d_x.mul_(inputs.f_inp[samples, None, part, None])
             d_mu_inp[samples, part].add_(d_x.transpose(1, 2), alpha=2.0)
-        return torch.einsum("ncd,nchj->hjd", moments[..., -1], in_u) + 2.0 * torch.einsum(
-            "ncde,nchj,hje->hjd", moments[..., :-1], d_use.square / n_out, W
-        )
+        d_W_covariance = d_use.square[..., None] / n_out * W  # [nchjd]
+        d_W = 2.0 * (d_W_covariance.flatten(2, 3) @ moments[..., :-1]).sum((0, 1)).view_as(W)
+        return d_W + torch.einsum("ncd,nchj->hjd", moments[..., -1], in_u)
 
 
 def forward(

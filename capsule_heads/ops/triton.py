@@ -1,4 +1,4 @@
-"""Routing by fused Triton kernels, for CUDA: planes of votes, as in `votes`, that never leave a program's registers.
+"""Routing by fused Triton kernels, for CUDA: planes of votes, as in `votes`, that are never written to memory.
 
 A program takes some blocks of one sample's inputs, one after another. It computes each plane `z_ijch` of a block, with
 the E-step's scale and mean folded into the weights as in `votes`, anew wherever it needs it: that is a short matrix
@@ -9,12 +9,10 @@ same order every time: there are no atomics, so results are deterministic.
 It has not been run or timed on a GPU: only in Triton's interpreter, and compiled for sm_80 and sm_90.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from .streaming import EStep, Inputs, Statistics, UseGradient
+from .passes import EStep, Inputs, Statistics, UseGradient
 
 try:
     import triton
@@ -22,14 +20,11 @@ try:
 except ImportError as error:
     raise ImportError(
         'Triton is not installed, and strategy "triton" is made of its kernels; on Linux, `pip install triton`, '
-        'elsewhere use strategy "auto".'
+        'elsewhere use strategy="auto".'
     ) from error
 
-# Powers of 2, not of e: that is the instruction a GPU has.
-_LOG2_E = math.log2(math.e)
-
 _MAX_OUTPUTS = 256
-_MAX_WEIGHTS = 2**22  # 16 MiB in float32; more would leave too few programs to fill a GPU
+_MAX_WEIGHTS = 2**22  # 16 MiB in float32, for each program of the backward pass
 
 _TILE = 4096  # elements of a plane of a block: 16 for each thread
 _N_PROGRAMS = 1024  # of all samples, or one for each: several for each multiprocessor of the largest GPU
@@ -49,6 +44,22 @@ def check_shapes(d_cov: int, d_inp: int, d_out: int, n_out: int) -> str | None:
     return None
 
 
+def check(mu_inp: Tensor, *, d_out: int, n_out: int) -> None:
+    """Checks that the kernels serve these inputs, `[...icd]`, on their device.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if mu_inp.device.type != "cuda" and isinstance(_statistics_kernel, triton.JITFunction):
+        raise ValueError(
+            f'strategy "triton" runs on CUDA, and the inputs are on {mu_inp.device}. Move them there, use '
+            'strategy="auto", or set TRITON_INTERPRET=1 before Triton is imported: the kernels then run, slowly.'
+        )
+    clause = check_shapes(*mu_inp.shape[-2:], d_out, n_out)
+    if clause is not None:
+        raise ValueError(f'strategy "triton" does not serve these shapes: {clause}. Use strategy="auto".')
+
+
 def kernel_options(d_cov: int, d_inp: int, d_out: int, n_out: int) -> dict[str, int]:
     """The kernels' constants and how they are compiled: such that few registers spill to memory, or none."""
     block_j = max(16, triton.next_power_of_2(n_out))  # what blocks have beyond the inputs and outputs is masked
@@ -58,13 +69,14 @@ def kernel_options(d_cov: int, d_inp: int, d_out: int, n_out: int) -> dict[str, 
 
 
 def n_kept(d_cov: int, d_inp: int) -> int:
-    """See `streaming.Passes`."""
+    """See `passes.Passes`."""
     return 0
 
 
 def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
-    """See `streaming.Passes`."""
-    n_planes = e_step.scale[0, ..., 0].numel()
+    """See `passes.Passes`."""
+    _, c, h, _ = e_step.scale.shape
+    n_planes = c * h
     launch = _Launch(inputs, e_step, n_rows=1 + 2 * n_planes)
     R_ = None if R is None else R.contiguous()
     launch(_statistics_kernel, inputs.f_inp if R_ is None else R_, HAS_R=R is not None)
@@ -77,7 +89,7 @@ def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
     mean = (counts * means).sum(1) / n_used.clamp_min(torch.finfo(n_used.dtype).tiny)  # [npj]
     scatter = (scatters + counts * (means - mean[:, None]).square()).sum(1)
     mean, scatter = mean.view_as(e_step.mean), scatter.view_as(e_step.mean)
-    return Statistics(n_used[:, 0], e_step.mean + mean / launch.scale, scatter / launch.scale.square())
+    return Statistics(n_used[:, 0], e_step.mean + mean / e_step.scale, scatter / e_step.scale.square())
 
 
 def gradients(
@@ -89,12 +101,12 @@ def gradients(
     d_mu_inp: Tensor,
     d_f_inp: Tensor,
 ) -> tuple[EStep, Tensor]:
-    """See `streaming.Passes`."""
+    """See `passes.Passes`."""
     n, _, c, d = inputs.mu_inp.shape
     h, j, _ = inputs.W.shape
     dtype = inputs.mu_inp.dtype
     launch = _Launch(inputs, e_step, n_rows=1 + c * h * (d + 2))
-    scale = launch.scale
+    scale = e_step.scale
 
     # The gradient with respect to D in units of z: constant + sum_p v (linear + square v), v = z - offset.
     terms = (scale * (d_use.mean - e_step.mean), d_use.linear / scale, d_use.square / scale.square())
@@ -110,7 +122,7 @@ def gradients(
     d_log_prior, d_planes = launch.partial.sum(1, dtype=torch.float64).split([1, c * h * (d + 2)], dim=1)
     d_weights, d_sum, d_sum_z = d_planes.view(n, c, h, d + 2, j).split([d, 1, 1], dim=3)
     d_W = (scale[:, :, :, None] * d_weights).sum((0, 1)).mT  # [hjd]
-    return EStep(d_log_prior[:, 0], -scale * d_sum[:, :, :, 0], d_sum_z[:, :, :, 0] / e_step.scale), d_W
+    return EStep(d_log_prior[:, 0], -scale * d_sum[:, :, :, 0], d_sum_z[:, :, :, 0] / scale), d_W
 
 
 def _write_back(given: Tensor | None, written: Tensor | None) -> None:
@@ -123,22 +135,12 @@ class _Launch:
     """What both passes hand to their kernels.
 
     Attributes:
-        scale: `[n,c,h,j]`, float64: `z = scale (u - mean)`, and `z^2` counts powers of 2.
         partial: `[n,programs,rows,j]`, zeros: the rows that each program adds to.
     """
 
     def __init__(self, inputs: Inputs, e_step: EStep, n_rows: int) -> None:
-        if inputs.mu_inp.device.type != "cuda" and isinstance(_statistics_kernel, triton.JITFunction):
-            raise ValueError(
-                f'mu_inp is on {inputs.mu_inp.device} and strategy "triton" runs on CUDA devices; move it there, use '
-                'strategy "auto", or set TRITON_INTERPRET=1 before Triton is imported, to try the kernels slowly.'
-            )
         n, n_inp, c, d = inputs.mu_inp.shape
         h, n_out, _ = inputs.W.shape
-        clause = check_shapes(c, d, h, n_out)
-        if clause is not None:
-            raise ValueError(f'Strategy "triton" does not serve this shape: {clause}. Use strategy "auto".')
-
         self._options = kernel_options(c, d, h, n_out)
         n_blocks = triton.cdiv(n_inp, self._options["BI"])
         n_programs = min(triton.cdiv(_N_PROGRAMS, max(1, n)), _MAX_BUFFER // max(1, n * n_rows * n_out))
@@ -148,12 +150,10 @@ class _Launch:
         self._sizes = (n_inp, n_out, n_programs, n_blocks_each)
 
         dtype = inputs.mu_inp.dtype
-        self.scale = e_step.scale * math.sqrt(_LOG2_E)
         self.partial = inputs.mu_inp.new_zeros(n, n_programs, n_rows, n_out)
-        scale = self.scale[:, :, :, None]  # [nch1j]
+        scale = e_step.scale[:, :, :, None]  # [nch1j]
         weights = torch.cat([scale * inputs.W.mT, -scale * e_step.mean[:, :, :, None]], dim=3)  # [n,c,h,d+1,j]
-        log_prior = e_step.log_prior * _LOG2_E
-        tensors = (inputs.mu_inp, inputs.f_inp, inputs.centre, weights.to(dtype), log_prior.to(dtype))
+        tensors = (inputs.mu_inp, inputs.f_inp, inputs.centre, weights.to(dtype), e_step.log_prior.to(dtype))
         self._tensors = [x.contiguous() for x in tensors]
 
     def __call__(self, kernel: triton.JITFunction, *tensors: Tensor, **options: bool) -> None:
@@ -195,7 +195,7 @@ def _x(x_ptr, centre_ptr, i, has_i, c, d, C: tl.constexpr, D: tl.constexpr):
 def _softmax(log_prior, energy):
     """`R [i,j]`; an output beyond the last has a `log_prior` of -inf."""
     logits = log_prior[None, :] - energy
-    weights = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     return weights * (1.0 / tl.sum(weights, axis=1))[:, None]
 
 
@@ -297,7 +297,7 @@ def _gradients_kernel(
 
         for p in range(C * H):
             z = _plane(x_ptr, centre_ptr, weights_ptr, i, has_i, j, has_j, n_out, p, C, H, D, BI, BJ, BD)
-            d_z = -2.0 / 1.4426950408889634 * z * d_logits  # through the E-step; the quotient is by _LOG2_E
+            d_z = -2.0 * z * d_logits  # through the E-step
             row = partial_ptr + (1 + p * (D + 2)) * n_out
             _add(row + D * n_out + j, tl.sum(d_z, axis=0), has_j)
             _add(row + (D + 1) * n_out + j, tl.sum(d_z * z, axis=0), has_j)

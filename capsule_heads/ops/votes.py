@@ -6,12 +6,12 @@ The E-step's shift and scale are folded into the weights, so one matrix product 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, min_logit, workspace
+from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, exp_, workspace
+
+_SMALLEST_SUM = 1e-9  # of the weights of an input, far above those that `exp_` leaves out
 
 
 def n_kept(d_cov: int, d_inp: int) -> int:
@@ -78,16 +78,16 @@ def gradients(
             d_logits_of_R -= R * d_logits_of_R.sum(1, keepdim=True)
         D = weights.mul_(f / sum_weights)
 
-        v = torch.sub(z, offset_[samples], out=workspace("v", z.shape, z))
-        d_v = torch.mul(v, square_[samples], out=workspace("d_v", z.shape, z))
-        slope = torch.add(d_v, linear_[samples], out=workspace("slope", z.shape, z))
-        d_D = torch.mul(v[:, 0], slope[:, 0], out=workspace("d_D", D.shape, D)).add_(constant_[samples])
+        v = torch.sub(z, offset_[samples], out=workspace.like("v", z))
+        d_v = torch.mul(v, square_[samples], out=workspace.like("d_v", z))
+        slope = torch.add(d_v, linear_[samples], out=workspace.like("slope", z))
+        d_D = torch.mul(v[:, 0], slope[:, 0], out=workspace.like("d_D", D)).add_(constant_[samples])
         for p in range(1, c * h):
             d_D.addcmul_(v[:, p], slope[:, p])
         d_v.add_(slope).mul_(D[:, None])  # D (linear + 2 square v)
 
         # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
-        d_f = torch.mul(D, d_D, out=workspace("D_d_D", D.shape, D)).sum(1, keepdim=True)
+        d_f = torch.mul(D, d_D, out=workspace.like("D_d_D", D)).sum(1, keepdim=True)
         d_f /= f.clamp_min(torch.finfo(f.dtype).tiny)
         d_f_inp[samples, part] += d_f[:, 0]
         d_logits = d_D.sub_(d_f).mul_(D)
@@ -128,7 +128,6 @@ class _Planes:
         # No logit is above the largest prior, so this softmax can neither overflow nor, mostly, underflow.
         log_prior = e_step.log_prior - e_step.log_prior.amax(1, keepdim=True)
         self.log_prior = log_prior.to(dtype)[..., None]  # [nj1]
-        self.min_logit = min_logit(dtype)
 
     def per_plane(self, x: Tensor) -> Tensor:
         """`[n,c,h,j]` as `[n,p,j,1]`, of the dtype of the inputs."""
@@ -143,17 +142,17 @@ class _Planes:
         h, j, _ = self.inputs.W.shape
         x = self.inputs.centred(samples, part)
         n, c, i, _ = x.shape
-        z = torch.matmul(self.weights[samples], x.mT, out=workspace("z", (n, c, h * j, i), x)).view(n, c * h, j, i)
-        logits = self._logits(samples, z)
-        sum_weights = logits.clamp_min_(self.min_logit).exp_().sum(1, keepdim=True)
-        if sum_weights.amin() < math.exp(0.5 * self.min_logit):  # an input far from every output
+        z = torch.matmul(self.weights[samples], x.mT, out=workspace.like("z", x, (n, c, h * j, i))).view(n, c * h, j, i)
+        weights = exp_(self._logits(samples, z))
+        sum_weights = weights.sum(1, keepdim=True)
+        if sum_weights.amin() < _SMALLEST_SUM:  # an input far from every output
             logits = self._logits(samples, z)
-            logits.sub_(logits.amax(1, keepdim=True))
-            sum_weights = logits.clamp_min_(self.min_logit).exp_().sum(1, keepdim=True)
-        return x, z, logits, sum_weights
+            weights = exp_(logits.sub_(logits.amax(1, keepdim=True)))
+            sum_weights = weights.sum(1, keepdim=True)
+        return x, z, weights, sum_weights
 
     def _logits(self, samples: slice, z: Tensor) -> Tensor:
-        logits = torch.mul(z[:, 0], z[:, 0], out=workspace("logits", (len(z), *z.shape[2:]), z))
+        logits = torch.mul(z[:, 0], z[:, 0], out=workspace.like("logits", z[:, 0]))
         for p in range(1, z.shape[1]):
             logits.addcmul_(z[:, p], z[:, p])
         return torch.sub(self.log_prior[samples], logits, out=logits)

@@ -262,7 +262,7 @@ for capability in (80, 90):
             for position, name in enumerate(kernel.arg_names):
                 is_pointer = name.endswith("_ptr")
                 signature[name] = "constexpr" if name in constants else "*fp32" if is_pointer else "i32"
-                if is_pointer:
+                if is_pointer or (name == "n_out" and shape[-1] % 16 == 0):  # as at a launch
                     attributes[(position,)] = [["tt.divisibility", 16]]
             source = ASTSource(kernel, signature, constants, attributes)
             result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -301,7 +301,7 @@ def test_kernels_compile_and_fit_into_a_multiprocessor(tmp_path):
     assert len(compiled) == 2 * 2 * len(shapes)
     for kernel in compiled:
         assert kernel["shared"] <= 32 * 1024, kernel
-        assert kernel["spilled"] <= 512, kernel  # bytes for each thread; what holds a plane is 64
+        assert kernel["spilled"] <= 128, kernel  # bytes of each thread, in which a plane takes 64
         assert not kernel["tensor_cores"], kernel  # they would round float32 to TF32
         assert not kernel["atomics"], kernel
 
@@ -345,8 +345,8 @@ import capsule_heads.ops.triton
     [
         (
             ON_CPU,
-            'ValueError: mu_inp is on cpu and strategy "triton" runs on CUDA devices; move it there, use strategy '
-            '"auto", or set TRITON_INTERPRET=1',
+            'ValueError: strategy "triton" runs on CUDA, and the inputs are on cpu. Move them there, use '
+            'strategy="auto", or set TRITON_INTERPRET=1',
         ),
         (WITHOUT_TRITON, 'ImportError: Triton is not installed, and strategy "triton" is made of its kernels; on'),
     ],
@@ -361,5 +361,5 @@ def test_errors(program, message):
 def test_a_shape_that_is_too_large_is_an_error(interpreter):
     arrays = draw(n_inp=2, n_out=257, d_cov=1, d_inp=2, d_out=1, own_inp=False)
     options = {"n_out": 257, "n_iters": 2}
-    with pytest.raises(AssertionError, match=r'ValueError: Strategy "triton" does not serve this shape: n_out is 257'):
+    with pytest.raises(AssertionError, match=r'ValueError: strategy "triton" does not serve .*: n_out is 257'):
         interpreter(as_torch(arrays), None, options)

@@ -1,0 +1,291 @@
+#!/usr/bin/env python
+"""Times every routing strategy against the literal loop, pair by pair in one process, after checking that all agree.
+
+    python scripts/benchmark.py --json benchmark.json
+    python scripts/benchmark.py --cases text-65536 sst --repeats 5
+    python scripts/benchmark.py --device cuda
+
+Two literal loops stand as baselines. `original` is the one of the paper's own code, which copies shared weights to
+every input before it computes the votes; `reference` is this package's, which does not. Times are those of a forward
+pass without gradients, and of a forward and a backward pass; memory is the most that the latter held at once beyond
+inputs and parameters, gradients included. Nothing is reported of a strategy whose outputs or gradients differ from the
+reference's by more than 0.1%, and the script then fails.
+"""
+
+import argparse
+import ctypes
+import datetime
+import functools
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from capsule_heads.heads import TokenDepthHead
+from capsule_heads.layers import Routing
+from capsule_heads.ops import STRATEGIES, route
+
+SEED = 0
+PARITY = 1e-3
+
+
+def original(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, ...]:
+    """The loop as the paper's code has it: shared weights are first expanded, one copy for each input."""
+    return STRATEGIES["reference"](a_inp, mu_inp, W.expand(mu_inp.shape[-3], -1, -1, -1), *others, **options)
+
+
+class SmallNORB(nn.Module):
+    """The paper's network for smallNORB: convolutions, then two routings of 4 x 4 poses."""
+
+    def __init__(self, strategy: str) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for block in range(6):
+            channels = 4 if block == 0 else 64
+            layers += [nn.BatchNorm2d(channels), nn.Conv2d(channels, 64, 3, stride=1 + block % 2), nn.SiLU()]
+        self.backbone = nn.Sequential(*layers)
+        self.scores = nn.Sequential(nn.BatchNorm2d(64), nn.Conv2d(64, 64, 1))
+        self.poses = nn.Sequential(nn.BatchNorm2d(64), nn.Conv2d(64, 64 * 16, 1))
+        self.routings = nn.ModuleList(
+            [Routing(4, 4, 4, n_out=64, strategy=strategy), Routing(4, 4, 4, n_inp=64, n_out=5, strategy="auto")]
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.linspace(-1, 1, images.shape[-1], device=images.device).expand_as(images[:, :1])
+        x = self.backbone(torch.cat([images, rows, rows.mT], dim=1))
+        a, mu = self.scores(x).flatten(1), self.poses(x).unflatten(1, (64, 4, 4))
+        mu = mu.permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
+        for routing in self.routings:
+            a, mu, sig2 = routing(a, mu)
+        return a, mu, sig2
+
+
+def routing_case(batch: tuple[int, ...], n_inp: int, d_cov: int, d_inp: int, d_out: int, n_out: int = 64):
+    """A case of routing alone."""
+
+    def build(strategy: str, device: str):
+        torch.manual_seed(SEED)
+        tensors = [torch.randn(*batch, n_inp), torch.randn(*batch, n_inp, d_cov, d_inp)]
+        tensors += [torch.randn(1, n_out, d_inp, d_out) / d_inp, 0.1 * torch.randn(1, n_out, d_cov, d_out)]
+        tensors += [torch.randn(1, n_out), torch.randn(1, n_out)]
+        tensors = [tensor.to(device).requires_grad_() for tensor in tensors]
+        return functools.partial(route, *tensors, n_out=n_out, strategy=strategy), tensors
+
+    return build
+
+
+def sst_head_case(strategy: str, device: str):
+    """The paper's text head on the hidden states of GPT-2-large."""
+    torch.manual_seed(SEED)
+    head = TokenDepthHead(d_depth=37, d_emb=1280, n_out=5, strategy=strategy)
+    head.routings[1].strategy = "auto"  # weights for each input
+    hidden_states = [torch.randn(20, 30, 1280, device=device) for _ in range(37)]
+    head = perturbed(head).to(device)
+    return (lambda: head(hidden_states, torch.ones(20, 30, device=device))[:3]), list(head.parameters())
+
+
+def smallnorb_case(strategy: str, device: str):
+    """The whole network, on 20 stereo pairs."""
+    torch.manual_seed(SEED)
+    network = perturbed(SmallNORB(strategy)).to(device)
+    images = torch.rand(20, 2, 96, 96, device=device)
+    return (lambda: network(images)), list(network.parameters())
+
+
+def perturbed(module: nn.Module) -> nn.Module:
+    """Away from zero, where many parameters start, as their gradients would be zero too."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return module
+
+
+NARROW, WIDE = ("moments", "votes", "triton"), ("votes", "triton")
+LITERAL = ("original", "reference")
+CASES = {  # name: what it is, how to build it, the literal loops that fit in memory, the strategies worth a run
+    "smallnorb-layer": (
+        "smallNORB routing layer, 20 x 5,184 of 4x4",
+        routing_case((20,), 5184, 4, 4, 4),
+        LITERAL,
+        NARROW,
+    ),
+    "text-16384": ("16,384 text capsules of 1x64", routing_case((), 16_384, 1, 64, 2), LITERAL, WIDE),
+    "text-65536": ("65,536 text capsules of 1x64", routing_case((), 65_536, 1, 64, 2), LITERAL, WIDE),
+    "text-1000000": ("1,000,000 text capsules of 1x64", routing_case((), 1_000_000, 1, 64, 2), (), WIDE),
+    "sst": ("SST routing, 20 x 1,110 of 1x64", routing_case((20,), 1110, 1, 64, 2), LITERAL, WIDE),
+    "sst-head": ("whole SST head, 20 x 30 tokens, 37 x 1280", sst_head_case, LITERAL, WIDE),
+    "smallnorb": ("whole smallNORB network, 20 images", smallnorb_case, LITERAL, NARROW),
+}
+
+
+def forward(run) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return run()
+
+
+def forward_backward(run, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs and gradients, of a loss that weighs every output."""
+    outputs = run()
+    return *outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), parameters, allow_unused=True)
+
+
+def check_parity(run, parameters: list[Tensor], expected: tuple[Tensor | None, ...]) -> float:
+    """The largest relative difference of an output or a gradient; one that is not there counts as zeros."""
+    worst = 0.0
+    for a, b in zip(forward_backward(run, parameters), expected, strict=True):
+        if a is None or b is None:
+            assert a is None and b is None
+            continue
+        worst = max(worst, ((a - b).norm() / b.norm().clamp_min(1e-30)).item())
+    return worst
+
+
+def seconds(function, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(function, device: str) -> int | None:
+    """Bytes held at once beyond those held before: allocated (CUDA), or resident (Linux); None elsewhere."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    status, clear_refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear_refs.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and not given back would hide what is allocated
+    clear_refs.write_text("5")  # resets the peak
+    before = _kilobytes(status, "VmRSS")
+    function()
+    return (_kilobytes(status, "VmHWM") - before) * 1024
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+
+def benchmark(name: str, device: str, repeats: int) -> list[dict[str, object]]:
+    """Times one case. Each round runs every contestant once, so that all see the same machine."""
+    title, build, literal, strategies = CASES[name]
+    strategies = [strategy for strategy in strategies if strategy != "triton" or device == "cuda"]
+    contestants = {strategy: build(strategy, device) for strategy in (*literal, *strategies)}
+    rows = []
+    expected = forward_backward(*build("reference", device)) if literal else forward(build("reference", device)[0])
+    for strategy, (run, parameters) in contestants.items():
+        if literal:
+            difference = check_parity(run, parameters, expected)
+        else:  # the literal loop has no room for gradients
+            difference = max(((a - b).norm() / b.norm()).item() for a, b in zip(forward(run), expected, strict=True))
+        if not difference < PARITY:
+            sys.exit(f"{name}: {strategy} differs from the reference by {difference:.1e} (limit {PARITY}); no report.")
+        rows.append({"case": name, "title": title, "strategy": strategy, "difference": difference, "device": device})
+    del expected
+    times = {strategy: {"forward": [], "forward_backward": []} for strategy in contestants}
+    for _ in range(repeats):
+        for strategy, (run, parameters) in contestants.items():
+            times[strategy]["forward"].append(seconds(lambda: forward(run), device))
+            times[strategy]["forward_backward"].append(seconds(lambda: forward_backward(run, parameters), device))
+    for row in rows:
+        run, parameters = contestants[row["strategy"]]
+        row |= times[row["strategy"]] | {"peak_memory": peak_memory(lambda: forward_backward(run, parameters), device)}
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Markdown: medians (and least and most), and how many times less than each literal loop."""
+    lines = [
+        "| case | strategy | forward, ms | forward + backward, ms | memory, MB | time, of original / reference | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    by_key = {(row["case"], row["strategy"]): row for row in rows}
+    for row in rows:
+        cells = [row["title"], f"`{row['strategy']}`"]
+        for kind in ("forward", "forward_backward"):
+            milliseconds = [1e3 * t for t in row[kind]]
+            least, most = min(milliseconds), max(milliseconds)
+            cells.append(f"{statistics.median(milliseconds):,.0f} ({least:,.0f} - {most:,.0f})")
+        cells.append("-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:,.0f}")
+        loops = [by_key.get((row["case"], loop)) for loop in LITERAL]
+        if None in loops or row["strategy"] in LITERAL:
+            cells += ["", ""]
+        else:
+            cells.append(" / ".join(f"{ratio(loop, row, 'forward_backward'):.1f}x" for loop in loops))
+            least_memory = max(row["peak_memory"] or 1, 1)
+            cells.append(" / ".join(f"1/{(loop['peak_memory'] or 0) / least_memory:.0f}" for loop in loops))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratio(slow: dict[str, object], fast: dict[str, object], kind: str) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(s / f for s, f in zip(slow[kind], fast[kind], strict=True))
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the numbers depend on."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        name = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+        )
+    a = torch.randn(2048, 2048, device=device)
+    big = torch.empty(2**26, device=device)
+    product = min(seconds(lambda: a @ a, device) for _ in range(5))
+    product64 = min(seconds(lambda x=a.double(): x @ x, device) for _ in range(5))
+    target = torch.empty_like(big)
+    copy = min(seconds(lambda: target.copy_(big), device) for _ in range(5))
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "seed": SEED,
+        "float32_product_gflops": 2 * 2048**3 / product / 1e9,
+        "float64_product_gflops": 2 * 2048**3 / product64 / 1e9,
+        "copy_gb_per_second": 2 * big.numel() * big.element_size() / copy / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, in each of which every strategy runs once")
+    parser.add_argument("--json", type=Path, help="a file to write every measured time to")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda was asked for, and torch finds no CUDA device on this machine; use --device cpu.")
+
+    STRATEGIES["original"] = original
+    about = machine(arguments.device)
+    print(
+        ", ".join(
+            f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()
+        )
+    )
+    rows = []
+    for name in arguments.cases:
+        rows += benchmark(name, arguments.device, arguments.repeats)
+        print(f"{name} done", file=sys.stderr)
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": about, "runs": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
