@@ -106,9 +106,10 @@ def gradients(
     j = W.shape[1]
     forms = (_exponent(e_step), Quadratic.about(d_use.mean, d_use.constant, d_use.linear, d_use.square))
     theta = torch.cat([form.coefficients(W) for form in forms], dim=1)  # [n,2j,p]: of the logits, and of d_D
+    theta_swapped = theta.roll(j, dims=1)
     n_features = theta.shape[-1]
     d_theta = theta.new_zeros(n, j, n_features)
-    for samples, part in blocks(n, i, block_size(theta, 2 * n_features + 3 * j + 3 * c * d)):
+    for samples, part in blocks(n, i, block_size(theta, 2 * n_features + 2 * j + 3 * c * d)):
         f = inputs.f_inp[samples, None, part].double()
         phi = _features(inputs, samples, part)
         both = torch.matmul(theta[samples], phi, out=workspace.like("logits", phi, (len(f), 2 * j, f.shape[2])))
@@ -122,17 +123,15 @@ def gradients(
         D = weights.mul_(f / sum_weights)
 
         # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
-        d_f = torch.mul(D, d_D, out=workspace.like("D_d_D", D)).sum(1, keepdim=True)
-        d_f /= f.clamp_min(torch.finfo(f.dtype).tiny)
+        d_logits = d_D.mul_(D)
+        d_f = d_logits.sum(1, keepdim=True) / f.clamp_min(torch.finfo(f.dtype).tiny)
         d_f_inp[samples, part] += d_f[:, 0].to(d_f_inp.dtype)
-        d_logits = d_D.sub_(d_f).mul_(D)
+        d_logits.addcmul_(D, d_f, value=-1.0)
         if d_logits_of_R is not None:
             d_logits += d_logits_of_R
         d_theta[samples] += d_logits @ phi.mT
-
-        d_phi = torch.matmul(theta[samples, j:].mT, D, out=workspace.like("d_phi", phi))
-        for d_phi_, theta_, d_logits_ in zip(d_phi, theta[samples, :j], d_logits):
-            d_phi_.addmm_(theta_.T, d_logits_)
+        # `both` now has D, which the coefficients of d_D multiply, and d_logits, which those of the logits do
+        d_phi = torch.matmul(theta_swapped[samples].mT, both, out=workspace.like("d_phi", phi))
         _features_backward(phi, d_phi, d_mu_inp[samples, part])
 
     d_form, d_W = forms[0].backward(W, d_theta)

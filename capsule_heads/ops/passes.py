@@ -42,8 +42,11 @@ class Inputs:
         mu_inp = self.mu_inp[samples, part].transpose(1, 2)  # [ncid]
         n, c, i, d = mu_inp.shape
         x = workspace("x", (n, c, i, d + 1), dtype or mu_inp.dtype, mu_inp.device)
-        x[..., :d] = mu_inp
-        x[..., :d] -= self.centre[samples].transpose(1, 2)
+        centre = self.centre[samples].transpose(1, 2)
+        if x.dtype == mu_inp.dtype:
+            torch.sub(mu_inp, centre, out=x[..., :d])
+        else:  # as exact as the wider dtype
+            x[..., :d].copy_(mu_inp).sub_(centre)
         x[..., d] = 1.0
         return x
 

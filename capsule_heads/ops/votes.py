@@ -87,10 +87,10 @@ def gradients(
         d_v.add_(slope).mul_(D[:, None])  # D (linear + 2 square v)
 
         # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
-        d_f = torch.mul(D, d_D, out=workspace.like("D_d_D", D)).sum(1, keepdim=True)
-        d_f /= f.clamp_min(torch.finfo(f.dtype).tiny)
+        d_logits = torch.mul(D, d_D, out=workspace.like("d_logits", D))
+        d_f = d_logits.sum(1, keepdim=True) / f.clamp_min(torch.finfo(f.dtype).tiny)
         d_f_inp[samples, part] += d_f[:, 0]
-        d_logits = d_D.sub_(d_f).mul_(D)
+        d_logits.addcmul_(D, d_f, value=-1.0)
         if d_logits_of_R is not None:
             d_logits += d_logits_of_R
         d_log_prior[samples] += d_logits.sum(-1)
