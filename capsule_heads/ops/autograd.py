@@ -7,6 +7,7 @@ one number of inputs, would compile for minutes and gain nothing.
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -39,12 +40,12 @@ def route_in_passes(
     Second derivatives raise a `NotImplementedError`.
     """
     *batch, n_inp, d_cov, d_inp = mu_inp.shape
-    d_out = W.shape[-1]
+    n_samples, d_out = math.prod(batch), W.shape[-1]
     is_small = mu_inp.numel() // d_inp * n_out * d_out < SMALL_VOTES
     dtype = torch.float64 if is_small and strategy != "triton" else mu_inp.dtype
     tensors = (
-        a_inp.reshape(-1, n_inp),
-        mu_inp.reshape(-1, n_inp, d_cov, d_inp),
+        a_inp.reshape(n_samples, n_inp),
+        mu_inp.reshape(n_samples, n_inp, d_cov, d_inp),
         W[0].permute(2, 0, 1).expand(d_out, n_out, d_inp),
         B[0].permute(1, 2, 0).expand(d_cov, d_out, n_out),
         beta_use[0].expand(n_out),

@@ -6,6 +6,7 @@ Everything that routing needs of an input is a quadratic form in it, for each ou
 
 A square written out in powers of `x` cancels where a variance is much smaller than the spread of the inputs: single
 precision would lose all its digits there, so this strategy computes in float64, whatever the inputs are.
+Float64 inputs lose some; `votes` and `reference` keep them.
 """
 
 from __future__ import annotations

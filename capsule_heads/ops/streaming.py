@@ -66,17 +66,20 @@ class MStep:
         d_sig2_out = -0.5 * (d.log_prior[:, None, None] + d.scale * e_step.scale) / self.sig2_out
         return d_a_out, d.mean, d_sig2_out
 
-    def backward(self, d_a_out: Tensor, d_mean: Tensor, d_sig2_out: Tensor) -> tuple[UseGradient, MStepGradient]:
-        """From the gradients of `a_out`, `mean` and `sig2_out` to those of `D` and of what else the M-step reads."""
+    def backward(
+        self, d_a_out: Tensor, d_mean: Tensor, d_sig2_out: Tensor, d_mu_out: Tensor | float = 0.0
+    ) -> tuple[UseGradient, MStepGradient]:
+        """From the gradients of `a_out`, `mean`, `sig2_out` and `mu_out` to those of `D` and of what else is read."""
         n_used = self.statistics.n_used
         square = d_sig2_out / self.count
         # The sum of squares is about `mean`, which is not quite the mean vote.
-        linear = (d_mean - 2.0 * square * n_used[:, None, None] * self.gap) / self.count
+        d_mean = d_mean - 2.0 * square * n_used[:, None, None] * self.gap
+        linear = (d_mean + d_mu_out) / self.count
         # The mean moves with n_used too, by what cancels against u = v + mean.
         constant = (self.beta_use + self.beta_ign) * d_a_out - (square * self.sum_of_squares / self.count).sum((1, 2))
         return UseGradient(constant, linear, square, self.mean), MStepGradient(
             total=-(self.beta_ign * d_a_out).sum(-1, keepdim=True),
-            bias=-self.eps * linear,
+            bias=(n_used[:, None, None] * d_mu_out - self.eps * d_mean) / self.count,
             beta_use=(d_a_out * n_used).sum(0),
             beta_ign=(d_a_out * (n_used - self.total)).sum(0),
         )
@@ -176,7 +179,7 @@ def forward(
         R_out = R if return_R and iteration == n_iters - 1 else None
         statistics = passes.statistics(inputs, e_step, R_out)
         m_steps.append(MStep(statistics, inputs, B, beta_use, beta_ign))
-    outputs = (x.to(mu_inp.dtype) for x in (m_steps[-1].a_out, m_steps[-1].mu_out, m_steps[-1].sig2_out))
+    outputs = (x.to(mu_inp.dtype).contiguous() for x in (m_steps[-1].a_out, m_steps[-1].mu_out, m_steps[-1].sig2_out))
     n_kept = passes.n_kept(*mu_inp.shape[2:])
     return *outputs, R, centre, moments, torch.stack([m_step.statistics.packed(n_kept) for m_step in m_steps])
 
@@ -202,29 +205,28 @@ def backward(
     m_steps = [MStep(Statistics.unpacked(s, *B.shape[:2]), inputs, B, beta_use, beta_ign) for s in statistics]
 
     last = m_steps[-1]
-    d_a_out, d_mean, d_sig2_out = (
+    d_a_out, d_mu_out, d_sig2_out = (
         torch.zeros_like(x) if d is None else d.double()
         for d, x in zip(d_outputs, (last.a_out, last.mu_out, last.sig2_out))
     )
-    d_bias, d_R = d_mean, d_outputs[3]  # mu_out = mean + bias
-    d_mu_inp, d_f_inp = torch.zeros_like(mu_inp), torch.zeros_like(a_inp)
+    d_mean, d_R = torch.zeros_like(last.mean), d_outputs[3]
+    d_mu_inp, d_f_inp = mu_inp.new_zeros(mu_inp.shape), a_inp.new_zeros(a_inp.shape)
     d_W, d_read = torch.zeros_like(W, dtype=torch.float64), []
     for previous, m_step in zip([None, *m_steps][-2::-1], m_steps[::-1]):
-        d_use, d_read_here = m_step.backward(d_a_out, d_mean, d_sig2_out)
+        d_use, d_read_here = m_step.backward(d_a_out, d_mean, d_sig2_out, d_mu_out)
         d_read.append(d_read_here)
         if previous is None:
             d_W += UniformPass.gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
         else:
             e_step = previous.e_step(p_model)
             d_e_step, d_W_here = passes.gradients(inputs, e_step, m_step.statistics, d_use, d_R, d_mu_inp, d_f_inp)
-            d_R = None  # only the last iteration's is an output
+            d_R, d_mu_out = None, 0.0  # only the last iteration's are outputs
             d_W += d_W_here
             d_a_out, d_mean, d_sig2_out = previous.e_step_backward(p_model, e_step, d_e_step)
 
-    d_total, d_bias_of_eps, d_beta_use, d_beta_ign = (sum(parts) for parts in zip(*d_read))
-    d_bias = d_bias + d_bias_of_eps
+    d_total, d_bias, d_beta_use, d_beta_ign = (sum(parts) for parts in zip(*d_read))
     d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
     d_f_inp += d_total.to(d_f_inp.dtype)
     d_a_inp = d_f_inp * inputs.f_inp * (1.0 - inputs.f_inp)
-    d_parameters = (x.to(W.dtype) for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
+    d_parameters = (x.to(W.dtype).contiguous() for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
     return d_a_inp, d_mu_inp, *d_parameters

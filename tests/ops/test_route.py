@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import NAMES, as_torch, draw, random_cotangents
 
-from capsule_heads.ops import STRATEGIES, check_routing_options, route
+from capsule_heads.ops import check_routing_options, route
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dtypes
@@ -16,9 +16,9 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str)
-@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+@pytest.mark.parametrize("strategy", ["auto", "reference", "moments", "votes"])
 def test_autocast_changes_no_bit(strategy, half):
-    tensors = as_torch(draw(batch=(2,)), torch.float32, requires_grad=True)
+    tensors = as_torch(draw(batch=(2,), own_inp=False), torch.float32, requires_grad=True)
     options = {"n_out": 5, "return_R": True, "strategy": strategy}
     plain = route(*tensors, **options)
     with torch.autocast("cpu", dtype=half):
