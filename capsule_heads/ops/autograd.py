@@ -43,15 +43,17 @@ def route_in_passes(
     n_samples, d_out = math.prod(batch), W.shape[-1]
     is_small = mu_inp.numel() // d_inp * n_out * d_out < SMALL_VOTES
     dtype = torch.float64 if is_small and strategy != "triton" else mu_inp.dtype
-    tensors = (
-        a_inp.reshape(n_samples, n_inp),
-        mu_inp.reshape(n_samples, n_inp, d_cov, d_inp),
-        W[0].permute(2, 0, 1).expand(d_out, n_out, d_inp),
-        B[0].permute(1, 2, 0).expand(d_cov, d_out, n_out),
-        beta_use[0].expand(n_out),
-        beta_ign[0].expand(n_out),
+    # Parameters are few. In float64, their gradients are rounded once, after they are summed over what shares them.
+    outputs = _Route.apply(
+        strategy,
+        (n_iters, p_model, eps, return_R),
+        a_inp.reshape(n_samples, n_inp).to(dtype),
+        mu_inp.reshape(n_samples, n_inp, d_cov, d_inp).to(dtype),
+        W.double()[0].permute(2, 0, 1).expand(d_out, n_out, d_inp),
+        B.double()[0].permute(1, 2, 0).expand(d_cov, d_out, n_out),
+        beta_use.double()[0].expand(n_out),
+        beta_ign.double()[0].expand(n_out),
     )
-    outputs = _Route.apply(strategy, (n_iters, p_model, eps, return_R), *(tensor.to(dtype) for tensor in tensors))
     a_out, mu_out, sig2_out, R = (output.to(mu_inp.dtype) for output in outputs)
     return (
         a_out.reshape(*batch, n_out),

@@ -38,9 +38,9 @@ class MStep:
     def __init__(self, statistics: Statistics, inputs: Inputs, B: Tensor, beta_use: Tensor, beta_ign: Tensor) -> None:
         self.statistics, self.eps = statistics, inputs.eps
         self.total = inputs.f_inp.sum(-1, keepdim=True, dtype=torch.float64)  # [n1]
-        self.beta_use, self.beta_ign = beta_use.double(), beta_ign.double()
+        self.beta_use, self.beta_ign = beta_use, beta_ign
         # what votes have beside u = x W
-        bias = torch.einsum("nkcd,hjd->nchj", inputs.centre.double(), inputs.W.double()) + B.double()
+        bias = torch.einsum("nkcd,hjd->nchj", inputs.centre.double(), inputs.W.double()) + B
         n_used = statistics.n_used[:, None, None]
         self.count = n_used + self.eps  # [n11j]
         self.a_out = self.beta_use * statistics.n_used - self.beta_ign * (self.total - statistics.n_used)
@@ -159,7 +159,8 @@ def forward(
     eps: float,
     return_R: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Routes. Shapes: `a_inp [n,i]`, `mu_inp [n,i,c,d]`, `W [h,j,d]`, `B [c,h,j]`, betas `[j]`.
+    """Routes. Shapes: `a_inp [n,i]`, `mu_inp [n,i,c,d]`, `W [h,j,d]`, `B [c,h,j]`, betas `[j]`, the last four
+    float64.
 
     Returns:
         `a_out [n,j]`, `mu_out` and `sig2_out [n,c,h,j]`, and `R [n,i,j]` (empty unless asked for), of the dtype of
@@ -170,7 +171,7 @@ def forward(
     weighted_sum = (f_inp[:, None] @ mu_inp.flatten(2)).view(len(mu_inp), 1, *mu_inp.shape[2:])
     total = f_inp.sum(-1, keepdim=True)[..., None, None]
     centre = weighted_sum / total.clamp_min(torch.finfo(mu_inp.dtype).tiny)
-    inputs = Inputs(mu_inp, f_inp, centre, W, eps)
+    inputs = Inputs(mu_inp, f_inp, centre, W.to(mu_inp.dtype), eps)
     moments = UniformPass.moments(inputs)
     m_steps = [MStep(UniformPass.statistics(inputs, moments), inputs, B, beta_use, beta_ign)]
     R = mu_inp.new_full((*a_inp.shape, W.shape[1]) if return_R else (0,), 1.0 / W.shape[1])
@@ -201,7 +202,7 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """The gradients of `forward`'s six tensors. `d_outputs`: of `a_out`, `mu_out`, `sig2_out`, `R`, or None."""
-    inputs = Inputs(mu_inp, torch.sigmoid(a_inp), centre, W, eps)
+    inputs = Inputs(mu_inp, torch.sigmoid(a_inp), centre, W.to(mu_inp.dtype), eps)
     m_steps = [MStep(Statistics.unpacked(s, *B.shape[:2]), inputs, B, beta_use, beta_ign) for s in statistics]
 
     last = m_steps[-1]
@@ -228,5 +229,5 @@ def backward(
     d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
     d_f_inp += d_total.to(d_f_inp.dtype)
     d_a_inp = d_f_inp * inputs.f_inp * (1.0 - inputs.f_inp)
-    d_parameters = (x.to(W.dtype).contiguous() for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
+    d_parameters = (x.contiguous() for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
     return d_a_inp, d_mu_inp, *d_parameters
