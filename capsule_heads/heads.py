@@ -47,7 +47,8 @@ class TokenDepthHead(nn.Module):
         p_model: "gaussian" or "skm".
         single_beta: whether the routings share one beta for use and ignorance.
         eps: of the routings.
-        strategy: of the routings.
+        strategy: of the first routing, which does almost all the work. That of the parts, each with its own weights, is
+            "auto".
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class TokenDepthHead(nn.Module):
         strategy: str = "auto",
     ) -> None:
         super().__init__()
-        options = {"n_iters": n_iters, "p_model": p_model, "single_beta": single_beta, "eps": eps, "strategy": strategy}
+        options = {"n_iters": n_iters, "p_model": p_model, "single_beta": single_beta, "eps": eps}
         self.depth_emb = nn.Parameter(torch.empty(d_depth, d_emb))
         self.detect_parts = nn.Sequential(nn.Linear(d_emb, d_inp), nn.SiLU(), nn.LayerNorm(d_inp))
-        self.routings = nn.ModuleList([Routing(1, d_inp, d_cap, n_out=n_parts, **options)])
+        self.routings = nn.ModuleList([Routing(1, d_inp, d_cap, n_out=n_parts, strategy=strategy, **options)])
         if n_out is not None:
             self.routings.append(Routing(1, d_cap, d_cap, n_inp=n_parts, n_out=n_out, **options))
         self.reset_parameters()

@@ -4,12 +4,14 @@
     python scripts/benchmark.py --json benchmark.json
     python scripts/benchmark.py --cases text-65536 sst --repeats 5
     python scripts/benchmark.py --device cuda
+    python scripts/benchmark.py --cases sst smallnorb-layer --profile
 
 Two literal loops stand as baselines. `original` is the one of the paper's own code, which copies shared weights to
 every input before it computes the votes; `reference` is this package's, which does not. Times are those of a forward
 pass without gradients, and of a forward and a backward pass; memory is the most that the latter held at once beyond
 inputs and parameters, gradients included. The script fails, and reports nothing, if an output or a gradient of a
 strategy is further from the float64 reference than twice the float32 reference is (or than 1e-5, if that is more).
+`--profile` says instead what the time of the fast strategies goes to.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from capsule_heads.ops import STRATEGIES, route
 
 SEED = 0
 PARITY = 1e-5
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 def original(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, ...]:
@@ -83,7 +86,6 @@ def sst_head_case(strategy: str, device: str, dtype: torch.dtype = torch.float32
     """The paper's text head on the hidden states of GPT-2-large."""
     torch.manual_seed(SEED)
     head = TokenDepthHead(d_depth=37, d_emb=1280, n_out=5, strategy=strategy)
-    head.routings[1].strategy = "auto"  # weights for each input
     hidden_states = [torch.randn(20, 30, 1280).to(device, dtype) for _ in range(37)]
     head = perturbed(head).to(device, dtype)
     return (lambda: head(hidden_states, torch.ones(20, 30, device=device))[:3]), list(head.parameters())
@@ -115,6 +117,12 @@ CASES = {  # name: what it is, how to build it, the literal loops that fit in me
         NARROW,
     ),
     "text-16384": ("16,384 text capsules of 1x64", routing_case((), 16_384, 1, 64, 2), LITERAL, WIDE),
+    "text-16384-256": (
+        "16,384 text capsules of 1x64, to 256",
+        routing_case((), 16_384, 1, 64, 2, n_out=256),
+        LITERAL,
+        WIDE,
+    ),
     "text-65536": ("65,536 text capsules of 1x64", routing_case((), 65_536, 1, 64, 2), LITERAL, WIDE),
     "text-1000000": ("1,000,000 text capsules of 1x64", routing_case((), 1_000_000, 1, 64, 2), (), WIDE),
     "sst": ("SST routing, 20 x 1,110 of 1x64", routing_case((20,), 1110, 1, 64, 2), LITERAL, WIDE),
@@ -235,6 +243,29 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def profile(name: str, device: str) -> list[str]:
+    """Rows of Markdown: what a forward and a backward pass of each fast strategy spends its time on."""
+    title, build, _, strategies = CASES[name]
+    rows = []
+    for strategy in strategies:
+        if strategy == "triton" and device != "cuda":
+            continue
+        function = functools.partial(forward_backward, *build(strategy, device))
+        function()
+        wall = min(seconds(function, device) for _ in range(5))
+        with torch.profiler.profile(with_flops=True) as profiler:
+            function()
+        events = profiler.key_averages()
+        products = [event for event in events if event.key.removesuffix("_") in PRODUCTS]
+        flops, in_products = sum(e.flops for e in products), sum(e.self_cpu_time_total for e in products) / 1e6
+        n_calls = sum(e.count for e in events if e.key.startswith("aten::"))
+        rows.append(
+            f"| {title} | `{strategy}` | {1e3 * wall:,.0f} | {1e3 * in_products:,.0f} | {flops / 1e9:.1f} | "
+            f"{flops / in_products / 1e9:,.0f} | {1e3 * (wall - in_products):,.0f} | {n_calls:,} |"
+        )
+    return rows
+
+
 def ratio(slow: dict[str, object], fast: dict[str, object], kind: str) -> float:
     """The median over rounds of the ratio within a round."""
     return statistics.median(s / f for s, f in zip(slow[kind], fast[kind], strict=True))
@@ -274,6 +305,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, in each of which every strategy runs once")
+    parser.add_argument("--profile", action="store_true", help="what the time goes to, instead of ratios")
     parser.add_argument("--json", type=Path, help="a file to write every measured time to")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -286,6 +318,12 @@ def main() -> None:
             f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()
         )
     )
+    if arguments.profile:
+        print("| case | strategy | forward + backward, ms | products, ms | GFLOP | GFLOP/s | rest, ms | calls |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for name in arguments.cases:
+            print("\n".join(profile(name, arguments.device)))
+        return
     rows = []
     for name in arguments.cases:
         rows += benchmark(name, arguments.device, arguments.repeats)

@@ -87,9 +87,19 @@ def test_agrees_with_the_straightforward_computation(options, n_out):
 
 
 def test_options_reach_both_routings():
-    options = {"n_iters": 2, "p_model": "skm", "single_beta": True, "eps": 0.1, "strategy": "reference"}
+    options = {"n_iters": 2, "p_model": "skm", "single_beta": True, "eps": 0.1}
     for routing in build(**options).routings:
         assert {name: getattr(routing, name) for name in options} == options
+
+
+@pytest.mark.parametrize("strategy", ["reference", "moments", "votes"])
+def test_any_strategy_serves_the_head(strategy):
+    hidden_states, mask = draw()
+    head, auto = build(strategy=strategy), build()
+    outputs = [h(hidden_states, mask, return_routing_probabilities=True) for h in (head, auto)]
+    for a, e in zip((*outputs[0][:3], *outputs[0][3]), (*outputs[1][:3], *outputs[1][3]), strict=True):
+        assert relative(a, e) <= 1e-9
+    assert [routing.strategy for routing in head.routings] == [strategy, "auto"]  # each part has its own weights
 
 
 def test_routing_probabilities_only_where_asked_for():

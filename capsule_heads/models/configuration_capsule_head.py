@@ -39,7 +39,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         p_model: "gaussian", or "skm" for soft k-means.
         single_beta: whether the routings share one beta for use and ignorance.
         eps: added to counts of data and to variances in routing.
-        strategy: how routing is computed, "auto" or one of `capsule_heads.ops.STRATEGIES`.
+        strategy: how the routing to the parts is computed, "auto" or one of `capsule_heads.ops.STRATEGIES`.
         mixup_alpha: of the Beta distribution of mixup's ratios in training (the paper's 0.2); 0 turns mixup off.
         class_weights: weight of each class in the loss; None for equal ones. Not for regression.
         label_mean: of the labels in a regression's training set: the value that the head starts from.

@@ -76,7 +76,7 @@ class ModelArguments:
     p_model: str = field(default="gaussian", metadata={"help": "gaussian or skm (soft k-means)."})
     single_beta: bool = field(default=False, metadata={"help": "Use one beta for use and ignorance of data."})
     eps: float = field(default=1e-5, metadata={"help": "Added to counts of data and to variances in routing."})
-    strategy: str = field(default="auto", metadata={"help": "How routing is computed."})
+    strategy: str = field(default="auto", metadata={"help": "How the routing to the parts is computed."})
     mixup_alpha: float = field(default=0.2, metadata={"help": "Of the distribution of mixup's ratios; 0 for none."})
     class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class in the loss."})
 
