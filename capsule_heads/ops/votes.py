@@ -24,7 +24,7 @@ def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
     n, i, c, d = inputs.mu_inp.shape
     h, j, _ = inputs.W.shape
     planes = _Planes(inputs, e_step)
-    scale, mean = planes.scale.flatten(1, 2), e_step.mean.flatten(1, 2)  # [npj], float64
+    scale, mean = e_step.scale.flatten(1, 2), e_step.mean.flatten(1, 2)  # [npj], float64
     n_used = scale.new_zeros(n, j)
     mean_u, scatter = torch.zeros_like(scale), torch.zeros_like(scale)
     for samples, part in blocks(n, i, block_size(inputs.mu_inp, (c * h + 2) * j + c * (d + 1))):
@@ -58,11 +58,11 @@ def gradients(
     """See `passes.Passes`."""
     n, i, c, d = inputs.mu_inp.shape
     h, j, _ = inputs.W.shape
-    planes = _Planes(inputs, e_step)
+    planes, scale = _Planes(inputs, e_step), e_step.scale
 
     # The gradient with respect to D in units of z: constant + sum_p v (linear + square v), v = z - offset.
-    offset = planes.scale * (d_use.mean - e_step.mean)  # [nchj]
-    linear, square = d_use.linear / planes.scale, d_use.square / planes.scale.square()
+    offset = scale * (d_use.mean - e_step.mean)  # [nchj]
+    linear, square = d_use.linear / scale, d_use.square / scale.square()
     offset_, linear_, square_ = (planes.per_plane(x) for x in (offset, linear, square))  # [npj1]
     constant_ = d_use.constant.to(offset_.dtype)[..., None]  # [nj1]
 
@@ -79,12 +79,12 @@ def gradients(
         D = weights.mul_(f / sum_weights)
 
         v = torch.sub(z, offset_[samples], out=workspace.like("v", z))
-        d_v = torch.mul(v, square_[samples], out=workspace.like("d_v", z))
-        slope = torch.add(d_v, linear_[samples], out=workspace.like("slope", z))
+        square_v = torch.mul(v, square_[samples], out=workspace.like("square_v", z))
+        slope = torch.add(square_v, linear_[samples], out=workspace.like("slope", z))
         d_D = torch.mul(v[:, 0], slope[:, 0], out=workspace.like("d_D", D)).add_(constant_[samples])
         for p in range(1, c * h):
             d_D.addcmul_(v[:, p], slope[:, p])
-        d_v.add_(slope).mul_(D[:, None])  # D (linear + 2 square v)
+        d_z = square_v.add_(slope).mul_(D[:, None])  # through the M-step: D (linear + 2 square v)
 
         # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
         d_logits = torch.mul(D, d_D, out=workspace.like("d_logits", D))
@@ -94,7 +94,7 @@ def gradients(
         if d_logits_of_R is not None:
             d_logits += d_logits_of_R
         d_log_prior[samples] += d_logits.sum(-1)
-        d_z = d_v.addcmul_(z, d_logits[:, None], value=-2.0)
+        d_z.addcmul_(z, d_logits[:, None], value=-2.0)  # and through the E-step
 
         # Back through z = weights x, summed into place
         for sample, d_z_c in zip(range(samples.start, samples.stop), d_z.view(len(x), c, h * j, -1)):
@@ -104,14 +104,14 @@ def gradients(
     # d_weights has what the E-step's scale and mean need, and, as u is also what the M-step averages, some more.
     n_used = statistics.n_used[:, None, None]
     gap = statistics.mean - d_use.mean
-    sum_v = planes.scale * n_used * gap
-    sum_v2 = planes.scale.square() * (statistics.scatter + n_used * gap.square())
+    sum_v = scale * n_used * gap
+    sum_v2 = scale.square() * (statistics.scatter + n_used * gap.square())
     d_sum = linear * n_used + 2.0 * square * sum_v
     d_sum_z = linear * sum_v + 2.0 * square * sum_v2 + offset * d_sum
     d_sum_z = (d_weights * planes.weights).sum(-1, dtype=torch.float64).view_as(d_sum_z) - d_sum_z
     d_sum = d_weights[..., d].view_as(d_sum) - d_sum
-    d_W = (d_weights[..., :d] * planes.scale.flatten(2)[..., None].to(d_weights.dtype)).sum((0, 1)).view(h, j, d)
-    return EStep(d_log_prior, -planes.scale * d_sum, d_sum_z / e_step.scale), d_W
+    d_W = (d_weights[..., :d] * scale.flatten(2)[..., None].to(d_weights.dtype)).sum((0, 1)).view(h, j, d)
+    return EStep(d_log_prior, -scale * d_sum, d_sum_z / scale), d_W
 
 
 class _Planes:
@@ -119,11 +119,10 @@ class _Planes:
 
     def __init__(self, inputs: Inputs, e_step: EStep) -> None:
         self.inputs = inputs
-        self.scale = e_step.scale
         W, dtype = inputs.W, inputs.W.dtype
-        weights = torch.empty(*self.scale.shape, W.shape[-1] + 1, dtype=dtype, device=W.device)
-        torch.mul(self.scale.to(dtype)[..., None], W, out=weights[..., :-1])
-        weights[..., -1] = -self.scale * e_step.mean
+        weights = torch.empty(*e_step.scale.shape, W.shape[-1] + 1, dtype=dtype, device=W.device)
+        torch.mul(e_step.scale.to(dtype)[..., None], W, out=weights[..., :-1])
+        weights[..., -1] = -e_step.scale * e_step.mean
         self.weights = weights.flatten(2, 3)  # [n,c,hj,d+1]
         # No logit is above the largest prior, so this softmax can neither overflow nor, mostly, underflow.
         log_prior = e_step.log_prior - e_step.log_prior.amax(1, keepdim=True)

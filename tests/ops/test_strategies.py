@@ -320,11 +320,11 @@ def test_second_derivatives_are_refused(strategy):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="cpu"):
+def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="cpu", dtype=torch.float32):
     mu_inp = torch.empty(n_inp, d_cov, d_inp, device=device)
     shapes = [(d_inp, d_out), (d_cov, d_out), (), ()]
     parameters = [torch.empty(n_inp if i == own else 1, n_out, *shape) for i, shape in enumerate(shapes)]
-    return _choose_strategy(mu_inp, tuple(parameters), n_out)
+    return _choose_strategy(mu_inp, tuple(parameters), n_out, dtype)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +332,7 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
     [
         ({}, "votes"),
         ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "moments"),
+        ({"d_cov": 4, "d_inp": 4, "d_out": 4, "dtype": torch.float64}, "votes"),
         ({"d_cov": 4, "d_inp": 64, "d_out": 4}, "votes"),
         *(({"own": which}, "reference") for which in range(4)),
         ({"device": "meta"}, "reference"),
