@@ -185,7 +185,7 @@ def exp_(logits: Tensor) -> Tensor:
 class Workspace(threading.local):
     """Buffers for the temporaries of a block, used again for the next: to allocate anew costs page faults on the CPU.
 
-    They stay, for the next call as well: as much as fills the cache, for each thread that routes.
+    They stay, for the next call as well: as much as a block takes, for each thread that routes.
     """
 
     def __init__(self) -> None:
@@ -197,7 +197,8 @@ class Workspace(threading.local):
         key = (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
+                buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(shape)
 
     def like(self, name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

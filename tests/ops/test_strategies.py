@@ -247,6 +247,16 @@ def test_no_bit_changes_from_run_to_run(strategy):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("strategy", FAST)
+def test_training_after_inference_mode(strategy):
+    """Buffers are kept from call to call, and tensors made in inference mode are not to be written to outside it."""
+    tensors = hostile("plain", 0, (), 8000, 64, 1, 3, 2)  # more than tests before have asked for
+    with torch.inference_mode():
+        inferred = route(*tensors, n_out=64, strategy=strategy)
+    trained = values_and_gradients(tensors, strategy, n_out=64)
+    assert all(torch.equal(a, b) for a, b in zip(inferred, trained[:3]))
+
+
 class LargestResult(TorchDispatchMode):
     """Keeps the size of the largest tensor that an operation returned."""
 
