@@ -196,10 +196,15 @@ def _kilobytes(status: Path, field: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
 
+def strategies_of(name: str, device: str) -> list[str]:
+    """The fast strategies of a case that run on the device."""
+    return [strategy for strategy in CASES[name][3] if strategy != "triton" or device == "cuda"]
+
+
 def benchmark(name: str, device: str, repeats: int) -> list[dict[str, object]]:
     """Times one case. Each round runs every contestant once, so that all see the same machine."""
-    title, build, literal, strategies = CASES[name]
-    strategies = [strategy for strategy in strategies if strategy != "triton" or device == "cuda"]
+    title, build, literal, _ = CASES[name]
+    strategies = strategies_of(name, device)
     check_parity(name, strategies, device)
     runs = {}
     for strategy in (*literal, *strategies):
@@ -247,11 +252,9 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def profile(name: str, device: str) -> list[str]:
     """Rows of Markdown: what a forward and a backward pass of each fast strategy spends its time on."""
-    title, build, _, strategies = CASES[name]
+    title, build, _, _ = CASES[name]
     rows = []
-    for strategy in strategies:
-        if strategy == "triton" and device != "cuda":
-            continue
+    for strategy in strategies_of(name, device):
         function = functools.partial(forward_backward, *build(strategy, device))
         function()
         wall = min(seconds(function, device) for _ in range(5))

@@ -30,7 +30,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .autograd import route_in_passes
+from .autograd import n_votes, route_in_passes
 from .reference import route_reference
 
 STRATEGIES = {
@@ -132,7 +132,7 @@ def _choose_strategy(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int,
     d_out = parameters[0].shape[-1]
     if any(parameter.shape[0] > 1 for parameter in parameters) or mu_inp.device.type not in ("cpu", "cuda"):
         return "reference"
-    if mu_inp.device.type == "cpu" and mu_inp.numel() // d_inp * n_out * d_out < SMALL:
+    if mu_inp.device.type == "cpu" and n_votes(mu_inp, n_out, d_out) < SMALL:
         return "reference"
     few_moments = d_cov * d_inp * (d_inp + 3) // 2 + 1 <= 8 * d_cov * d_out
     return "moments" if few_moments and dtype == torch.float32 else "votes"

@@ -20,6 +20,11 @@ from .passes import Passes
 SMALL_VOTES = 500_000
 
 
+def n_votes(mu_inp: Tensor, n_out: int, d_out: int) -> int:
+    """How many numbers there are in all votes, `[...ijch]`."""
+    return mu_inp.numel() // mu_inp.shape[-1] * n_out * d_out
+
+
 def route_in_passes(
     strategy: str,
     a_inp: Tensor,
@@ -41,7 +46,7 @@ def route_in_passes(
     """
     *batch, n_inp, d_cov, d_inp = mu_inp.shape
     n_samples, d_out = math.prod(batch), W.shape[-1]
-    is_small = mu_inp.numel() // d_inp * n_out * d_out < SMALL_VOTES
+    is_small = n_votes(mu_inp, n_out, d_out) < SMALL_VOTES
     dtype = torch.float64 if is_small and strategy != "triton" else mu_inp.dtype
     # Parameters are few. In float64, their gradients are rounded once, after they are summed over what shares them.
     outputs = _Route.apply(

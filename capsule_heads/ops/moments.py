@@ -16,7 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, exp_, workspace
+from .passes import (
+    EStep,
+    Inputs,
+    Statistics,
+    UseGradient,
+    block_size,
+    blocks,
+    d_logits_of_R,
+    exp_,
+    use,
+    use_backward,
+    workspace,
+)
 
 
 class Quadratic(NamedTuple):
@@ -25,12 +37,6 @@ class Quadratic(NamedTuple):
     constant: Tensor
     linear: Tensor
     square: Tensor
-
-    @classmethod
-    def about(cls, mean: Tensor, constant: Tensor, linear: Tensor, square: Tensor) -> Quadratic:
-        """From a form in `v = u - mean`."""
-        in_mean = (mean * (square * mean - linear)).sum((1, 2))
-        return cls(constant + in_mean, linear - 2.0 * square * mean, square)
 
     def coefficients(self, W: Tensor) -> Tensor:
         """Of the features: `[n,j,p]`."""
@@ -80,11 +86,7 @@ def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
             theta[samples], phi, out=workspace.like("logits", phi, (len(f), theta.shape[1], f.shape[2]))
         )
         weights, sum_weights = _softmax(logits)
-        if R is None:
-            D = weights.mul_(f / sum_weights)
-        else:
-            R[samples, part] = weights.div_(sum_weights).mT.to(R.dtype)
-            D = weights.mul_(f)
+        D = use(weights, sum_weights, f, None if R is None else R[samples, part])
         moments[samples] += D @ phi.mT
     of_u, _ = form.backward(W, moments)
     n_used = of_u.constant
@@ -105,7 +107,7 @@ def gradients(
     n, i, c, d = inputs.mu_inp.shape
     W = inputs.W.double()
     j = W.shape[1]
-    forms = (_exponent(e_step), Quadratic.about(d_use.mean, d_use.constant, d_use.linear, d_use.square))
+    forms = (_exponent(e_step), Quadratic(*d_use.in_u()))
     theta = torch.cat([form.coefficients(W) for form in forms], dim=1)  # [n,2j,p]: of the logits, and of d_D
     theta_swapped = theta.roll(j, dims=1)
     n_features = theta.shape[-1]
@@ -116,20 +118,9 @@ def gradients(
         both = torch.matmul(theta[samples], phi, out=workspace.like("logits", phi, (len(f), 2 * j, f.shape[2])))
         logits, d_D = both[:, :j], both[:, j:]
         weights, sum_weights = _softmax(logits)
-        d_logits_of_R = None
-        if d_R is not None:
-            R = weights / sum_weights
-            d_logits_of_R = d_R[samples, part].mT * R
-            d_logits_of_R -= R * d_logits_of_R.sum(1, keepdim=True)
-        D = weights.mul_(f / sum_weights)
-
-        # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
-        d_logits = d_D.mul_(D)
-        d_f = d_logits.sum(1, keepdim=True) / f.clamp_min(torch.finfo(f.dtype).tiny)
-        d_f_inp[samples, part] += d_f[:, 0].to(d_f_inp.dtype)
-        d_logits.addcmul_(D, d_f, value=-1.0)
-        if d_logits_of_R is not None:
-            d_logits += d_logits_of_R
+        of_R = d_logits_of_R(weights, sum_weights, None if d_R is None else d_R[samples, part])
+        D = use(weights, sum_weights, f, None)
+        d_logits = use_backward(D, d_D, f, d_f_inp[samples, part], of_R)
         d_theta[samples] += d_logits @ phi.mT
         # `both` now has D, which the coefficients of d_D multiply, and d_logits, which those of the logits do
         d_phi = torch.matmul(theta_swapped[samples].mT, both, out=workspace.like("d_phi", phi))
@@ -147,7 +138,7 @@ def gradients(
 def _exponent(e_step: EStep) -> Quadratic:
     """The exponent of an E-step: `log_prior - sum_ch (scale (u - mean))^2`."""
     log_prior, mean, scale = e_step
-    return Quadratic.about(mean, log_prior, torch.zeros_like(mean), -scale.square())
+    return Quadratic(log_prior - (scale * mean).square().sum((1, 2)), 2.0 * scale.square() * mean, -scale.square())
 
 
 def _products(W: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Inputs:
     Attributes:
         mu_inp: `[n,i,c,d]`.
         f_inp: `[n,i]`, the sigmoid of the scores.
+        total: `[n,1]`, the sum of `f_inp`, float64.
         centre: `[n,1,c,d]`, of the dtype of `mu_inp`.
         W: `[h,j,d]`, of the dtype of `mu_inp`.
         eps: added to counts and variances.
@@ -33,6 +34,7 @@ class Inputs:
 
     mu_inp: Tensor
     f_inp: Tensor
+    total: Tensor
     centre: Tensor
     W: Tensor
     eps: float
@@ -107,6 +109,20 @@ class UseGradient(NamedTuple):
     square: Tensor
     mean: Tensor
 
+    def in_u(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As a form in `u`, `constant + sum_ch u (linear + square u)`: `constant`, `linear` and `square`."""
+        at_zero = (self.mean * (self.square * self.mean - self.linear)).sum((1, 2))
+        return self.constant + at_zero, self.linear - 2.0 * self.square * self.mean, self.square
+
+    def in_z(self, e_step: EStep) -> tuple[Tensor, Tensor, Tensor]:
+        """In `z = scale (u - e_step.mean)`, as `constant + sum_ch v (linear + square v)`, `v = z - offset`.
+
+        Returns:
+            `offset`, `linear` and `square`, each `[n,c,h,j]`.
+        """
+        scale = e_step.scale
+        return scale * (self.mean - e_step.mean), self.linear / scale, self.square / scale.square()
+
 
 class Passes(Protocol):
     """What a strategy provides: one pass over the inputs for an iteration, and one for its backward pass."""
@@ -143,7 +159,7 @@ def blocks(n_samples: int, n_inp: int, block_size: int) -> Iterator[tuple[slice,
             for start in range(0, n_inp, step):
                 yield slice(sample, sample + 1), slice(start, min(n_inp, start + step))
     else:
-        count = max(1, block_size // max(1, n_inp))
+        count = block_size // n_inp
         step = -(-n_samples // -(-n_samples // count))
         for start in range(0, n_samples, step):
             yield slice(start, min(n_samples, start + step)), slice(0, n_inp)
@@ -180,6 +196,42 @@ def exp_(logits: Tensor) -> Tensor:
     lowest = 0.9 * math.log(torch.finfo(logits.dtype).tiny)
     weights = logits.clamp_min_(lowest).exp_()
     return F.threshold_(weights, 1.001 * math.exp(lowest), 0.0)
+
+
+def use(weights: Tensor, sum_weights: Tensor, f_inp: Tensor, R: Tensor | None) -> Tensor:
+    """A block's `D = f R`, in the place of `weights [n,j,i]`, where `R = weights / sum_weights`.
+
+    Args:
+        weights: `[n,j,i]`.
+        sum_weights: `[n,1,i]`.
+        f_inp: `[n,1,i]`.
+        R: `[n,i,j]`, to write to; or None.
+    """
+    if R is None:
+        return weights.mul_(f_inp / sum_weights)
+    R.copy_(weights.div_(sum_weights).mT)
+    return weights.mul_(f_inp)
+
+
+def use_backward(D: Tensor, d_D: Tensor, f_inp: Tensor, d_f_inp: Tensor, d_logits_of_R: Tensor | None) -> Tensor:
+    """Back through a block's `D = f softmax(logits)`: adds to `d_f_inp [n,i]`; `d_logits`, in the place of `d_D [nji]`.
+
+    Where `f` is 0, so is `D`, and so is the gradient of the score, whatever is added to that of `f`.
+    """
+    d_logits = d_D.mul_(D)
+    d_f = d_logits.sum(1, keepdim=True) / f_inp.clamp_min(torch.finfo(f_inp.dtype).tiny)
+    d_f_inp += d_f[:, 0]
+    d_logits.addcmul_(D, d_f, value=-1.0)
+    return d_logits if d_logits_of_R is None else d_logits.add_(d_logits_of_R)
+
+
+def d_logits_of_R(weights: Tensor, sum_weights: Tensor, d_R: Tensor | None) -> Tensor | None:
+    """What the gradient `[n,i,j]` of `R`, where it is an output, adds to that of a block's logits, `[n,j,i]`."""
+    if d_R is None:
+        return None
+    R = weights / sum_weights
+    d_logits = d_R.mT * R
+    return d_logits - R * d_logits.sum(1, keepdim=True)
 
 
 class Workspace(threading.local):

@@ -3,7 +3,8 @@
 An M-step is a sum over inputs and an E-step is local to each, so an iteration is one pass over the inputs that adds up
 statistics without `i`; its backward pass is one more, which computes each block anew. Nothing of the size `[...ij]` is
 kept, except `R` where it is asked for. A strategy provides the two passes (`Passes`). This module has the rest: the
-first iteration, in which `R` is uniform; what happens between passes, on tensors without `i`; and autograd.
+first iteration, in which `R` is uniform; and what happens between passes, on tensors without
+`i`.
 
 Two changes of variables keep the numbers good. Inputs are centred on their weighted mean, `x = mu_inp - centre`, so
 `V = u + b` with `u = x W` and `b = centre W + B`; and means are kept relative to that, `mean = mu - b`, so the
@@ -16,6 +17,7 @@ float64, whatever the inputs are: they are small, and most cancellation happens 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -35,12 +37,11 @@ class MStep:
         sig2_out: `[n,c,h,j]`.
     """
 
-    def __init__(self, statistics: Statistics, inputs: Inputs, B: Tensor, beta_use: Tensor, beta_ign: Tensor) -> None:
-        self.statistics, self.eps = statistics, inputs.eps
-        self.total = inputs.f_inp.sum(-1, keepdim=True, dtype=torch.float64)  # [n1]
+    def __init__(
+        self, statistics: Statistics, inputs: Inputs, bias: Tensor, beta_use: Tensor, beta_ign: Tensor
+    ) -> None:
+        self.statistics, self.total, self.eps = statistics, inputs.total, inputs.eps
         self.beta_use, self.beta_ign = beta_use, beta_ign
-        # what votes have beside u = x W
-        bias = torch.einsum("nkcd,hjd->nchj", inputs.centre.double(), inputs.W.double()) + B
         n_used = statistics.n_used[:, None, None]
         self.count = n_used + self.eps  # [n11j]
         self.a_out = self.beta_use * statistics.n_used - self.beta_ign * (self.total - statistics.n_used)
@@ -111,7 +112,7 @@ class UniformPass:
     @staticmethod
     def statistics(inputs: Inputs, moments: Tensor) -> Statistics:
         """The statistics of `D_ij = f_i / n_out`."""
-        total, W, n_out = inputs.f_inp.sum(-1, keepdim=True, dtype=torch.float64), inputs.W.double(), inputs.W.shape[1]
+        total, W, n_out = inputs.total, inputs.W.double(), inputs.W.shape[1]
         mean_x = moments[..., -1] / total[..., None].clamp_min(torch.finfo(total.dtype).tiny)  # [ncd]
         covariance = moments[..., :-1] - total[..., None, None] * mean_x[..., :, None] * mean_x[..., None, :]
         mean = torch.einsum("ncd,hjd->nchj", mean_x, W)
@@ -125,11 +126,11 @@ class UniformPass:
         n, i, c, d = inputs.mu_inp.shape
         W, n_out = inputs.W.double(), inputs.W.shape[1]
         # The gradient of D_ij summed over j is a quadratic form in x: constant + x linear + x square x^T.
-        in_u = (d_use.linear - 2.0 * d_use.square * d_use.mean) / n_out  # [nchj]
-        square = (d_use.square[..., None] / n_out * W).flatten(2, 3).mT @ W.flatten(0, 1)  # [n,c,d,d]
-        linear = torch.einsum("nchj,hjd->ncd", in_u, W)
-        at_zero = (d_use.square * d_use.mean - d_use.linear) * d_use.mean
-        constant = (d_use.constant.sum(-1) + at_zero.sum((1, 2, 3))) / n_out
+        constant, linear_u, square_u = (x / n_out for x in d_use.in_u())
+        square_W = (square_u[..., None] * W).flatten(2, 3)  # [n,c,hj,d]
+        square = square_W.mT @ W.flatten(0, 1)  # [n,c,d,d]
+        linear = torch.einsum("nchj,hjd->ncd", linear_u, W)
+        constant = constant.sum(-1)
         # f (2 x square + linear), as a product with x and its column of ones
         half = torch.cat([square, linear[:, :, None] / 2.0], dim=2).to(inputs.mu_inp.dtype)  # [n,c,d+1,d]
         for samples, part in blocks(n, i, block_size(inputs.mu_inp, 8 * c * (d + 1))):
@@ -140,9 +141,8 @@ class UniformPass:
             d_f_inp[samples, part] += d_f + f_x.sum((1, 3))
             d_x.mul_(inputs.f_inp[samples, None, part, None])
             d_mu_inp[samples, part].add_(d_x.transpose(1, 2), alpha=2.0)
-        d_W_covariance = d_use.square[..., None] / n_out * W  # [nchjd]
-        d_W = 2.0 * (d_W_covariance.flatten(2, 3) @ moments[..., :-1]).sum((0, 1)).view_as(W)
-        return d_W + torch.einsum("ncd,nchj->hjd", moments[..., -1], in_u)
+        d_W = 2.0 * (square_W @ moments[..., :-1]).sum((0, 1)).view_as(W)
+        return d_W + torch.einsum("ncd,nchj->hjd", moments[..., -1], linear_u)
 
 
 def forward(
@@ -169,17 +169,18 @@ def forward(
     """
     f_inp = torch.sigmoid(a_inp)
     weighted_sum = (f_inp[:, None] @ mu_inp.flatten(2)).view(len(mu_inp), 1, *mu_inp.shape[2:])
-    total = f_inp.sum(-1, keepdim=True)[..., None, None]
-    centre = weighted_sum / total.clamp_min(torch.finfo(mu_inp.dtype).tiny)
-    inputs = Inputs(mu_inp, f_inp, centre, W.to(mu_inp.dtype), eps)
+    total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
+    centre = weighted_sum / total.to(mu_inp.dtype)[..., None, None].clamp_min(torch.finfo(mu_inp.dtype).tiny)
+    inputs = Inputs(mu_inp, f_inp, total, centre, W.to(mu_inp.dtype), eps)
+    bias = _bias(inputs, B)
     moments = UniformPass.moments(inputs)
-    m_steps = [MStep(UniformPass.statistics(inputs, moments), inputs, B, beta_use, beta_ign)]
+    m_steps = [MStep(UniformPass.statistics(inputs, moments), inputs, bias, beta_use, beta_ign)]
     R = mu_inp.new_full((*a_inp.shape, W.shape[1]) if return_R else (0,), 1.0 / W.shape[1])
     for iteration in range(1, n_iters):
         e_step = m_steps[-1].e_step(p_model)
         R_out = R if return_R and iteration == n_iters - 1 else None
         statistics = passes.statistics(inputs, e_step, R_out)
-        m_steps.append(MStep(statistics, inputs, B, beta_use, beta_ign))
+        m_steps.append(MStep(statistics, inputs, bias, beta_use, beta_ign))
     outputs = (x.to(mu_inp.dtype).contiguous() for x in (m_steps[-1].a_out, m_steps[-1].mu_out, m_steps[-1].sig2_out))
     n_kept = passes.n_kept(*mu_inp.shape[2:])
     return *outputs, R, centre, moments, torch.stack([m_step.statistics.packed(n_kept) for m_step in m_steps])
@@ -202,8 +203,11 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """The gradients of `forward`'s six tensors. `d_outputs`: of `a_out`, `mu_out`, `sig2_out`, `R`, or None."""
-    inputs = Inputs(mu_inp, torch.sigmoid(a_inp), centre, W.to(mu_inp.dtype), eps)
-    m_steps = [MStep(Statistics.unpacked(s, *B.shape[:2]), inputs, B, beta_use, beta_ign) for s in statistics]
+    f_inp = torch.sigmoid(a_inp)
+    total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
+    inputs = Inputs(mu_inp, f_inp, total, centre, W.to(mu_inp.dtype), eps)
+    bias = _bias(inputs, B)
+    m_steps = [MStep(Statistics.unpacked(s, *B.shape[:2]), inputs, bias, beta_use, beta_ign) for s in statistics]
 
     last = m_steps[-1]
     d_a_out, d_mu_out, d_sig2_out = (
@@ -212,8 +216,8 @@ def backward(
     )
     d_mean, d_R = torch.zeros_like(last.mean), d_outputs[3]
     d_mu_inp, d_f_inp = mu_inp.new_zeros(mu_inp.shape), a_inp.new_zeros(a_inp.shape)
-    d_W, d_read = torch.zeros_like(W, dtype=torch.float64), []
-    for previous, m_step in zip([None, *m_steps][-2::-1], m_steps[::-1]):
+    d_W, d_read = torch.zeros_like(W), []
+    for m_step, previous in itertools.pairwise([*reversed(m_steps), None]):
         d_use, d_read_here = m_step.backward(d_a_out, d_mean, d_sig2_out, d_mu_out)
         d_read.append(d_read_here)
         if previous is None:
@@ -228,6 +232,11 @@ def backward(
     d_total, d_bias, d_beta_use, d_beta_ign = (sum(parts) for parts in zip(*d_read))
     d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
     d_f_inp += d_total.to(d_f_inp.dtype)
-    d_a_inp = d_f_inp * inputs.f_inp * (1.0 - inputs.f_inp)
+    d_a_inp = d_f_inp * f_inp * (1.0 - f_inp)
     d_parameters = (x.contiguous() for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
     return d_a_inp, d_mu_inp, *d_parameters
+
+
+def _bias(inputs: Inputs, B: Tensor) -> Tensor:
+    """What votes have beside `u = x W`: `centre W + B`, `[n,c,h,j]`, float64."""
+    return torch.einsum("nkcd,hjd->nchj", inputs.centre.double(), inputs.W.double()) + B

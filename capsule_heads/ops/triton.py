@@ -108,9 +108,7 @@ def gradients(
     launch = _Launch(inputs, e_step, n_rows=1 + c * h * (d + 2))
     scale = e_step.scale
 
-    # The gradient with respect to D in units of z: constant + sum_p v (linear + square v), v = z - offset.
-    terms = (scale * (d_use.mean - e_step.mean), d_use.linear / scale, d_use.square / scale.square())
-    terms = torch.stack([x.flatten(1, 2) for x in terms], dim=2).to(dtype)  # [np3j]
+    terms = torch.stack([x.flatten(1, 2) for x in d_use.in_z(e_step)], dim=2).to(dtype)  # [np3j]
     d_x, d_f = d_mu_inp.contiguous(), d_f_inp.contiguous()
     d_R_ = inputs.f_inp if d_R is None else d_R.contiguous()
     launch(_gradients_kernel, terms, d_use.constant.to(dtype), d_R_, d_x, d_f, HAS_D_R=d_R is not None)

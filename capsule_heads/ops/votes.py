@@ -1,7 +1,7 @@
 """Routing by planes of votes, for narrow outputs: `u_ijch` as few contiguous `[j,i]` planes, one for each `c` and `h`.
 
 The E-step's shift and scale are folded into the weights, so one matrix product gives the planes
-`z_ijch = scale_jch (u_ijch - mean_jch)` of a block; the rest are elementwise operations on planes, all in cache.
+`z_ijch = scale_jch (u_ijch - mean_jch)` of a block; the rest are elementwise operations on planes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .passes import EStep, Inputs, Statistics, UseGradient, block_size, blocks, exp_, workspace
+from .passes import (
+    EStep,
+    Inputs,
+    Statistics,
+    UseGradient,
+    block_size,
+    blocks,
+    d_logits_of_R,
+    exp_,
+    use,
+    use_backward,
+    workspace,
+)
 
 _SMALLEST_SUM = 1e-9  # of the weights of an input, far above those that `exp_` leaves out
 
@@ -30,11 +42,7 @@ def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
     for samples, part in blocks(n, i, block_size(inputs.mu_inp, (c * h + 2) * j + c * (d + 1))):
         f = inputs.f_inp[samples, None, part]
         _, z, weights, sum_weights = planes.e_step(samples, part)
-        if R is None:
-            D = weights.mul_(f / sum_weights)
-        else:
-            R[samples, part] = weights.div_(sum_weights).mT
-            D = weights.mul_(f)
+        D = use(weights, sum_weights, f, None if R is None else R[samples, part])
         n_block = D.sum(-1)  # [nj]
         # The scatter about the block's own mean: about any other, it would lose digits to the distance.
         mean_z = _weighted_sum(D, z) / n_block.clamp_min(torch.finfo(D.dtype).tiny)[:, None]  # [npj]
@@ -60,23 +68,17 @@ def gradients(
     h, j, _ = inputs.W.shape
     planes, scale = _Planes(inputs, e_step), e_step.scale
 
-    # The gradient with respect to D in units of z: constant + sum_p v (linear + square v), v = z - offset.
-    offset = scale * (d_use.mean - e_step.mean)  # [nchj]
-    linear, square = d_use.linear / scale, d_use.square / scale.square()
+    offset, linear, square = d_use.in_z(e_step)  # [nchj]
     offset_, linear_, square_ = (planes.per_plane(x) for x in (offset, linear, square))  # [npj1]
     constant_ = d_use.constant.to(offset_.dtype)[..., None]  # [nj1]
 
     d_log_prior = torch.zeros_like(d_use.constant)
     d_weights = torch.zeros_like(planes.weights)
-    for samples, part in blocks(n, i, block_size(inputs.mu_inp, (4 * c * h + 3) * j + c * (d + 1))):
+    for samples, part in blocks(n, i, block_size(inputs.mu_inp, (4 * c * h + 2) * j + c * (d + 1))):
         f = inputs.f_inp[samples, None, part]
         x, z, weights, sum_weights = planes.e_step(samples, part)
-        d_logits_of_R = None
-        if d_R is not None:
-            R = weights / sum_weights
-            d_logits_of_R = d_R[samples, part].mT * R
-            d_logits_of_R -= R * d_logits_of_R.sum(1, keepdim=True)
-        D = weights.mul_(f / sum_weights)
+        of_R = d_logits_of_R(weights, sum_weights, None if d_R is None else d_R[samples, part])
+        D = use(weights, sum_weights, f, None)
 
         v = torch.sub(z, offset_[samples], out=workspace.like("v", z))
         square_v = torch.mul(v, square_[samples], out=workspace.like("square_v", z))
@@ -86,13 +88,7 @@ def gradients(
             d_D.addcmul_(v[:, p], slope[:, p])
         d_z = square_v.add_(slope).mul_(D[:, None])  # through the M-step: D (linear + 2 square v)
 
-        # Back through D = f softmax(logits). Where f is 0, so is D, and so is the gradient of the score.
-        d_logits = torch.mul(D, d_D, out=workspace.like("d_logits", D))
-        d_f = d_logits.sum(1, keepdim=True) / f.clamp_min(torch.finfo(f.dtype).tiny)
-        d_f_inp[samples, part] += d_f[:, 0]
-        d_logits.addcmul_(D, d_f, value=-1.0)
-        if d_logits_of_R is not None:
-            d_logits += d_logits_of_R
+        d_logits = use_backward(D, d_D, f, d_f_inp[samples, part], of_R)
         d_log_prior[samples] += d_logits.sum(-1)
         d_z.addcmul_(z, d_logits[:, None], value=-2.0)  # and through the E-step
 
