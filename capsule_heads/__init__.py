@@ -1,22 +1,35 @@
 """Routing-capsule heads (Heinsen, 2019) on the hidden states of transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from .layers import Routing
-from .models import CapsuleHeadConfig, CapsuleHeadForSequenceClassification, CapsuleHeadModel
+from .models import (
+    CapsuleHeadConfig,
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    CapsuleHeadModel,
+    StereoConvConfig,
+    StereoConvModel,
+)
 from .training import CapsuleTrainer, CapsuleTrainingArguments
 from .version import __version__
 
 __all__ = [
     "CapsuleHeadConfig",
+    "CapsuleHeadForImageClassification",
     "CapsuleHeadForSequenceClassification",
     "CapsuleHeadModel",
     "CapsuleTrainer",
     "CapsuleTrainingArguments",
     "Routing",
+    "StereoConvConfig",
+    "StereoConvModel",
     "__version__",
 ]
 
 AutoConfig.register(CapsuleHeadConfig.model_type, CapsuleHeadConfig)
 AutoModel.register(CapsuleHeadConfig, CapsuleHeadModel)
+AutoModelForImageClassification.register(CapsuleHeadConfig, CapsuleHeadForImageClassification)
 AutoModelForSequenceClassification.register(CapsuleHeadConfig, CapsuleHeadForSequenceClassification)
+AutoConfig.register(StereoConvConfig.model_type, StereoConvConfig)
+AutoModel.register(StereoConvConfig, StereoConvModel)

@@ -17,16 +17,49 @@ class HeadOutput(NamedTuple):
 
     Attributes:
         a_out: `[batch, n_out]`, scores of the output capsules, as logits.
-        mu_out: `[batch, n_out, 1, d_cap]`, their poses (means).
-        sig2_out: `[batch, n_out, 1, d_cap]`, their variances.
-        routing_probabilities: per routing `[batch, n_inp, n_out]`, or None if not asked for. Inputs of the first
-            routing are ordered `token * depth + depth index`.
+        mu_out: `[batch, n_out, d_cov, d_cap]`, their poses (means); None for a head without capsules.
+        sig2_out: `[batch, n_out, d_cov, d_cap]`, their variances; None for a head without capsules.
+        routing_probabilities: per routing `[batch, n_inp, n_out]`, or None if not asked for.
     """
 
     a_out: Tensor
-    mu_out: Tensor
-    sig2_out: Tensor
-    routing_probabilities: tuple[Tensor, ...] | None
+    mu_out: Tensor | None = None
+    sig2_out: Tensor | None = None
+    routing_probabilities: tuple[Tensor, ...] | None = None
+
+
+class PartDetector(nn.Module):
+    """Makes capsules of the hidden states of one width: depth embedding, affine map, swish, layer normalisation.
+
+    Args:
+        n_depths: number of hidden states of that width.
+        d_emb: the width.
+        d_inp: width of the capsules.
+    """
+
+    def __init__(self, n_depths: int, d_emb: int, d_inp: int) -> None:
+        super().__init__()
+        self.depth_emb = nn.Parameter(torch.empty(n_depths, d_emb))
+        self.affine = nn.Linear(d_emb, d_inp)
+        self.norm = nn.LayerNorm(d_inp)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises as the paper does: depth embeddings and biases zero, the affine map Kaiming normal."""
+        nn.init.zeros_(self.depth_emb)
+        nn.init.kaiming_normal_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+        self.norm.reset_parameters()
+
+    def project(self, hidden_states: Sequence[Tensor]) -> list[Tensor]:
+        """Depth embedding and affine map: `n_depths` tensors `[batch, tokens, d_emb]` to `[batch, tokens, d_inp]`."""
+        # W (x + e) + b = W x + (W e + b): nothing of the width of the hidden states is made.
+        offsets = self.affine(self.depth_emb)
+        return [F.linear(x, self.affine.weight) + offset for x, offset in zip(hidden_states, offsets, strict=True)]
+
+    def activate(self, projected: Tensor) -> Tensor:
+        """Swish and layer normalisation, `[..., d_inp]`."""
+        return self.norm(F.silu(projected))
 
 
 class TokenDepthHead(nn.Module):
@@ -34,88 +67,224 @@ class TokenDepthHead(nn.Module):
 
     A learned embedding of depth is added to the hidden states; an affine map, swish and layer normalisation make each
     one a capsule of `1 x d_inp`, with its token's mask as score; these are routed to `n_parts` capsules of `1 x d_cap`,
-    and those to `n_out` capsules of `1 x d_cap`, whose scores are the logits (Heinsen, 2019, section 4.2).
+    and those to `n_out` capsules of `1 x d_cap`, whose scores are the logits (Heinsen, 2019, section 4.2). Hidden
+    states of several widths, such as those of hierarchical image models, have one affine map and normalisation per
+    width.
+
+    The inputs of the first routing are ordered `token * d_depth + depth` where all hidden states have one shape, and
+    depth after depth where they do not.
 
     Args:
-        d_depth: number of hidden states.
-        d_emb: their width.
+        d_emb: width of each hidden state.
         n_out: number of output capsules; None to stop at the parts, which are then the output.
         d_inp: width of the capsules that hidden states become.
         n_parts: number of part capsules.
         d_cap: width of part and output capsules.
-        n_iters: iterations of each routing.
-        p_model: "gaussian" or "skm".
-        single_beta: whether the routings share one beta for use and ignorance.
-        eps: of the routings.
         strategy: of the first routing, which does almost all the work. That of the parts, each with its own weights, is
             "auto".
+        **options: of both routings: `n_iters`, `p_model`, `single_beta`, `eps`; see `Routing`.
     """
 
     def __init__(
         self,
         *,
-        d_depth: int,
-        d_emb: int,
+        d_emb: Sequence[int],
         n_out: int | None,
         d_inp: int = 64,
         n_parts: int = 64,
         d_cap: int = 2,
-        n_iters: int = 3,
-        p_model: str = "gaussian",
-        single_beta: bool = False,
-        eps: float = 1e-5,
         strategy: str = "auto",
+        **options,
     ) -> None:
         super().__init__()
-        options = {"n_iters": n_iters, "p_model": p_model, "single_beta": single_beta, "eps": eps}
-        self.depth_emb = nn.Parameter(torch.empty(d_depth, d_emb))
-        self.detect_parts = nn.Sequential(nn.Linear(d_emb, d_inp), nn.SiLU(), nn.LayerNorm(d_inp))
-        self.routings = nn.ModuleList([Routing(1, d_inp, d_cap, n_out=n_parts, strategy=strategy, **options)])
-        if n_out is not None:
-            self.routings.append(Routing(1, d_cap, d_cap, n_inp=n_parts, n_out=n_out, **options))
-        self.reset_parameters()
+        self.d_emb = tuple(d_emb)
+        self.widths = list(dict.fromkeys(self.d_emb))
+        self.detect_parts = nn.ModuleList(
+            [PartDetector(self.d_emb.count(width), width, d_inp) for width in self.widths]
+        )
+        self.routings = _routings(n_out, n_parts, Routing(1, d_inp, d_cap, n_out=n_parts, strategy=strategy, **options))
 
     def reset_parameters(self) -> None:
-        """Initialises as the paper does: depth embeddings and biases zero, the affine map Kaiming normal."""
-        nn.init.zeros_(self.depth_emb)
-        nn.init.kaiming_normal_(self.detect_parts[0].weight)
-        nn.init.zeros_(self.detect_parts[0].bias)
-        self.detect_parts[2].reset_parameters()
-        for routing in self.routings:
-            routing.reset_parameters()
+        """Initialises all parameters anew."""
+        _reset(*self.detect_parts, *self.routings)
 
     def forward(
-        self, hidden_states: Sequence[Tensor], mask: Tensor, return_routing_probabilities: bool = False
+        self,
+        hidden_states: Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor],
+        return_routing_probabilities: bool = False,
     ) -> HeadOutput:
         """Scores each class.
 
         Args:
-            hidden_states: `d_depth` tensors `[batch, tokens, d_emb]`.
-            mask: `[batch, tokens]`, in [0, 1]: 1 for a token, 0 for padding, a fraction for a share of a token (mixup).
+            hidden_states: one tensor `[batch, tokens, width]` per depth.
+            mask: `[batch, tokens]`, in [0, 1]: 1 for a token, 0 for padding, a fraction for a share of a token (mixup);
+                or one per depth.
             return_routing_probabilities: whether to return those of each routing.
 
         Returns:
             A `HeadOutput`.
 
         Raises:
-            ValueError: for another number of hidden states than `d_depth`, or shapes that do not fit.
+            ValueError: for another number of hidden states than the head was built for, or shapes that do not fit.
         """
-        if len(hidden_states) != len(self.depth_emb):
-            raise ValueError(
-                f"{len(hidden_states)} hidden states were passed to a head built for d_depth={len(self.depth_emb)}; "
-                "expected one per depth: the embeddings, say, and the output of every layer."
-            )
-        affine, swish, norm = self.detect_parts
-        # W (x + e) + b = W x + (W e + b): nothing of the size token x depth x width is made. [batch, tokens, depth, d]
-        offsets = affine(self.depth_emb)
-        parts = torch.stack([F.linear(x, affine.weight) + e for x, e in zip(hidden_states, offsets)], dim=2)
-        x = norm(swish(parts)).flatten(1, 2).unsqueeze(-2)  # [batch, i, 1, d_inp], i = token * d_depth + depth
-        # In float32 also where x is bfloat16, which would round a mixed mask to two digits.
-        mask = mask.to(torch.promote_types(x.dtype, torch.float32))
-        a = torch.logit(mask).repeat_interleave(len(hidden_states), dim=1)  # [batch, i]
+        masks = _check_inputs(hidden_states, mask, self.d_emb)
+        projected = [None] * len(self.d_emb)
+        for width, detector in zip(self.widths, self.detect_parts):
+            depths = [depth for depth, d_emb in enumerate(self.d_emb) if d_emb == width]
+            for depth, x in zip(depths, detector.project([hidden_states[depth] for depth in depths])):
+                projected[depth] = x
+        if len(self.widths) == 1 and len({x.shape for x in projected}) == 1:
+            x = self.detect_parts[0].activate(torch.stack(projected, dim=2)).flatten(1, 2)
+            a = _logit(torch.stack(masks, dim=2), x).flatten(1)
+        else:
+            detectors = [self.detect_parts[self.widths.index(width)] for width in self.d_emb]
+            x = torch.cat([detector.activate(x) for detector, x in zip(detectors, projected)], dim=1)
+            a = _logit(torch.cat(masks, dim=1), x)
+        return _route(self.routings, a, x.unsqueeze(-2), return_routing_probabilities)
 
-        routing_probabilities = []
-        for routing in self.routings:
-            a, x, sig2, *R = routing(a, x, return_R=return_routing_probabilities)
-            routing_probabilities += R
-        return HeadOutput(a, x, sig2, tuple(routing_probabilities) if return_routing_probabilities else None)
+
+class SpatialPoseHead(nn.Module):
+    """The paper's vision head: scores and poses of parts at every place of a feature map, routed to parts, to classes.
+
+    Batch normalisation and a 1x1 convolution give `n_parts` scores at each place; another pair gives as many poses of
+    `d_cov x d_cap`. All are routed to `n_parts` capsules, and those to `n_out` capsules of the same shape, whose scores
+    are the logits (Heinsen, 2019, section 4.1). To 1x1 convolutions places are what tokens are to an affine map:
+    the head takes feature maps flattened to `[batch, places, channels]`, or the tokens of any backbone.
+
+    The inputs of the first routing are ordered `part * places + place`.
+
+    Args:
+        d_emb: width of the one hidden state that it takes, as a sequence.
+        n_out: number of output capsules; None to stop at the parts, which are then the output.
+        n_parts: number of parts at a place, and of part capsules that they are routed to.
+        d_cov: rows of a pose.
+        d_cap: columns of a pose.
+        strategy: of the first routing; see `TokenDepthHead`.
+        **options: of both routings: `n_iters`, `p_model`, `single_beta`, `eps`; see `Routing`.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_emb: Sequence[int],
+        n_out: int | None,
+        n_parts: int = 64,
+        d_cov: int = 4,
+        d_cap: int = 4,
+        strategy: str = "auto",
+        **options,
+    ) -> None:
+        super().__init__()
+        self.d_emb = tuple(d_emb)
+        (width,) = self.d_emb
+        self.n_parts, self.d_cov, self.d_cap = n_parts, d_cov, d_cap
+        self.compute_a = nn.Sequential(nn.BatchNorm1d(width), nn.Conv1d(width, n_parts, 1))
+        self.compute_mu = nn.Sequential(nn.BatchNorm1d(width), nn.Conv1d(width, n_parts * d_cov * d_cap, 1))
+        first = Routing(d_cov, d_cap, d_cap, n_out=n_parts, strategy=strategy, **options)
+        self.routings = _routings(n_out, n_parts, first)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises as the paper does: convolutions Kaiming normal, their biases zero."""
+        for norm, convolution in (self.compute_a, self.compute_mu):
+            norm.reset_parameters()
+            nn.init.kaiming_normal_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+        _reset(*self.routings)
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor],
+        return_routing_probabilities: bool = False,
+    ) -> HeadOutput:
+        """Scores each class. Arguments, returns and errors as in `TokenDepthHead.forward`, with a single hidden state.
+
+        The logarithm of the mask is added to the scores: a masked place has none.
+        """
+        (mask,) = _check_inputs(hidden_states, mask, self.d_emb)
+        x = hidden_states[0].mT  # [batch, channels, places]
+        scores = self.compute_a(x)
+        a = scores + mask.to(torch.promote_types(scores.dtype, torch.float32)).log()[:, None]
+        poses = self.compute_mu(x).unflatten(1, (self.n_parts, self.d_cov, self.d_cap)).movedim(-1, 2)
+        return _route(self.routings, a.flatten(1), poses.flatten(1, 2), return_routing_probabilities)
+
+
+class LinearHead(nn.Module):
+    """A control without capsules: one hidden state, pooled over tokens, and an affine map.
+
+    Args:
+        d_emb: width of the one hidden state that it takes, as a sequence.
+        n_out: number of scores.
+    """
+
+    def __init__(self, *, d_emb: Sequence[int], n_out: int) -> None:
+        super().__init__()
+        self.d_emb = tuple(d_emb)
+        (width,) = self.d_emb
+        self.affine = nn.Linear(width, n_out)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises weight and bias to zero: all classes start alike."""
+        nn.init.zeros_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor],
+        return_routing_probabilities: bool = False,
+    ) -> HeadOutput:
+        """Scores each class. Arguments, returns and errors as in `TokenDepthHead.forward`; it has no probabilities."""
+        (mask,) = _check_inputs(hidden_states, mask, self.d_emb)
+        x = hidden_states[0]
+        weights = mask.to(x.dtype) / mask.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps).to(x.dtype)
+        return HeadOutput(self.affine((weights[:, None] @ x)[:, 0]).float())
+
+
+def _check_inputs(
+    hidden_states: Sequence[Tensor], mask: Tensor | Sequence[Tensor], d_emb: tuple[int, ...]
+) -> list[Tensor]:
+    """Checks the inputs of a head, and returns one mask per depth."""
+    if len(hidden_states) != len(d_emb):
+        raise ValueError(
+            f"{len(hidden_states)} hidden states were passed to a head built for {len(d_emb)}; expected one per depth: "
+            "the embeddings, say, and the output of every layer."
+        )
+    masks = [mask] * len(d_emb) if isinstance(mask, Tensor) else list(mask)
+    for x, m, width in zip(hidden_states, masks, d_emb, strict=True):
+        if x.ndim != 3 or x.shape[-1] != width or x.shape[:-1] != m.shape:
+            raise ValueError(
+                f"A hidden state has shape {tuple(x.shape)} and its mask {tuple(m.shape)}; expected [batch, tokens, "
+                f"{width}] and [batch, tokens]."
+            )
+    return masks
+
+
+def _logit(mask: Tensor, like: Tensor) -> Tensor:
+    """The logit of a mask, in float32 also where hidden states are bfloat16, which would round a mixed mask."""
+    return torch.logit(mask.to(torch.promote_types(like.dtype, torch.float32)))
+
+
+def _routings(n_out: int | None, n_parts: int, first: Routing) -> nn.ModuleList:
+    """The routing to parts and, unless `n_out` is None, one like it from parts to outputs."""
+    if n_out is None:
+        return nn.ModuleList([first])
+    options = {name: getattr(first, name) for name in ("n_iters", "p_model", "single_beta", "eps")}
+    return nn.ModuleList([first, Routing(first.d_cov, first.d_out, first.d_out, n_parts, n_out, **options)])
+
+
+def _reset(*modules: nn.Module) -> None:
+    for module in modules:
+        module.reset_parameters()
+
+
+def _route(routings: nn.ModuleList, a: Tensor, x: Tensor, return_routing_probabilities: bool) -> HeadOutput:
+    """Through one routing after another: scores `[batch, i]`, poses `[batch, i, c, d]`."""
+    probabilities = []
+    for routing in routings:
+        a, x, sig2, *R = routing(a, x, return_R=return_routing_probabilities)
+        probabilities += R
+    return HeadOutput(a, x, sig2, tuple(probabilities) if return_routing_probabilities else None)

@@ -86,7 +86,7 @@ def routing_case(batch: tuple[int, ...], n_inp: int, d_cov: int, d_inp: int, d_o
 def sst_head_case(strategy: str, device: str, dtype: torch.dtype = torch.float32):
     """The paper's text head on the hidden states of GPT-2-large."""
     torch.manual_seed(SEED)
-    head = TokenDepthHead(d_depth=37, d_emb=1280, n_out=5, strategy=strategy)
+    head = TokenDepthHead(d_emb=[1280] * 37, n_out=5, strategy=strategy)
     hidden_states = [torch.randn(20, 30, 1280).to(device, dtype) for _ in range(37)]
     head = perturbed(head).to(device, dtype)
     return (lambda: head(hidden_states, torch.ones(20, 30, device=device))[:3]), list(head.parameters())

@@ -6,7 +6,8 @@ import torch
 from capsule_heads.heads import HeadOutput, TokenDepthHead
 
 BATCH, TOKENS = 2, 6
-SIZES = {"d_depth": 3, "d_emb": 10, "d_inp": 8, "n_parts": 5, "d_cap": 2}
+N_DEPTHS, WIDTH = 3, 10
+SIZES = {"d_emb": [WIDTH] * N_DEPTHS, "d_inp": 8, "n_parts": 5, "d_cap": 2}
 INF = math.inf
 
 
@@ -22,7 +23,7 @@ def build(n_out=4, dtype=torch.float64, **options):
 
 def draw(dtype=torch.float64, tokens=TOKENS):
     torch.manual_seed(1)
-    hidden_states = torch.randn(SIZES["d_depth"], BATCH, tokens, SIZES["d_emb"], dtype=dtype)
+    hidden_states = torch.randn(N_DEPTHS, BATCH, tokens, WIDTH, dtype=dtype)
     mask = torch.ones(BATCH, tokens, dtype=dtype)
     mask[0, 4:], mask[1, 2] = 0, 0.3  # padding, and a share of a token, as mixup makes it
     return hidden_states, mask
@@ -35,12 +36,13 @@ def relative(actual, expected):
 
 def straightforward(head, hidden_states, mask):
     """Section 2 of the specification, capsule by capsule."""
-    affine, _, norm = head.detect_parts
+    (detector,) = head.detect_parts
+    affine, norm = detector.affine, detector.norm
     n_depth = len(hidden_states)
     capsules, scores = [], []
     for token in range(mask.shape[1]):
         for depth in range(n_depth):
-            x = (hidden_states[depth][:, token] + head.depth_emb[depth]) @ affine.weight.T + affine.bias
+            x = (hidden_states[depth][:, token] + detector.depth_emb[depth]) @ affine.weight.T + affine.bias
             x = x / (1 + torch.exp(-x))
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
             capsules.append((x * norm.weight + norm.bias).unsqueeze(-2))
@@ -58,7 +60,7 @@ def straightforward(head, hidden_states, mask):
 )
 def test_number_of_parameters_is_that_of_the_paper(n_out, published, shapes):
     with torch.device("meta"):
-        head = TokenDepthHead(d_depth=37, d_emb=1280, n_out=n_out)
+        head = TokenDepthHead(d_emb=[1280] * 37, n_out=n_out)
     assert sum(parameter.numel() for parameter in head.parameters()) == published
     assert {name: tuple(getattr(head.routings[1], name).shape) for name in shapes} == shapes
 
@@ -138,29 +140,29 @@ def test_capsules_are_ordered_by_token_then_depth():
     token = 5
     assert not mask[0, token]  # so it changes no row of R but its own
     before = head(hidden_states, mask, True).routing_probabilities[0][0]
-    for depth in range(SIZES["d_depth"]):
+    for depth in range(N_DEPTHS):
         changed = hidden_states.clone()
         changed[depth, 0, token] += 1
         after = head(changed, mask, True).routing_probabilities[0][0]
         rows = (after != before).any(-1).nonzero().flatten().tolist()
-        assert rows == [token * SIZES["d_depth"] + depth]
+        assert rows == [token * N_DEPTHS + depth]
 
 
 def test_initialisation():
     torch.manual_seed(0)
-    head = TokenDepthHead(d_depth=4, d_emb=1000, n_out=3)
+    head = TokenDepthHead(d_emb=[1000] * 4, n_out=3)
     fresh = {name: parameter.clone() for name, parameter in head.named_parameters()}
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.fill_(7.0)
     head.reset_parameters()
     for parameters in (fresh, dict(head.named_parameters())):
-        weight = parameters.pop("detect_parts.0.weight")  # Kaiming normal
+        weight = parameters.pop("detect_parts.0.affine.weight")  # Kaiming normal
         std = math.sqrt(2 / 1000)
         assert abs(weight.mean()) < 5 * std / math.sqrt(weight.numel())
         assert abs(weight.std() / std - 1) < 5 / math.sqrt(2 * weight.numel())
         assert (weight.abs().max() / std).item() > 3  # no uniform distribution
-        assert (parameters.pop("detect_parts.2.weight") == 1).all()
+        assert (parameters.pop("detect_parts.0.norm.weight") == 1).all()
         W = parameters.pop("routings.0.W")
         assert abs(W.std() * 64 - 1) < 5 / math.sqrt(2 * W.numel())
         assert parameters.pop("routings.1.W").any()
@@ -186,7 +188,7 @@ def test_scores_are_the_logits_of_the_mask_in_float32(dtype):
     assert scores[0].dtype == output.a_out.dtype == torch.float32
     expected = {0.0: -INF, 1.0: INF, mask[1, 2].item(): math.log(0.3 / 0.7)}
     for sample in range(BATCH):
-        wanted = [expected[m] for m in mask[sample].tolist() for _ in range(SIZES["d_depth"])]
+        wanted = [expected[m] for m in mask[sample].tolist() for _ in range(N_DEPTHS)]
         assert scores[0][sample].tolist() == pytest.approx(wanted, rel=1e-6)
 
 
@@ -207,13 +209,11 @@ def test_autocast_touches_only_the_affine_map():
 @pytest.mark.parametrize("n_depth", [2, 4])
 def test_another_number_of_hidden_states_is_an_error(n_depth):
     hidden_states, mask = draw()
-    with pytest.raises(
-        ValueError, match=rf"{n_depth} hidden states were passed to a head built for d_depth=3; expected"
-    ):
+    with pytest.raises(ValueError, match=rf"{n_depth} hidden states were passed to a head built for 3; expected"):
         build()([hidden_states[0]] * n_depth, mask)
 
 
 def test_a_mask_of_another_shape_is_an_error():
     hidden_states, mask = draw()
-    with pytest.raises(ValueError, match=r"a_inp has shape \(2, 15\) and mu_inp \(2, 18, 1, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 6, 10\) and its mask \(2, 5\); expected \[batch, tokens, 10\]"):
         build()(hidden_states, mask[:, 1:])

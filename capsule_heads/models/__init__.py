@@ -1,13 +1,21 @@
 """transformers models with a routing-capsule head."""
 
 from .configuration_capsule_head import CapsuleHeadConfig
-from .modeling_capsule_head import CapsuleHeadForSequenceClassification, CapsuleHeadModel
+from .modeling_capsule_head import (
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    CapsuleHeadModel,
+)
 from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
+from .stereo_conv import StereoConvConfig, StereoConvModel
 
 __all__ = [
     "CapsuleHeadClassifierOutput",
     "CapsuleHeadConfig",
+    "CapsuleHeadForImageClassification",
     "CapsuleHeadForSequenceClassification",
     "CapsuleHeadModel",
     "CapsuleHeadModelOutput",
+    "StereoConvConfig",
+    "StereoConvModel",
 ]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 TOKENS_TO_PROBE_WITH = 4
+IMAGE_SIZE_TO_PROBE_WITH = 224  # where the configuration does not say for which size the backbone was made
 
 
 def build_backbone(base_config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -33,7 +40,9 @@ def drop_pooler(backbone: PreTrainedModel) -> PreTrainedModel:
     return backbone
 
 
-def run_backbone(backbone: PreTrainedModel, depths: Sequence[int], n_hidden_states: int, **inputs) -> list[Tensor]:
+def run_backbone(
+    backbone: PreTrainedModel, depths: Sequence[int], hidden_sizes: Sequence[int], **inputs
+) -> list[Tensor]:
     """Runs a backbone and returns the hidden states at some depths.
 
     Index 0 is the embedding output. The last depth is `last_hidden_state`: some models' own tuple ends before the final
@@ -41,32 +50,40 @@ def run_backbone(backbone: PreTrainedModel, depths: Sequence[int], n_hidden_stat
     padding into its tokens (FNet and others without a mask, ConvBERT's convolutions, RWKV with padding on the left).
 
     Args:
-        backbone: a text backbone.
+        backbone: a text or image backbone.
         depths: indices of the hidden states wanted, ascending.
-        n_hidden_states: how many the backbone is expected to have.
+        hidden_sizes: the width that each of the backbone's hidden states is expected to have.
         **inputs: its inputs; those that are None, or that it does not take, are left out.
 
     Returns:
-        Per depth, `[batch, tokens, width]`.
+        Per depth, `[batch, tokens, width]`; the places of feature maps are their tokens, row by row.
 
     Raises:
-        ValueError: if the backbone yields another number of hidden states, or none.
+        ValueError: if the backbone yields another number of hidden states or other widths, or none.
     """
     hidden_states = _all_hidden_states(backbone, inputs)
-    if len(hidden_states) != n_hidden_states:
+    found = [states.shape[-1] for states in hidden_states]
+    if found != list(hidden_sizes):
         raise ValueError(
-            f"The {backbone.config.model_type} backbone returned {len(hidden_states)} hidden states, where the "
-            f"configuration says n_hidden_states={n_hidden_states}; set n_hidden_states to what it returns."
+            f"The {backbone.config.model_type} backbone returned {len(found)} hidden states of widths "
+            f"{describe(found)}, where the configuration has {len(hidden_sizes)} of {describe(hidden_sizes)}; set "
+            "hidden_sizes to what it returns."
         )
     return [hidden_states[depth] for depth in depths]
 
 
+def describe(widths: Sequence[int]) -> str:
+    """Widths for a message: the one that all have, or each."""
+    return str(widths[0]) if len(set(widths)) == 1 else str(list(widths))
+
+
 @torch.no_grad()
-def count_hidden_states(backbone: PreTrainedModel) -> int:
-    """Runs a backbone on a few tokens and returns how many hidden states it yields.
+def probe_hidden_sizes(backbone: PreTrainedModel) -> list[int]:
+    """Runs a backbone on a few tokens, or an image, and returns the width of each of its hidden states.
 
     Raises:
-        ValueError: if it is not a text model whose hidden states are all `[batch, tokens, width]`; says what was found.
+        ValueError: if it is not a text or image model whose hidden states are all `[batch, tokens, width]` or feature
+            maps `[batch, width, rows, columns]`; says what was found.
     """
     model_type = backbone.config.model_type
     if backbone.config.is_encoder_decoder:
@@ -74,26 +91,68 @@ def count_hidden_states(backbone: PreTrainedModel) -> int:
             f"{model_type} is an encoder-decoder; expected an encoder or a decoder whose hidden states are "
             "[batch, tokens, width]. Load its encoder alone, if transformers has a class for it."
         )
-    if "input_ids" not in inspect.signature(backbone.forward).parameters:
-        raise ValueError(f"{model_type} does not take input_ids; expected a text backbone.")
-    input_ids = torch.zeros(1, TOKENS_TO_PROBE_WITH, dtype=torch.long, device=backbone.device)
+    name = main_input_name(backbone)
+    if name == "pixel_values":
+        inputs = {name: torch.zeros(1, *_image_shape(backbone.config), device=backbone.device, dtype=backbone.dtype)}
+    elif name == "input_ids":
+        inputs = {name: torch.zeros(1, TOKENS_TO_PROBE_WITH, dtype=torch.long, device=backbone.device)}
+    else:
+        raise ValueError(f"{model_type} takes {name}; expected a text or image backbone (input_ids or pixel_values).")
+    was_training = backbone.training
     try:
-        hidden_states = _all_hidden_states(
-            backbone, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        )
+        hidden_states = _all_hidden_states(backbone.eval(), inputs)
     except Exception as error:
-        raise ValueError(f"{model_type} does not run on input_ids alone; expected a text backbone. {error}") from error
+        raise ValueError(
+            f"{model_type} does not run on {name} alone; expected a text or image backbone. {error}"
+        ) from error
+    finally:
+        backbone.train(was_training)
     shapes = [tuple(states.shape) for states in hidden_states]
-    width = backbone.config.get_text_config().hidden_size
-    if any(shape != (1, TOKENS_TO_PROBE_WITH, width) for shape in shapes):
+    if name == "input_ids" and len({shape[:2] for shape in shapes} | {(1, TOKENS_TO_PROBE_WITH)}) > 1:
         raise ValueError(
             f"The hidden states of {model_type} for {TOKENS_TO_PROBE_WITH} tokens have shapes {shapes}; expected each "
-            f"to be [1, {TOKENS_TO_PROBE_WITH}, {width}], that is, [batch, tokens, width]."
+            f"to be [1, {TOKENS_TO_PROBE_WITH}, width], that is, [batch, tokens, width]."
         )
-    return len(shapes)
+    return [shape[-1] for shape in shapes]
+
+
+def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig) -> list[int]:
+    """The same from a backbone's configuration alone: it runs on tensors that have shapes and no data.
+
+    Where the way through a backbone depends on data (mixtures of experts), its configuration has to say it.
+
+    Raises:
+        ValueError: as `probe_hidden_sizes`, or if neither tells.
+    """
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(copy.deepcopy(base_config))
+    # Models look at the values of some tensors, unless those are fake: meta tensors alone would not do.
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return probe_hidden_sizes(backbone)
+    except ValueError as error:
+        text_config = base_config.get_text_config()
+        n_layers, width = (getattr(text_config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+        if not isinstance(error.__cause__, DataDependentOutputException | DynamicOutputShapeException) or not n_layers:
+            raise
+        return [width] * (n_layers + 1)
+
+
+def main_input_name(backbone: PreTrainedModel) -> str:
+    """What a backbone takes: "input_ids", "pixel_values", "input_values" and the like."""
+    accepted = list(inspect.signature(backbone.forward).parameters)
+    name = backbone.main_input_name
+    return name if name in accepted else accepted[0]
+
+
+def _image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    size = getattr(config, "image_size", None) or IMAGE_SIZE_TO_PROBE_WITH
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return getattr(config, "num_channels", 3), height, width
 
 
 def _all_hidden_states(backbone: PreTrainedModel, inputs: dict[str, Tensor | None]) -> list[Tensor]:
+    """All hidden states as `[batch, tokens, width]`."""
     accepted = inspect.signature(backbone.forward).parameters
     inputs = {name: value for name, value in inputs.items() if value is not None and name in accepted}
     if "position_ids" in accepted and "position_ids" not in inputs and "attention_mask" in inputs:
@@ -104,9 +163,12 @@ def _all_hidden_states(backbone: PreTrainedModel, inputs: dict[str, Tensor | Non
     if not outputs.get("hidden_states"):
         raise ValueError(
             f"The {backbone.config.model_type} backbone returned no hidden_states, only {', '.join(outputs.keys())}; "
-            "expected a model that yields one [batch, tokens, width] tensor per layer."
+            "expected a model that yields one tensor per layer."
         )
-    return [*outputs.hidden_states[:-1], outputs.last_hidden_state]
+    hidden_states = list(outputs.hidden_states)
+    if outputs.last_hidden_state.shape == hidden_states[-1].shape:
+        hidden_states[-1] = outputs.last_hidden_state
+    return [x.flatten(2).mT if x.ndim == 4 else x for x in hidden_states]
 
 
 def _positions(backbone: nn.Module, mask: Tensor) -> Tensor:

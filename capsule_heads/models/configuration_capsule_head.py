@@ -10,7 +10,9 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops import check_routing_options
+from .backbones import probe_hidden_sizes_without_weights
 
+HEAD_TYPES = ("token_depth", "spatial_pose", "linear")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -28,13 +30,17 @@ class CapsuleHeadConfig(PreTrainedConfig):
         head_only: whether `save_pretrained` leaves the backbone out by default, because its weights are, unchanged,
             those of `base_model_name_or_path`. Kept by the model; not an option to set by hand.
         freeze_backbone: whether the backbone is frozen: no gradients, no dropout.
-        n_hidden_states: how many hidden states the backbone yields, the embedding output included; None for one more
-            than its number of layers.
+        hidden_sizes: width of each hidden state that the backbone yields, the embedding output included; None to find
+            out, by running a backbone without weights (on the meta device).
+        head_type: "token_depth", the paper's text head, on all tokens at several depths; "spatial_pose", its vision
+            head, on the poses that it computes at every place of one feature map; or "linear", a control without
+            capsules, on the mean of one hidden state's tokens.
         depths: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
-            None for all. They are kept resolved: ascending, not negative.
-        d_inp: width of the capsules that hidden states become.
+            None for all, or for the last where the head takes one. They are kept resolved: ascending, not negative.
+        d_inp: width of the capsules that hidden states become; "token_depth" only.
         n_parts: number of part capsules.
-        d_cap: width of part and class capsules.
+        d_cov: rows of a capsule's pose; None for the paper's: 1, or 4 for "spatial_pose".
+        d_cap: columns of a pose; None for the paper's: 2, or 4 for "spatial_pose".
         n_iters: iterations of each routing.
         p_model: "gaussian", or "skm" for soft k-means.
         single_beta: whether the routings share one beta for use and ignorance.
@@ -61,11 +67,13 @@ class CapsuleHeadConfig(PreTrainedConfig):
         base_model_revision: str | None = None,
         head_only: bool = False,
         freeze_backbone: bool = True,
-        n_hidden_states: int | None = None,
+        hidden_sizes: list[int] | None = None,
+        head_type: str = "token_depth",
         depths: list[int] | None = None,
         d_inp: int = 64,
         n_parts: int = 64,
-        d_cap: int = 2,
+        d_cov: int | None = None,
+        d_cap: int | None = None,
         n_iters: int = 3,
         p_model: str = "gaussian",
         single_beta: bool = False,
@@ -82,15 +90,26 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.base_model_revision = base_model_revision
         self.head_only = head_only
         self.freeze_backbone = freeze_backbone
-        if n_hidden_states is None:
-            n_hidden_states = _count_hidden_states(self.base_config)
-        sizes = {"n_hidden_states": n_hidden_states, "d_inp": d_inp, "n_parts": n_parts, "d_cap": d_cap}
-        for name, size in sizes.items():
+        if head_type not in HEAD_TYPES:
+            raise ValueError(f"head_type is {head_type!r}; expected one of {', '.join(HEAD_TYPES)}.")
+        self.head_type = head_type
+        poses = head_type == "spatial_pose"
+        d_cov = (4 if poses else 1) if d_cov is None else d_cov
+        d_cap = (4 if poses else 2) if d_cap is None else d_cap
+        if hidden_sizes is None:
+            hidden_sizes = probe_hidden_sizes_without_weights(self.base_config)
+        sizes = {f"hidden_sizes[{index}]": size for index, size in enumerate(hidden_sizes)}
+        for name, size in (sizes | {"d_inp": d_inp, "n_parts": n_parts, "d_cov": d_cov, "d_cap": d_cap}).items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} is {size!r}; expected a positive whole number.")
-        self.n_hidden_states = n_hidden_states
-        self.depths = _resolve_depths(depths, n_hidden_states)
-        self.d_inp, self.n_parts, self.d_cap = d_inp, n_parts, d_cap
+        if d_cov != 1 and not poses:
+            raise ValueError(f'd_cov is {d_cov}; the capsules of head_type="{head_type}" have one row.')
+        self.hidden_sizes = list(hidden_sizes)
+        takes_one = head_type != "token_depth"
+        self.depths = _resolve_depths([-1] if depths is None and takes_one else depths, len(hidden_sizes))
+        if takes_one and len(self.depths) > 1:
+            raise ValueError(f'depths is {depths}; head_type="{head_type}" takes one hidden state.')
+        self.d_inp, self.n_parts, self.d_cov, self.d_cap = d_inp, n_parts, d_cov, d_cap
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
         self.n_iters, self.p_model, self.single_beta = n_iters, p_model, single_beta
         self.eps, self.strategy = eps, strategy
@@ -161,16 +180,6 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
         )
     base_config = dict(base_config)
     return AutoConfig.for_model(base_config.pop("model_type"), **base_config)
-
-
-def _count_hidden_states(base_config: PreTrainedConfig) -> int:
-    n_layers = getattr(base_config.get_text_config(), "num_hidden_layers", None)
-    if n_layers is None:
-        raise ValueError(
-            f"The configuration of a {base_config.model_type} backbone does not say how many layers it has; pass "
-            "n_hidden_states, the number of hidden states that it yields."
-        )
-    return n_layers + 1
 
 
 def _resolve_depths(depths: list[int] | None, n_hidden_states: int) -> list[int]:

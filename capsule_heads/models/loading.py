@@ -63,7 +63,11 @@ def resolve_backbone(name_or_path: str | os.PathLike) -> str:
 
 
 def load_pretrained_backbone(
-    name_or_path: str | os.PathLike, revision: str | None, config: PreTrainedConfig | None = None, **kwargs
+    name_or_path: str | os.PathLike,
+    revision: str | None,
+    config: PreTrainedConfig | None = None,
+    tower: str | None = None,
+    **kwargs,
 ) -> tuple[PreTrainedModel, str | None]:
     """Loads a backbone's pretrained weights.
 
@@ -71,6 +75,7 @@ def load_pretrained_backbone(
         name_or_path: a model on the Hub or a local directory.
         revision: branch, tag or commit; None for the default branch.
         config: the configuration object for it to keep; None to load the checkpoint's own.
+        tower: "vision" to load the image tower alone where the model has several (CLIP and its like).
         **kwargs: those of `BACKBONE_KWARGS`.
 
     Returns:
@@ -90,6 +95,8 @@ def load_pretrained_backbone(
     if config is None:
         config_kwargs = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
         config = AutoConfig.from_pretrained(name_or_path, revision=commit or revision, **hub_kwargs, **config_kwargs)
+        if tower is not None:
+            config = getattr(config, f"{tower}_config", config)
     if isinstance(config, CapsuleHeadConfig):
         raise ValueError(
             f"{name_or_path} is a capsule-head checkpoint, not a backbone; load it with from_pretrained, or name the "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
@@ -13,7 +14,7 @@ from ..mixup import draw_mixup, mix
 from .configuration_capsule_head import CapsuleHeadConfig
 from .losses import check_labels, infer_problem_type, problem_loss, problem_targets
 from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
-from .pretrained import CapsuleHeadPreTrainedModel, token_mask
+from .pretrained import CapsuleHeadPreTrainedModel, token_masks
 
 # A regression's value is read from the poses of this many capsules: with a single one there is nothing to route.
 N_REGRESSION_CAPSULES = 8
@@ -25,6 +26,7 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
     It loads the checkpoint of a classifier, and gives its part capsules as features.
     """
 
+    backbone_inputs = ("input_ids", "pixel_values")
     _keys_to_ignore_on_load_unexpected = [r"^head\.routings\.1\.", r"^regressor\."]
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building) -> None:
@@ -39,21 +41,26 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        hidden_states: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        hidden_states: Tensor | Sequence[Tensor] | None = None,
         output_hidden_states: bool | None = None,
         output_routing: bool | None = None,
         return_dict: bool | None = None,
     ) -> CapsuleHeadModelOutput:
-        """Routes hidden states to parts. Arguments as in `CapsuleHeadForSequenceClassification.forward`."""
+        """Routes hidden states to parts.
+
+        Arguments as in `CapsuleHeadForSequenceClassification.forward` or `CapsuleHeadForImageClassification.forward`.
+        """
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
         }
         states = self._hidden_states(hidden_states, inputs)
-        parts = self.head(states, token_mask(attention_mask, states[0]), bool(output_routing))
+        parts = self.head(states, token_masks(attention_mask, states), bool(output_routing))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return CapsuleHeadModelOutput(
@@ -65,24 +72,86 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
         )
 
 
-class CapsuleHeadForSequenceClassification(CapsuleHeadPreTrainedModel):
-    """The paper's text network on any text backbone: all tokens at all depths, routed to parts, routed to classes.
+class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
+    """What the classifiers of all modalities share: from hidden states to class scores and a loss.
 
     The logits are the scores of the class capsules. For regression (`problem_type="regression"`, or `num_labels=1`) the
     parts are routed to `N_REGRESSION_CAPSULES` capsules, and the values are an affine function of their poses, in units
     of `config.label_std` above `config.label_mean`: a score is an amount of evidence, a pose is where it points.
-
-    In training, with `config.mixup_alpha` above 0, hidden states, mask and targets are mixed within the batch here, in
-    the forward pass, so that it is right in any trainer and under DDP.
     """
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building) -> None:
-        regression = config.problem_type == "regression"
-        n_out = N_REGRESSION_CAPSULES if regression else config.num_labels
-        super().__init__(config, n_out, backbone, **building)
+        from_poses = config.problem_type == "regression" and config.head_type != "linear"
+        super().__init__(config, N_REGRESSION_CAPSULES if from_poses else config.num_labels, backbone, **building)
         self.num_labels = config.num_labels
-        self.regressor = nn.Linear(N_REGRESSION_CAPSULES * config.d_cap, config.num_labels) if regression else None
+        pose_size = N_REGRESSION_CAPSULES * config.d_cov * config.d_cap
+        self.regressor = nn.Linear(pose_size, config.num_labels) if from_poses else None
         self.post_init()
+
+    def _targets(self, labels: Tensor | None) -> Tensor | None:
+        """What the loss compares scores with, `[batch, num_labels]`; settles the problem type."""
+        if labels is None:
+            return None
+        problem_type = infer_problem_type(self.config, labels)
+        check_labels(problem_type, self.config.num_labels, labels)
+        self.config.problem_type = problem_type
+        return problem_targets(self.config, labels)
+
+    def _draw_mixup(self, targets: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """In training with targets, what mixes the samples of this batch."""
+        if not self.training or targets is None or self.config.mixup_alpha == 0:
+            return None
+        ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
+        return lambda tensor: mix(tensor, ratio.to(tensor.device), partner.to(tensor.device))
+
+    def _classify(
+        self,
+        states: list[Tensor],
+        masks: list[Tensor],
+        targets: Tensor | None,
+        output_hidden_states: bool | None,
+        output_capsules: bool | None,
+        output_routing: bool | None,
+    ) -> CapsuleHeadClassifierOutput:
+        capsules = self.head(states, masks, bool(output_routing))
+        logits = self._logits(capsules)
+        loss = None if targets is None else problem_loss(self.config, logits, targets.to(logits.device))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return CapsuleHeadClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            poses=capsules.mu_out if output_capsules else None,
+            variances=capsules.sig2_out if output_capsules else None,
+            routing_probabilities=capsules.routing_probabilities,
+        )
+
+    def _logits(self, capsules: HeadOutput) -> Tensor:
+        config = self.config
+        if config.problem_type != "regression":
+            return capsules.a_out
+        values = capsules.a_out
+        if self.regressor is not None:
+            poses = capsules.mu_out.flatten(1)
+            values = self.regressor(poses.to(self.regressor.weight.dtype)).to(poses.dtype)
+        return config.label_mean + config.label_std * values
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is getattr(self, "regressor", None) and module is not None:
+            nn.init.kaiming_normal_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
+    """The paper's text network on any text backbone: all tokens at all depths, routed to parts, routed to classes.
+
+    Scores, and regression: see `CapsuleHeadClassifier`. In training, with `config.mixup_alpha` above 0, hidden states,
+    mask and targets are mixed within the batch here, in the forward pass, so that it is right in any trainer and under
+    DDP.
+    """
 
     @can_return_tuple
     def forward(
@@ -93,7 +162,7 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        hidden_states: Tensor | None = None,
+        hidden_states: Tensor | Sequence[Tensor] | None = None,
         output_hidden_states: bool | None = None,
         output_capsules: bool | None = None,
         output_routing: bool | None = None,
@@ -110,7 +179,7 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadPreTrainedModel):
             labels: `[batch]` class indices; `[batch, num_labels]` 0 or 1 for multi-label; `[batch]` or
                 `[batch, num_labels]` numbers for regression.
             hidden_states: `[batch, tokens, depths, width]`, the backbone's hidden states at the depths in use, in the
-                place of running it.
+                place of running it; or a sequence with one `[batch, tokens, width]` per depth.
             output_hidden_states: whether to return those in use. Default: as in the configuration.
             output_capsules: whether to return poses and variances of the class capsules.
             output_routing: whether to return the probabilities of each routing.
@@ -122,10 +191,7 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadPreTrainedModel):
         Raises:
             ValueError: for inputs or labels that do not fit the model.
         """
-        if labels is not None:
-            problem_type = infer_problem_type(self.config, labels)
-            check_labels(problem_type, self.config.num_labels, labels)
-            self.config.problem_type = problem_type
+        targets = self._targets(labels)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -134,37 +200,66 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadPreTrainedModel):
             "inputs_embeds": inputs_embeds,
         }
         states = self._hidden_states(hidden_states, inputs)
-        mask = token_mask(attention_mask, states[0])
-        targets = None if labels is None else problem_targets(self.config, labels)
-        if self.training and targets is not None and self.config.mixup_alpha > 0:
-            ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
-            states = [mix(x, ratio.to(x.device), partner.to(x.device)) for x in states]
-            mask = mix(mask, ratio.to(mask.device), partner.to(mask.device))
-            targets = mix(targets, ratio, partner)
+        masks = token_masks(attention_mask, states)
+        mix_samples = self._draw_mixup(targets)
+        if mix_samples is not None:
+            states, masks = [mix_samples(x) for x in states], [mix_samples(mask) for mask in masks]
+            targets = mix_samples(targets)
+        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
 
-        capsules = self.head(states, mask, bool(output_routing))
-        logits = self._logits(capsules)
-        loss = None if targets is None else problem_loss(self.config, logits, targets.to(logits.device))
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return CapsuleHeadClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            poses=capsules.mu_out if output_capsules else None,
-            variances=capsules.sig2_out if output_capsules else None,
-            routing_probabilities=capsules.routing_probabilities,
-        )
 
-    def _logits(self, capsules: HeadOutput) -> Tensor:
-        if self.regressor is None:
-            return capsules.a_out
-        poses = capsules.mu_out.flatten(1).to(self.regressor.weight.dtype)
-        return self.config.label_mean + self.config.label_std * self.regressor(poses).to(capsules.mu_out.dtype)
+class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
+    """A routing-capsule head on any image backbone, flat (ViT) or hierarchical (Swin, ConvNeXt, ResNet).
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is getattr(self, "regressor", None) and module is not None:
-            init.kaiming_normal_(module.weight)
-            init.zeros_(module.bias)
+    Scores, and regression: see `CapsuleHeadClassifier`. With `StereoConvModel` as backbone and
+    `config.head_type="spatial_pose"` it is the paper's smallNORB network. In training, with `config.mixup_alpha` above
+    0, images and targets are mixed within the batch here, in the forward pass, or hidden states where those are given.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    backbone_inputs = ("pixel_values",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        hidden_states: Tensor | Sequence[Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_capsules: bool | None = None,
+        output_routing: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CapsuleHeadClassifierOutput:
+        """Scores images.
+
+        Args:
+            pixel_values: `[batch, channels, height, width]`, from the backbone's image processor.
+            labels: as in `CapsuleHeadForSequenceClassification.forward`.
+            hidden_states: per depth in use `[batch, tokens, width]`, in the place of running the backbone; or one
+                tensor `[batch, tokens, depths, width]`.
+            output_hidden_states: whether to return those in use. Default: as in the configuration.
+            output_capsules: whether to return poses and variances of the class capsules.
+            output_routing: whether to return the probabilities of each routing.
+            interpolate_pos_encoding: for images of another size than the backbone's, where it can (ViT and its like).
+            return_dict: False for a tuple, as in transformers.
+
+        Returns:
+            A `CapsuleHeadClassifierOutput`.
+
+        Raises:
+            ValueError: for inputs or labels that do not fit the model.
+        """
+        targets = self._targets(labels)
+        mix_samples = self._draw_mixup(targets)
+        if mix_samples is not None:
+            targets = mix_samples(targets)
+            if pixel_values is not None:
+                pixel_values = mix_samples(pixel_values)
+        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        states = self._hidden_states(hidden_states, inputs)
+        if mix_samples is not None and hidden_states is not None:
+            states = [mix_samples(x) for x in states]
+        masks = token_masks(None, states)
+        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)

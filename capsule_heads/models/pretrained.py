@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
-from ..heads import TokenDepthHead
+from ..heads import LinearHead, PartDetector, SpatialPoseHead, TokenDepthHead
 from ..layers import Routing
-from .backbones import build_backbone, count_hidden_states, run_backbone
+from .backbones import build_backbone, describe, main_input_name, probe_hidden_sizes, run_backbone
 from .configuration_capsule_head import CapsuleHeadConfig
 from .loading import (
     BACKBONE_KWARGS,
@@ -23,6 +23,8 @@ from .loading import (
     load_pretrained_backbone,
     reference_of,
 )
+
+ROUTING_OPTIONS = ("n_parts", "d_cap", "n_iters", "p_model", "single_beta", "eps", "strategy")
 
 
 class CapsuleHeadPreTrainedModel(PreTrainedModel):
@@ -38,6 +40,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
     config_class = CapsuleHeadConfig
     base_model_prefix = "backbone"
+    backbone_inputs: tuple[str, ...] = ("input_ids",)  # a backbone's main input is one of these
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer has to divide it when it accumulates
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
@@ -52,24 +55,29 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     ) -> None:
         super().__init__(config)
         # The head comes first: a model's dtype and device are those of its first parameter, and the head's are saved.
-        self.head = TokenDepthHead(
-            d_depth=len(config.depths),
-            d_emb=config.get_text_config().hidden_size,
-            n_out=n_out,
-            d_inp=config.d_inp,
-            n_parts=config.n_parts,
-            d_cap=config.d_cap,
-            n_iters=config.n_iters,
-            p_model=config.p_model,
-            single_beta=config.single_beta,
-            eps=config.eps,
-            strategy=config.strategy,
-        )
+        self.head = build_head(config, n_out)
         if backbone is None and build:
             config.head_only = False  # the backbone made here is random, not the one that the reference names
             backbone = build_backbone(config.base_config, backbone_dtype)
+        if backbone is not None:
+            self.check_backbone(backbone)
         self.backbone = backbone
         self._freeze()
+
+    @classmethod
+    def check_backbone(cls, backbone: PreTrainedModel) -> None:
+        """Checks that a backbone takes what this model takes.
+
+        Raises:
+            ValueError: naming what it takes, and the model for it.
+        """
+        name = main_input_name(backbone)
+        if name not in cls.backbone_inputs:
+            raise ValueError(
+                f"{backbone.config.model_type} takes {name}; {cls.__name__} expects a backbone that takes "
+                f"{' or '.join(cls.backbone_inputs)}. For text there is CapsuleHeadForSequenceClassification, for "
+                "images CapsuleHeadForImageClassification."
+            )
 
     @classmethod
     def from_backbone(
@@ -94,16 +102,20 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             The model, in evaluation mode.
 
         Raises:
-            ValueError: if the backbone's hidden states are not `[batch, tokens, width]`, or a field has no such value.
+            ValueError: if the backbone's hidden states are not `[batch, tokens, width]` or feature maps, it takes other
+                inputs than this model, or a field has no such value.
             TypeError: for an unknown argument.
             OSError: if the backbone is not found.
         """
         backbone_kwargs = {name: kwargs.pop(name) for name in BACKBONE_KWARGS if name in kwargs}
         check_config_kwargs(kwargs)
-        backbone, commit = load_pretrained_backbone(name_or_path, revision, **backbone_kwargs)
+        backbone, commit = load_pretrained_backbone(
+            name_or_path, revision, tower="vision" if "pixel_values" in cls.backbone_inputs else None, **backbone_kwargs
+        )
+        cls.check_backbone(backbone)
         if num_labels is not None:
             kwargs["num_labels"] = num_labels
-        kwargs.setdefault("n_hidden_states", count_hidden_states(backbone))
+        kwargs.setdefault("hidden_sizes", probe_hidden_sizes(backbone))
         config = CapsuleHeadConfig(
             base_config=backbone.config,
             base_model_name_or_path=reference_of(name_or_path),
@@ -242,58 +254,80 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers calls this for every module of ours, also for those of a checkpoint that lacks some weights; its
-        # `init` leaves loaded tensors alone.
-        if isinstance(module, TokenDepthHead):
-            init.zeros_(module.depth_emb)
-            init.kaiming_normal_(module.detect_parts[0].weight)
-            init.zeros_(module.detect_parts[0].bias)
-        elif isinstance(module, Routing):
-            init.normal_(module.W, std=1.0 / module.d_inp)
-            for parameter in (module.B, module.B_brk, module.beta_use, module.beta_ign):
-                if parameter is not None:
-                    init.zeros_(parameter)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        # transformers calls this for every module of ours, also for those of a checkpoint that lacks some weights; the
+        # functions of nn.init leave loaded tensors alone meanwhile.
+        if isinstance(module, PartDetector | SpatialPoseHead | LinearHead | Routing | nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.BatchNorm1d):
+            super()._init_weights(module)  # which leaves loaded running statistics alone too
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """False: transformers would leave containers without parameters of their own uninitialised otherwise."""
         return False
 
-    def _hidden_states(self, hidden_states: Tensor | None, inputs: dict[str, Tensor | None]) -> list[Tensor]:
+    def _hidden_states(
+        self, hidden_states: Tensor | Sequence[Tensor] | None, inputs: dict[str, Tensor | None]
+    ) -> list[Tensor]:
         """The hidden states at the depths in use, given or computed, in the head's dtype and on its device."""
-        n_depths, width = self.head.depth_emb.shape
+        widths = self.head.d_emb
         if hidden_states is not None:
-            if hidden_states.ndim != 4 or hidden_states.shape[2:] != (n_depths, width):
+            states = (
+                hidden_states.unbind(2)
+                if isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
+                else hidden_states
+            )
+            shapes = [tuple(x.shape) for x in states]
+            if len(shapes) != len(widths) or any(len(s) != 3 or s[-1] != w for s, w in zip(shapes, widths)):
+                given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
                 raise ValueError(
-                    f"hidden_states has shape {tuple(hidden_states.shape)}; expected [batch, tokens, depths, width], "
-                    f"with {n_depths} depths of width {width}."
+                    f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, "
+                    f"width] per depth, with {len(widths)} depths of width {describe(widths)}."
                 )
-            states = hidden_states.unbind(2)
         else:
             if self.backbone is None:
                 raise ValueError("This model has no backbone: pass hidden_states, or load it with load_backbone=True.")
-            if (inputs["input_ids"] is None) == (inputs["inputs_embeds"] is None):
-                raise ValueError("Pass either input_ids or inputs_embeds (or hidden_states, in the place of both).")
+            if sum(inputs.get(name) is not None for name in (*self.backbone_inputs, "inputs_embeds")) != 1:
+                names = [name for name in inputs if name in (*self.backbone_inputs, "inputs_embeds")]
+                raise ValueError(f"Pass one of {', '.join(names)} (or hidden_states, in the place of them).")
             with torch.no_grad() if self.config.freeze_backbone else nullcontext():
-                states = run_backbone(self.backbone, self.config.depths, self.config.n_hidden_states, **inputs)
-        weight = self.head.depth_emb
+                states = run_backbone(self.backbone, self.config.depths, self.config.hidden_sizes, **inputs)
+        weight = next(self.head.parameters())
         return [x.to(device=weight.device, dtype=weight.dtype) for x in states]
 
 
-def token_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
-    """`[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
+def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:
+    """The head that a configuration describes.
+
+    Args:
+        config: its `head_type` chooses.
+        n_out: number of output capsules, or scores; None for a head that stops at the parts.
+
+    Raises:
+        ValueError: for a head without parts that would have to stop at them.
+    """
+    d_emb = [config.hidden_sizes[depth] for depth in config.depths]
+    if config.head_type == "linear":
+        if n_out is None:
+            raise ValueError('A head of head_type="linear" has no parts; load it as a classifier.')
+        return LinearHead(d_emb=d_emb, n_out=n_out)
+    options = {name: getattr(config, name) for name in ROUTING_OPTIONS}
+    if config.head_type == "spatial_pose":
+        return SpatialPoseHead(d_emb=d_emb, n_out=n_out, d_cov=config.d_cov, **options)
+    return TokenDepthHead(d_emb=d_emb, n_out=n_out, d_inp=config.d_inp, **options)
+
+
+def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) -> list[Tensor]:
+    """Per depth, `[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
 
     In float32 or wider, whatever the states are: mixup makes fractions of it, which bfloat16 would round to two digits.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = torch.promote_types(hidden_states[0].dtype, torch.float32)
     if attention_mask is None:
-        return torch.ones(like.shape[:2], dtype=dtype, device=like.device)
-    if attention_mask.shape != like.shape[:2]:
+        return [torch.ones(x.shape[:2], dtype=dtype, device=x.device) for x in hidden_states]
+    shape = hidden_states[0].shape[:2]
+    if attention_mask.shape != shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here "
-            f"{tuple(like.shape[:2])}."
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here {tuple(shape)}."
         )
-    return attention_mask.to(device=like.device, dtype=dtype)
+    return [attention_mask.to(device=hidden_states[0].device, dtype=dtype)] * len(hidden_states)

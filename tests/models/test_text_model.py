@@ -73,7 +73,7 @@ def test_depths_choose_hidden_states(make_model, pad, depths):
     model = make_model(depths=depths)
     outputs = model(**pad(), output_hidden_states=True)
     chosen = [everything[depth] for depth in sorted(depth % 3 for depth in depths)]
-    assert len(outputs.hidden_states) == len(chosen) == len(model.head.depth_emb)
+    assert len(outputs.hidden_states) == len(chosen) == len(model.head.detect_parts[0].depth_emb)
     assert all(torch.equal(x, y) for x, y in zip(outputs.hidden_states, chosen))
     expected = model.head(chosen, pad()["attention_mask"].float()).a_out
     assert torch.equal(outputs.logits, expected)
@@ -94,9 +94,9 @@ def test_hidden_states_in_the_place_of_the_backbone(make_model, pad):
 
 def test_wrong_inputs_are_refused(make_model, pad):
     model, batch = make_model(depths=[0, 2]), pad()
-    with pytest.raises(ValueError, match=r"Pass either input_ids or inputs_embeds \(or hidden_states"):
+    with pytest.raises(ValueError, match=r"Pass one of input_ids, inputs_embeds \(or hidden_states"):
         model(attention_mask=batch["attention_mask"])
-    with pytest.raises(ValueError, match="Pass either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="Pass one of input_ids, inputs_embeds"):
         model(**batch, inputs_embeds=torch.zeros(3, 7, 16))
     with pytest.raises(ValueError, match=r"hidden_states has shape \(3, 7, 3, 16\); .* with 2 depths of width 16"):
         model(hidden_states=torch.zeros(3, 7, 3, 16))
@@ -318,7 +318,7 @@ def test_copies_are_independent(make_model, pad):
     model = make_model()
     clone = copy.deepcopy(model)
     assert torch.equal(clone(**pad()).logits, model(**pad()).logits)
-    clone.head.depth_emb.data.add_(1.0)
+    clone.head.detect_parts[0].depth_emb.data.add_(1.0)
     assert not torch.equal(clone(**pad()).logits, model(**pad()).logits)
 
 
@@ -336,7 +336,7 @@ def test_gradient_checkpointing(make_model, pad, freeze_backbone):
                 module.p = 0.0
         model.train()
         model(**pad(), labels=LABELS).loss.backward()
-        gradients.append(model.head.depth_emb.grad)
+        gradients.append(model.head.detect_parts[0].depth_emb.grad)
     torch.testing.assert_close(*gradients)
 
 
@@ -378,7 +378,7 @@ def test_compiled(make_model, pad):
     torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(outputs.loss, expected.loss)
     outputs.loss.backward()
-    assert model.head.depth_emb.grad.isfinite().all()
+    assert model.head.detect_parts[0].depth_emb.grad.isfinite().all()
 
 
 def test_a_configuration_can_be_built_and_run(backbone_config, pad):
