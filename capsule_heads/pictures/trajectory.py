@@ -218,6 +218,7 @@ def draw_trajectory(
         _draw_path(axes, trajectory.coordinates[i], colors, closed)
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         axes.set_title(f"pose vector {i + 1} (stress {trajectory.stress[i]:.2f})", fontsize=9)
+        axes.locator_params(nbins=5)
         axes.tick_params(labelsize=7)
         if i % columns:
             axes.tick_params(labelleft=False)
