@@ -1,56 +1,52 @@
 """Means and standard deviations over runs: `python scripts/summarize.py runs/sst5_minilm_*/results.json`.
 
-Prints a Markdown table, one row per task, backbone and metric, for results that scripts/train.py wrote.
+Prints a Markdown table, one row per task, backbone and metric, for results that scripts/train.py wrote. `--measured
+docs/results/measured.json --commit COMMIT --date YYYY-MM-DD` also puts them there, where scripts/draw_results.py reads.
 """
 
-import json
-import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
-SPLITS = ("validation", "test")
-NOT_METRICS = ("loss", "runtime", "per_second", "preparation_time")
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
+
+import argparse
+
+from capsule_heads.results import SPLITS, read_runs, summarize_runs, write_measured
+from capsule_heads.training.command_line import OneLineParser, fail
 
 
 def main() -> None:
-    runs = defaultdict(list)
-    for path in sys.argv[1:]:
-        try:
-            results = json.loads(Path(path).read_text(encoding="utf-8"))
-            runs[results["task"], results.get("backbone", "")].append(results)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"{path} holds no results of scripts/train.py: {error!r}")
-    if not runs:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", help="files named results.json, of runs")
+    parser.add_argument("--backbone", default="", help="of runs that do not say which they had")
+    parser.add_argument("--measured", help="JSON file to put the summaries into")
+    parser.add_argument("--commit", default="", help="that the runs were made with; for --measured")
+    parser.add_argument("--date", default="", help="of the runs, YYYY-MM-DD; for --measured")
+    options = parser.parse_args()
+    if not options.results:
         fail("expected files: python scripts/summarize.py RESULTS.json ...")
+    try:
+        records = summarize_runs(read_runs(options.results), options.backbone)
+        if options.measured:
+            write_measured(options.measured, records, options.commit, options.date)
+    except (OSError, ValueError) as error:
+        fail(error)
     print("| task | backbone | seeds | metric | validation | test | trained parameters | steps | training time |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (task, backbone), results in runs.items():
-        seeds = ", ".join(str(seed) for seed in sorted(r["seed"] for r in results))
-        minutes = statistics.mean(r["training_seconds"] for r in results) / 60
-        for metric in metrics(results[0]):
-            scores = " | ".join(mean_and_sd([r.get(f"{split}_{metric}") for r in results]) for split in SPLITS)
-            print(
-                f"| {task} | {backbone} | {seeds} | {metric} | {scores} | {results[0]['trained_parameters']:,} "
-                f"| {results[0]['steps']:,} | {minutes:.0f} min |"
-            )
+    for record in records:
+        seeds = ", ".join(map(str, record["seeds"]))
+        scores = " | ".join(percent(record[split]) for split in SPLITS)
+        print(
+            f"| {record['task']} | {record['backbone']} | {seeds} | {record['metric']} | {scores} "
+            f"| {record['trained_parameters']:,} | {record['steps']:,} | {record['training_seconds'] / 60:.0f} min |"
+        )
 
 
-def metrics(results: dict) -> list[str]:
-    names = (name.removeprefix(f"{split}_") for split in SPLITS for name in results if name.startswith(f"{split}_"))
-    return [name for name in dict.fromkeys(names) if not name.endswith(NOT_METRICS)]
-
-
-def mean_and_sd(values: list) -> str:
-    if None in values:
+def percent(score: dict | None) -> str:
+    if score is None:
         return "-"  # no labels
-    sd = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{sd}"
-
-
-def fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sd = "" if score["sd"] is None else f" ± {100 * score['sd']:.1f}"
+    return f"{100 * score['mean']:.1f}{sd}"
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ LEVELS = (
     ("version", "ops"),
     ("layers", "mixup"),
     ("heads",),
-    ("models", "data", "metrics"),
-    ("hub", "explain", "convert"),
+    ("models", "data", "metrics", "results"),
+    ("hub", "explain", "convert", "pictures"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,70 @@
+"""Draws how an activated class capsule's pose vectors move with the viewpoint ("reverse graphics").
+
+python scripts/draw_trajectory.py MODEL --data toy_norb --factor azimuth --label car --output trajectory.png
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
+
+import argparse
+
+import numpy as np
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from capsule_heads import data
+from capsule_heads.pictures import (
+    activated_poses,
+    compute_capsules,
+    draw_trajectory,
+    pose_trajectory,
+    select_sequence,
+)
+from capsule_heads.pictures.trajectory import FACTORS
+from capsule_heads.training.command_line import OneLineParser, fail
+
+OTHERS = ("instance", "elevation", "azimuth", "lighting")
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory or Hub name of the model")
+    parser.add_argument("--data", required=True, choices=("toy_norb", "smallnorb"))
+    parser.add_argument("--source", help="where smallNORB is")
+    parser.add_argument("--split", default="test", help="train, validation or test (default)")
+    parser.add_argument("--factor", required=True, choices=FACTORS, help="what varies")
+    parser.add_argument("--label", help="category, by name or index; without it the first, as for the following")
+    for name in OTHERS:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--output", default="trajectory.png", help="file for the picture (default trajectory.png)")
+    options = parser.parse_args()
+    try:
+        splits = data.load_toy_norb() if options.data == "toy_norb" else data.load_smallnorb(options.source)
+        if options.split not in splits:
+            raise ValueError(f"{options.data} has no split {options.split}; it has {', '.join(splits)}.")
+        fixed = {name: getattr(options, name) for name in ("label", *OTHERS)}
+        sequence, fixed = select_sequence(splits[options.split], options.factor, **fixed)
+        model = AutoModelForImageClassification.from_pretrained(options.model)
+        images = [np.asarray(image, dtype=np.uint8) for image in sequence["image"]]
+        logits, poses = compute_capsules(model, AutoImageProcessor.from_pretrained(options.model), images)
+        poses, index, n_activated = activated_poses(logits, poses)
+        trajectory = pose_trajectory(poses)
+        names = model.config.id2label
+        true = names.get(fixed.pop("label"))
+        held = ", ".join(f"{name} {value}" for name, value in fixed.items())
+        title = (
+            f"Poses of the {names[index]} capsule, activated in {n_activated} of {len(images)} images\n"
+            f"of one {true} as its {options.factor} varies ({options.data}, {options.split}, {held})"
+        )
+        steps, closed = list(sequence[options.factor]), options.factor == "azimuth"
+        draw_trajectory(trajectory, images, steps, options.factor, title, closed).savefig(options.output)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        fail(error)
+    for i, stress in enumerate(trajectory.stress):
+        print(f"pose vector {i + 1}: stress {stress:.3f}")
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
