@@ -144,6 +144,18 @@ class TokenDepthHead(nn.Module):
         return _route(self.routings, a, x.unsqueeze(-2), return_routing_probabilities)
 
 
+class PlaceConv(nn.Conv1d):
+    """A 1x1 convolution on `[batch, channels, places]`, initialised as the paper does: Kaiming normal, bias zero."""
+
+    def __init__(self, d_inp: int, d_out: int) -> None:
+        super().__init__(d_inp, d_out, kernel_size=1)
+
+    def reset_parameters(self) -> None:
+        """Initialises anew."""
+        nn.init.kaiming_normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class SpatialPoseHead(nn.Module):
     """The paper's vision head: scores and poses of parts at every place of a feature map, routed to parts, to classes.
 
@@ -179,19 +191,14 @@ class SpatialPoseHead(nn.Module):
         self.d_emb = tuple(d_emb)
         (width,) = self.d_emb
         self.n_parts, self.d_cov, self.d_cap = n_parts, d_cov, d_cap
-        self.compute_a = nn.Sequential(nn.BatchNorm1d(width), nn.Conv1d(width, n_parts, 1))
-        self.compute_mu = nn.Sequential(nn.BatchNorm1d(width), nn.Conv1d(width, n_parts * d_cov * d_cap, 1))
+        self.compute_a = nn.Sequential(nn.BatchNorm1d(width), PlaceConv(width, n_parts))
+        self.compute_mu = nn.Sequential(nn.BatchNorm1d(width), PlaceConv(width, n_parts * d_cov * d_cap))
         first = Routing(d_cov, d_cap, d_cap, n_out=n_parts, strategy=strategy, **options)
         self.routings = _routings(n_out, n_parts, first)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises as the paper does: convolutions Kaiming normal, their biases zero."""
-        for norm, convolution in (self.compute_a, self.compute_mu):
-            norm.reset_parameters()
-            nn.init.kaiming_normal_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
-        _reset(*self.routings)
+        """Initialises all parameters anew."""
+        _reset(*self.compute_a, *self.compute_mu, *self.routings)
 
     def forward(
         self,

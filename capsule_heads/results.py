@@ -84,7 +84,8 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
         backbone: of runs that do not say which they had.
 
     Returns:
-        One record per task, backbone and metric: `task`, `backbone`, `metric`, `seeds`, `validation` and `test` (each
+        One record per task, backbone, head and metric: `task`, `backbone`, `freeze_backbone`, `head_type` (of older
+        runs: frozen, "token_depth"), `metric`, `seeds`, `validation` and `test` (each
         `{"mean": ..., "sd": ...}`, fractions of 1 for an accuracy; `sd` is None for one seed; None for the split if it
         has no labels), `trained_parameters`, `steps`, `training_seconds` (mean).
 
@@ -94,9 +95,10 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
     """
     groups = defaultdict(list)
     for run in runs:
-        groups[run["task"], run.get("backbone") or backbone].append(run)
+        name, head_type = run.get("backbone") or backbone, run.get("head_type", "token_depth")
+        groups[run["task"], name, run.get("freeze_backbone", True), head_type].append(run)
     records = []
-    for (task, name), group in groups.items():
+    for (task, name, frozen, head_type), group in groups.items():
         for key in ("trained_parameters", "steps"):
             values = sorted({run[key] for run in group})
             if len(values) > 1:
@@ -111,6 +113,8 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
                 {
                     "task": task,
                     "backbone": name,
+                    "freeze_backbone": frozen,
+                    "head_type": head_type,
                     "metric": metric,
                     "seeds": seeds,
                     **{split: _mean_and_sd([run.get(f"{split}_{metric}") for run in group]) for split in SPLITS},
@@ -123,7 +127,7 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
 
 
 def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: str, date: str) -> None:
-    """Puts summaries into the file of measured results; those of the same task, backbone and metric are replaced.
+    """Puts summaries into the file of measured results; those of the same task, backbone, head and metric are replaced.
 
     Args:
         path: of the JSON file; made if it is not there.
@@ -147,7 +151,7 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
     ]:
         if not record["backbone"]:
             raise ValueError(f"The runs of {record['task']} do not say which backbone they had; give its name.")
-        measured[record["task"], record["backbone"], record["metric"]] = record
+        measured[tuple(record[key] for key in ("task", "backbone", "head_type", "freeze_backbone", "metric"))] = record
     content = [measured[key] for key in sorted(measured)]
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -212,7 +216,7 @@ def collect_results(task: str, published: str | Path, measured: str | Path) -> l
             mean, sd = record["test"]["mean"], record["test"]["sd"]
             results.append(
                 Result(
-                    method=f"capsule head, frozen {record['backbone']}",
+                    method=_method(record),
                     authors="this project",
                     year=int(record["date"][:4]),
                     accuracy=100 * mean,
@@ -226,6 +230,11 @@ def collect_results(task: str, published: str | Path, measured: str | Path) -> l
         tasks = sorted({record["task"] for record in [*published_records, *measured_records]})
         raise ValueError(f"No accuracies on {task!r} in {published} and {measured}; they have {', '.join(tasks)}.")
     return sorted(results, key=lambda result: (result.year, result.accuracy))
+
+
+def _method(record: dict[str, Any]) -> str:
+    head = {"linear": "linear head"}.get(record["head_type"], "capsule head")
+    return f"{head}, {'frozen' if record['freeze_backbone'] else 'trained'} {record['backbone']}"
 
 
 def _metrics(run: dict[str, Any]) -> list[str]:

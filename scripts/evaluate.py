@@ -13,17 +13,18 @@ import json
 import tempfile
 
 from datasets import DatasetDict
-from transformers import AutoTokenizer
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data.tokenization import tokenize
+from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.training.command_line import OneLineParser, fail
 from capsule_heads.training.experiment import (
     TASKS,
     check_labels_match,
     compute_metrics_of,
     evaluation_splits,
+    load_classifier,
+    load_processor,
     load_task,
+    prepare,
 )
 
 
@@ -40,10 +41,10 @@ def main() -> None:
         splits = evaluation_splits(datasets, options.split)
         if not splits:
             raise ValueError(f"{options.task} has no labelled split {options.split}; it has {', '.join(datasets)}.")
-        model = CapsuleHeadForSequenceClassification.from_pretrained(options.model)
+        model = load_classifier(options.model)
         check_labels_match(model, next(iter(splits.values())))
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        tokenized = tokenize(DatasetDict(splits), tokenizer)
+        processor = load_processor(options.task, options.model)
+        prepared = prepare(DatasetDict(splits), processor)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 
@@ -51,11 +52,11 @@ def main() -> None:
         trainer = CapsuleTrainer(
             model=model,
             args=CapsuleTrainingArguments(folder, per_device_eval_batch_size=options.batch_size),
-            processing_class=tokenizer,
+            processing_class=processor,
             compute_metrics=compute_metrics_of(options.task),
         )
         results = {}
-        for name, split in tokenized.items():
+        for name, split in prepared.items():
             results |= trainer.evaluate(split, metric_key_prefix=name)
     if trainer.is_world_process_zero():
         print(json.dumps(results, indent=2))

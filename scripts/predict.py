@@ -1,6 +1,7 @@
-"""Classifies texts: `python scripts/predict.py MODEL "a text" ...`, or one text a line on standard input.
+"""Classifies texts or images: `python scripts/predict.py MODEL "a text" ...` or `predict.py MODEL image.png ...`.
 
-Prints one JSON object a text: its label and score. A tab in a text separates the two texts of a pair.
+Prints one JSON object per input: its label and score. Texts may also come as lines of standard input; a tab in a text
+separates the two texts of a pair. A stereo pair is one image, the two views side by side.
 """
 
 import sys
@@ -11,30 +12,42 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 import argparse
 import json
 
-from transformers import AutoTokenizer, TextClassificationPipeline
+from transformers import AutoImageProcessor, AutoTokenizer, ImageClassificationPipeline, TextClassificationPipeline
 
-from capsule_heads import CapsuleHeadForSequenceClassification
+from capsule_heads import CapsuleHeadForImageClassification
 from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.training.experiment import load_classifier
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or Hub name of the model")
-    parser.add_argument("texts", nargs="*", help="texts; none: lines of standard input")
+    parser.add_argument("inputs", nargs="*", help="texts, or files of images; none: lines of standard input")
     parser.add_argument("--batch_size", type=int, default=32)
     options = parser.parse_args()
     try:
-        model = CapsuleHeadForSequenceClassification.from_pretrained(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = load_classifier(options.model)
+        inputs = options.inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if isinstance(model, CapsuleHeadForImageClassification):
+            processor = AutoImageProcessor.from_pretrained(options.model)
+            classify = ImageClassificationPipeline(model=model, image_processor=processor)
+            predictions = [best[0] for best in classify(inputs, batch_size=options.batch_size, top_k=1)]
+        else:
+            classify = TextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(options.model))
+            predictions = classify(
+                [split_pair(text) for text in inputs], batch_size=options.batch_size, truncation=True
+            )
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 
-    texts = options.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
-    inputs = [{"text": first, "text_pair": second} for first, _, second in (text.partition("\t") for text in texts)]
-    inputs = [pair if pair["text_pair"] else {"text": pair["text"]} for pair in inputs]
-    for text, prediction in zip(texts, classify(inputs, batch_size=options.batch_size, truncation=True)):
-        print(json.dumps({"text": text, **prediction}, ensure_ascii=False))
+    name = "image" if isinstance(model, CapsuleHeadForImageClassification) else "text"
+    for value, prediction in zip(inputs, predictions):
+        print(json.dumps({name: value, **prediction}, ensure_ascii=False))
+
+
+def split_pair(text: str) -> dict[str, str]:
+    first, _, second = text.partition("\t")
+    return {"text": first, "text_pair": second} if second else {"text": first}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Means and standard deviations over runs: `python scripts/summarize.py runs/sst5_minilm_*/results.json`.
 
-Prints a Markdown table, one row per task, backbone and metric, for results that scripts/train.py wrote. `--measured
+Prints a Markdown table, one row per task, backbone, head and metric, for results that scripts/train.py wrote. `--measured
 docs/results/measured.json --commit COMMIT --date YYYY-MM-DD` also puts them there, where scripts/draw_results.py reads.
 """
 
@@ -31,13 +31,15 @@ def main() -> None:
             write_measured(options.measured, records, options.commit, options.date)
     except (OSError, ValueError) as error:
         fail(error)
-    print("| task | backbone | seeds | metric | validation | test | trained parameters | steps | training time |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| task | backbone | head | seeds | metric | validation | test | trained parameters | steps | training time |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for record in records:
         seeds = ", ".join(map(str, record["seeds"]))
         scores = " | ".join(percent(record[split]) for split in SPLITS)
         print(
-            f"| {record['task']} | {record['backbone']} | {seeds} | {record['metric']} | {scores} "
+            f"| {record['task']} | {record['backbone']} | {record['head_type']} | {seeds} | {record['metric']} | {scores} "
             f"| {record['trained_parameters']:,} | {record['steps']:,} | {record['training_seconds'] / 60:.0f} min |"
         )
 

@@ -11,11 +11,10 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 import json
 import time
 
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.hidden_states import CapsuleCollator, cache_hidden_states
-from capsule_heads.data.tokenization import tokenize
 from capsule_heads.training.command_line import fail, parse_config_and_options
 from capsule_heads.training.experiment import (
     DataArguments,
@@ -23,8 +22,9 @@ from capsule_heads.training.experiment import (
     build_model,
     compute_metrics_of,
     evaluation_splits,
+    load_processor,
     load_task,
-    load_tokenizer,
+    prepare,
 )
 
 
@@ -41,23 +41,26 @@ def main() -> None:
             raise ValueError(f"resume_from_checkpoint is {checkpoint}, which is not a directory.")
         with arguments.main_process_first():
             datasets = load_task(data.task, data.source, data.phrases)
-            tokenizer = load_tokenizer(model_arguments.backbone, model_arguments.backbone_revision, data.pad_token)
+            processor = load_processor(
+                data.task, model_arguments.backbone, model_arguments.backbone_revision, data.pad_token
+            )
             model = build_model(model_arguments, datasets["train"])
-            tokenized = tokenize(datasets, tokenizer, data.max_length)
-            train = tokenized["train"]
+            prepared = prepare(datasets, processor, data.max_length)
+            train = prepared["train"]
             if data.cache_hidden_states:
-                train = cache_hidden_states(train, model.to(arguments.device), tokenizer)
+                train = cache_hidden_states(train, model.to(arguments.device), processor)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 
-    validation = {name: tokenized[name] for name in evaluation_splits(datasets, "validation")}
+    is_text = isinstance(processor, PreTrainedTokenizerBase)
+    validation = {name: prepared[name] for name in evaluation_splits(datasets, "validation")}
     trainer = CapsuleTrainer(
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values())),
-        processing_class=tokenizer,
-        data_collator=CapsuleCollator(tokenizer, len(model.config.depths)),
+        processing_class=processor,
+        data_collator=CapsuleCollator(processor, len(model.config.depths)) if is_text else None,
         compute_metrics=compute_metrics_of(data.task),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
@@ -70,13 +73,15 @@ def main() -> None:
     results = {
         "task": data.task,
         "backbone": model_arguments.backbone,
+        "freeze_backbone": model_arguments.freeze_backbone,
+        "head_type": model_arguments.head_type,
         "seed": arguments.seed,
         "steps": trainer.state.global_step,
         "training_seconds": seconds,
         "trained_parameters": model.num_parameters(only_trainable=True),
     }
     for name in [*validation, *evaluation_splits(datasets, "test")]:
-        results |= trainer.evaluate(tokenized[name], metric_key_prefix=name)
+        results |= trainer.evaluate(prepared[name], metric_key_prefix=name)
     if trainer.is_world_process_zero():
         text = json.dumps(results, indent=2)
         Path(arguments.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")

@@ -22,6 +22,8 @@ def test_means_and_standard_deviations():
     assert record == {
         "task": "sst5",
         "backbone": "b",
+        "freeze_backbone": True,
+        "head_type": "token_depth",
         "metric": "accuracy",
         "seeds": [0, 1, 2],
         "validation": {"mean": 0.5, "sd": 0.0},

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from ..heads import LinearHead, PartDetector, SpatialPoseHead, TokenDepthHead
+from ..heads import LinearHead, PartDetector, PlaceConv, SpatialPoseHead, TokenDepthHead
 from ..layers import Routing
 from .backbones import build_backbone, describe, main_input_name, probe_hidden_sizes, run_backbone
 from .configuration_capsule_head import CapsuleHeadConfig
@@ -82,7 +83,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_backbone(
         cls,
-        name_or_path: str | os.PathLike,
+        name_or_path: str | os.PathLike | PreTrainedConfig,
         *,
         num_labels: int | None = None,
         revision: str | None = None,
@@ -92,7 +93,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
         Args:
             name_or_path: the backbone: a model on the Hub, a local directory, or `package:NAME/FOLDER` for one that
-                comes inside an installed Python package.
+                comes inside an installed Python package; or a configuration, for one with random weights.
             num_labels: number of classes; default 2, or that of `id2label`.
             revision: the backbone's branch, tag or commit.
             **kwargs: fields of `CapsuleHeadConfig`, such as `depths` or `freeze_backbone`, and what loading a backbone
@@ -109,6 +110,9 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         """
         backbone_kwargs = {name: kwargs.pop(name) for name in BACKBONE_KWARGS if name in kwargs}
         check_config_kwargs(kwargs)
+        if isinstance(name_or_path, PreTrainedConfig):
+            labels = {} if num_labels is None else {"num_labels": num_labels}
+            return cls(CapsuleHeadConfig(name_or_path, **labels, **kwargs)).eval()
         backbone, commit = load_pretrained_backbone(
             name_or_path, revision, tower="vision" if "pixel_values" in cls.backbone_inputs else None, **backbone_kwargs
         )
@@ -189,6 +193,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 f"be loaded: {error} Pass base_model_name_or_path=... (and base_model_revision=...) if it is elsewhere "
                 "now, or load_backbone=False."
             ) from error
+        self.check_backbone(backbone)
         config.base_config = backbone.config
         self.backbone = backbone
         self.post_init()  # again, now that there is a backbone: it collects the backbone's tied weights and the like
@@ -256,7 +261,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for every module of ours, also for those of a checkpoint that lacks some weights; the
         # functions of nn.init leave loaded tensors alone meanwhile.
-        if isinstance(module, PartDetector | SpatialPoseHead | LinearHead | Routing | nn.LayerNorm):
+        if isinstance(module, LinearHead | PartDetector | PlaceConv | Routing | nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.BatchNorm1d):
             super()._init_weights(module)  # which leaves loaded running statistics alone too

@@ -55,7 +55,7 @@ class CapsuleTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": '"group_by_length": batches of texts of like length.',
+            "help": '"group_by_length": batches of texts of like length; images, which have none, in random order.',
             "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
         },
     )

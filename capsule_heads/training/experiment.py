@@ -6,30 +6,53 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+)
 
 from ..data.glue import GLUE_TASKS, load_glue
+from ..data.images import IMAGE_DATASETS, load_images, prepare_images
 from ..data.reviews import load_reviews
+from ..data.smallnorb import load_smallnorb
 from ..data.sst import STANFORD_URL, load_sst
+from ..data.stereo import prepare_stereo
+from ..data.tokenization import tokenize
+from ..data.toy_norb import load_toy_norb
 from ..metrics import compute_metrics_for
-from ..models import CapsuleHeadForSequenceClassification
+from ..models import (
+    CapsuleHeadConfig,
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    StereoImageProcessor,
+)
+from ..models.configuration_capsule_head import HEAD_TYPES
 from ..models.loading import resolve_backbone
+from ..models.modeling_capsule_head import CapsuleHeadClassifier
 
 SST_TASKS = ("sst5", "sst2_root")
-TASKS = ("reviews", *SST_TASKS, *GLUE_TASKS)
+STEREO_TASKS = ("toy_norb", "smallnorb")
+TASKS = ("reviews", *SST_TASKS, *GLUE_TASKS, *STEREO_TASKS, *IMAGE_DATASETS)
+EMBEDDED_TASKS = {"reviews": load_reviews, "toy_norb": load_toy_norb}
+NEW_PREFIX = "new:"
 
 
 @dataclass
 class DataArguments:
-    """Which texts, and how they are prepared."""
+    """Which texts or images, and how they are prepared."""
 
     task: str = field(metadata={"help": "What to classify.", "choices": TASKS})
     source: str | None = field(
         default=None,
         metadata={
             "help": "Where the data is: for sst5 and sst2_root a directory, zip or URL of the trees (default: "
-            "Stanford's address); for a GLUE task a directory of TSV files (default: the Hub). "
-            "reviews comes with the package."
+            "Stanford's address); for a GLUE task a directory of TSV files, for cifar100 and imagenet of a dataset "
+            "(default: the Hub); for smallnorb the directory of its files; for image_folder a directory with "
+            "train/CLASS/*.png and the like. reviews and toy_norb come with the package."
         },
     )
     phrases: bool = field(
@@ -62,16 +85,21 @@ class ModelArguments:
     """Which backbone, and the head's sizes."""
 
     backbone: str = field(
-        metadata={"help": "A model on the Hub, a directory, or package:NAME/FOLDER inside an installed package."}
+        metadata={
+            "help": "A model on the Hub, a directory, package:NAME/FOLDER inside an installed package, or new:TYPE for "
+            "one with random weights (new:stereo_conv)."
+        }
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
     freeze_backbone: bool = field(default=True, metadata={"help": "Train the head alone."})
     depths: list[int] | None = field(
         default=None, metadata={"help": "Indices of the hidden states to use; 0 is the embedding output. Default: all."}
     )
+    head_type: str = field(default="token_depth", metadata={"help": "The kind of head.", "choices": HEAD_TYPES})
     d_inp: int = field(default=64, metadata={"help": "Width of the capsules that hidden states become."})
     n_parts: int = field(default=64, metadata={"help": "Number of part capsules."})
-    d_cap: int = field(default=2, metadata={"help": "Width of part and class capsules."})
+    d_cov: int | None = field(default=None, metadata={"help": "Rows of a capsule. Default: the paper's, 1 or 4."})
+    d_cap: int | None = field(default=None, metadata={"help": "Columns of a capsule. Default: the paper's, 2 or 4."})
     n_iters: int = field(default=3, metadata={"help": "Iterations of each routing."})
     p_model: str = field(default="gaussian", metadata={"help": "gaussian or skm (soft k-means)."})
     single_beta: bool = field(default=False, metadata={"help": "Use one beta for use and ignorance of data."})
@@ -82,28 +110,60 @@ class ModelArguments:
 
 
 def load_task(task: str, source: str | None = None, phrases: bool = True) -> DatasetDict:
-    """Loads a task's splits, with `text`, perhaps `text_pair`, and `label`.
+    """Loads a task's splits, with `text` (and perhaps `text_pair`) or `image`, and `label`.
 
     Args:
         task: one of `TASKS`.
-        source: as in `load_sst` and `load_glue`.
+        source: as in `load_sst`, `load_glue`, `load_smallnorb` and `load_images`.
         phrases: as in `load_sst`.
 
     Raises:
-        ValueError: for an unknown task, or a source for the reviews, which have none.
+        ValueError: for an unknown task, a source for a task that has none, or none for one that needs it.
     """
-    if task == "reviews":
+    if task in EMBEDDED_TASKS:
         if source is not None:
-            raise ValueError(f"source is {source}, but the reviews come with the package; leave it out.")
-        return load_reviews()
+            raise ValueError(f"source is {source}, but {task} comes with the package; leave it out.")
+        return EMBEDDED_TASKS[task]()
     if task in SST_TASKS:
         return load_sst(source or STANFORD_URL, fine_grained=task == "sst5", phrases=phrases)
+    if task == "smallnorb":
+        if source is None:
+            raise ValueError("smallnorb needs a source: the directory with its files.")
+        return load_smallnorb(source)
+    if task in IMAGE_DATASETS:
+        return load_images(task, source)
     return load_glue(task, source)
 
 
 def compute_metrics_of(task: str) -> Callable[[EvalPrediction], dict[str, float]]:
     """The `compute_metrics` of one of `TASKS`, for a Trainer."""
-    return compute_metrics_for("classification" if task == "reviews" else task)
+    return compute_metrics_for(task if task in (*SST_TASKS, *GLUE_TASKS) else "classification")
+
+
+def load_processor(
+    task: str, backbone: str, revision: str | None = None, pad_token: str | None = None
+) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    """Loads what prepares a task's texts or images for a backbone: a tokenizer, or an image processor.
+
+    Raises:
+        ValueError: for a padding token that the tokenizer does not have.
+    """
+    if task in STEREO_TASKS:
+        return StereoImageProcessor()
+    if task in IMAGE_DATASETS:
+        return AutoImageProcessor.from_pretrained(resolve_backbone(backbone), revision=revision)
+    return load_tokenizer(backbone, revision, pad_token)
+
+
+def prepare(
+    datasets: DatasetDict, processor: PreTrainedTokenizerBase | BaseImageProcessor, max_length: int | None = None
+) -> DatasetDict:
+    """Texts as tokens, images as pixel values: what the model takes, and `labels`."""
+    if isinstance(processor, StereoImageProcessor):
+        return prepare_stereo(datasets)
+    if isinstance(processor, BaseImageProcessor):
+        return prepare_images(datasets, processor)
+    return tokenize(datasets, processor, max_length)
 
 
 def load_tokenizer(backbone: str, revision: str | None = None, pad_token: str | None = None) -> PreTrainedTokenizerBase:
@@ -116,12 +176,13 @@ def load_tokenizer(backbone: str, revision: str | None = None, pad_token: str | 
     return tokenizer
 
 
-def build_model(arguments: ModelArguments, train: Dataset) -> CapsuleHeadForSequenceClassification:
-    """Puts a new head for a dataset's labels on a pretrained backbone.
+def build_model(arguments: ModelArguments, train: Dataset) -> CapsuleHeadClassifier:
+    """Puts a new head for a dataset's labels on a backbone.
 
     Args:
         arguments: backbone and sizes.
-        train: its `label` column gives the classes' names or, where it holds numbers, mean and unit of a regression.
+        train: its columns say whether texts or images are classified; its `label` column gives the classes' names or,
+            where it holds numbers, mean and unit of a regression.
     """
     head = {f.name: getattr(arguments, f.name) for f in fields(arguments) if not f.name.startswith("backbone")}
     label = train.features["label"]
@@ -131,8 +192,29 @@ def build_model(arguments: ModelArguments, train: Dataset) -> CapsuleHeadForSequ
     else:
         values = train.with_format("numpy")["label"][:]
         head |= {"num_labels": 1, "label_mean": float(values.mean()), "label_std": float(values.std())}
-    return CapsuleHeadForSequenceClassification.from_backbone(
-        arguments.backbone, revision=arguments.backbone_revision, **head
+    model_class = (
+        CapsuleHeadForImageClassification if "image" in train.features else CapsuleHeadForSequenceClassification
+    )
+    backbone = arguments.backbone
+    if backbone.startswith(NEW_PREFIX):
+        backbone = AutoConfig.for_model(backbone.removeprefix(NEW_PREFIX))
+    return model_class.from_backbone(backbone, revision=arguments.backbone_revision, **head)
+
+
+def load_classifier(name_or_path: str) -> CapsuleHeadClassifier:
+    """Loads a saved classifier of texts or images, whichever it is.
+
+    Raises:
+        ValueError: if it is neither.
+        OSError: if it is not found.
+    """
+    config = CapsuleHeadConfig.from_pretrained(name_or_path)
+    classes = (CapsuleHeadForSequenceClassification, CapsuleHeadForImageClassification)
+    for model_class in classes:
+        if model_class.__name__ in (config.architectures or ()):
+            return model_class.from_pretrained(name_or_path)
+    raise ValueError(
+        f"{name_or_path} is of {config.architectures}; expected {' or '.join(cls.__name__ for cls in classes)}."
     )
 
 
@@ -149,7 +231,7 @@ def _is_unlabelled(labels) -> bool:
     return bool(((labels == -1) | (labels != labels)).all())  # GLUE: -1, or NaN for numbers
 
 
-def check_labels_match(model: CapsuleHeadForSequenceClassification, dataset: Dataset) -> None:
+def check_labels_match(model: CapsuleHeadClassifier, dataset: Dataset) -> None:
     """Checks that a model was trained for a dataset's labels.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.training_args import TrainingArguments
@@ -66,10 +66,11 @@ class CapsuleTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         # transformers drops the column of lengths, which the model does not take, before it looks for it.
         dataset, args = self.train_dataset, self.args
-        if getattr(args, "train_sampling_strategy", None) != "group_by_length" or (
-            args.length_column_name not in getattr(dataset, "column_names", ())
-        ):
+        columns = getattr(dataset, "column_names", ())
+        if getattr(args, "train_sampling_strategy", None) != "group_by_length":
             return super()._get_train_sampler(train_dataset)
+        if args.length_column_name not in columns:  # images have none; nor do texts tokenized elsewhere
+            return super()._get_train_sampler(train_dataset) if "input_ids" in columns else RandomSampler(dataset)
         lengths = dataset.with_format(None)[args.length_column_name][:]
         batch_size = args.train_batch_size * args.gradient_accumulation_steps
         return _SeededSampler(batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)

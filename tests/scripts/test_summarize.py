@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-HEADER = "| task | backbone | seeds | metric | validation | test | trained parameters | steps | training time |"
+HEADER = "| task | backbone | head | seeds | metric | validation | test | trained parameters | steps | training time |"
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_results_of_before_the_backbone_was_among_them(call, results):
     content = json.loads(path.read_text())
     del content["backbone"]
     path.write_text(json.dumps(content))
-    assert "| sst5 |  | 0 | accuracy | 50.0 | 50.0 |" in call("summarize.py", path)[1]
+    assert "| sst5 |  | token_depth | 0 | accuracy | 50.0 | 50.0 |" in call("summarize.py", path)[1]
 
 
 def test_mistakes(fails, tmp_path):

@@ -1,0 +1,158 @@
+"""From the published checkpoints of the original implementation to directories that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config
+
+from .data.smallnorb import CATEGORIES
+from .data.sst import BINARY_NAMES, FINE_GRAINED_NAMES
+from .models import (
+    CapsuleHeadConfig,
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    StereoConvConfig,
+)
+from .models.image_processing_stereo import StereoImageProcessor
+from .models.pretrained import CapsuleHeadPreTrainedModel
+
+NETWORKS = ("sst2_root", "sst5_root", "smallnorb")
+GPT2_LARGE = "openai-community/gpt2-large"
+# Our name of a weight, and the original's. There, convolutions are numbered through: normalisation, convolution, swish.
+TEXT_NAMES = (
+    (r"^head\.detect_parts\.0\.depth_emb$", "depth_emb"),
+    (r"^head\.detect_parts\.0\.affine\.", "detect_parts.0."),
+    (r"^head\.detect_parts\.0\.norm\.", "detect_parts.2."),
+    (r"^head\.", ""),
+)
+VISION_NAMES = (
+    (r"^backbone\.blocks\.(\d+)\.(\d+)\.", lambda match: f"convolve.{3 * int(match[1]) + int(match[2])}."),
+    (r"^head\.", ""),
+)
+
+
+def build_network(network: str) -> CapsuleHeadPreTrainedModel:
+    """One of the networks of Heinsen (2019), section 4, with random weights.
+
+    Args:
+        network: "sst2_root" or "sst5_root", heads on the hidden states of GPT-2-large, which is left out; or "smallnorb".
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network is {network!r}; expected one of {', '.join(NETWORKS)}.")
+    if network == "smallnorb":
+        config = CapsuleHeadConfig(
+            StereoConvConfig(), head_type="spatial_pose", freeze_backbone=False, **_labels(CATEGORIES)
+        )
+        return CapsuleHeadForImageClassification(config).eval()
+    config = CapsuleHeadConfig(
+        GPT2Config(n_embd=1280, n_layer=36, n_head=20, architectures=["GPT2LMHeadModel"]),
+        base_model_name_or_path=GPT2_LARGE,
+        head_only=True,
+        **_labels(FINE_GRAINED_NAMES if network == "sst5_root" else BINARY_NAMES),
+    )
+    return CapsuleHeadForSequenceClassification(config, build=False).eval()
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads a file that `torch.save` wrote of a state dict, without executing anything in it.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds anything but tensors by name, or is no such file.
+    """
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} is not a state dict; expected a file of tensors by name, as torch.save(model.state_dict(), path) "
+            f"writes it. Nothing else is read: a pickle could execute code. {reason}"
+        ) from error
+    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(
+            f"{path} holds a {type(state_dict).__name__} of other things than tensors; expected a state dict."
+        )
+    return dict(state_dict)
+
+
+def convert_state_dict(state_dict: dict[str, Tensor], network: str) -> CapsuleHeadPreTrainedModel:
+    """Puts the weights of an original network into one of ours.
+
+    Args:
+        state_dict: tensors by their original names.
+        network: one of `NETWORKS`.
+
+    Returns:
+        The model, in evaluation mode, of the dtype of the weights.
+
+    Raises:
+        ValueError: if a tensor is missing, unexpected, or of another shape; names all of them.
+    """
+    model = build_network(network)
+    own = model.state_dict()
+    names = {key: _original_name(key, VISION_NAMES if network == "smallnorb" else TEXT_NAMES) for key in own}
+    # Constants of the original, of which there is no use here.
+    given = {name: tensor for name, tensor in state_dict.items() if not name.endswith(".CONST_one")}
+    problems = [f"{name} is missing" for name in names.values() if name not in given]
+    problems += [f"{name} is unexpected" for name in given.keys() - set(names.values())]
+    converted = {}
+    for key, name in names.items():
+        if name not in given:
+            continue
+        tensor, expected = given[name], _original_shape(key, own[key])
+        if tensor.shape != expected:
+            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}")
+        else:
+            converted[key] = tensor.view(own[key].shape)
+    if problems:
+        raise ValueError(f"These are not the weights of the {network} network: {'; '.join(sorted(problems))}.")
+    model.load_state_dict(converted, assign=True)
+    return model
+
+
+def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.PathLike) -> None:
+    """Converts a published state dict to a directory that `from_pretrained` loads.
+
+    Args:
+        path: the state dict.
+        network: one of `NETWORKS`.
+        output: directory to write; it must not hold a model yet.
+
+    Raises:
+        OSError: if the file cannot be read, or the directory not written.
+        ValueError: as `read_state_dict` and `convert_state_dict`, or if there is a model in the directory.
+    """
+    output = Path(output)
+    if (output / "config.json").exists():
+        raise ValueError(f"{output} already holds a model; name another directory.")
+    model = convert_state_dict(read_state_dict(path), network)
+    model.save_pretrained(output)
+    if network == "smallnorb":
+        StereoImageProcessor().save_pretrained(output)
+
+
+def _labels(names: list[str]) -> dict[str, dict]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def _original_name(key: str, names: tuple) -> str:
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _original_shape(key: str, tensor: Tensor) -> torch.Size:
+    """There, the convolutions of the head are two-dimensional."""
+    return torch.Size([*tensor.shape, 1]) if re.match(r"^head\.compute_\w+\.1\.weight$", key) else tensor.shape

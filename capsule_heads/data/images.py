@@ -1,0 +1,78 @@
+"""Labelled images: CIFAR-100, ImageNet, or folders of images, and what a model takes of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import datasets
+from transformers import BaseImageProcessor
+
+# Where a task's images are on the Hub (None: only where the caller says), and its columns of images and labels.
+IMAGE_DATASETS = {
+    "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
+    "imagenet": ("ILSVRC/imagenet-1k", "image", "label"),
+    "image_folder": (None, "image", "label"),
+}
+VALIDATION_SHARE = 0.1  # of the training images, where a dataset has no validation split
+
+
+def load_images(task: str, source: str | os.PathLike[str] | None = None) -> datasets.DatasetDict:
+    """Loads labelled images.
+
+    Where a dataset has no validation split, a tenth of the training images of each class are split off, always the
+    same ones. A test split without labels (ImageNet's) is left out.
+
+    Args:
+        task: One of `IMAGE_DATASETS`.
+        source: A directory: of a dataset's files, or `train/CLASS/*.png` and the like with a folder per class, for
+            image_folder. By default the Hub.
+
+    Returns:
+        The splits `train`, `validation` and, where there is one, `test`, with `image` and `label`.
+
+    Raises:
+        ValueError: If image_folder comes without a source, or the columns are others than expected.
+        OSError: If the source does not exist.
+    """
+    name, image, label = IMAGE_DATASETS[task]
+    if source is None and name is None:
+        raise ValueError(f"{task} needs a source: a directory with train/CLASS/*.png and the like.")
+    if source is not None and not os.path.isdir(source):
+        raise FileNotFoundError(f"No images at {source}: there is no such directory.")
+    splits = datasets.load_dataset(name if source is None else os.fspath(source))
+    for split, rows in splits.items():
+        if not {image, label} <= set(rows.column_names):
+            raise ValueError(
+                f"The split {split} of {source or name} has the columns {', '.join(rows.column_names)}; expected "
+                f"{image} and {label}."
+            )
+    if "train" not in splits:
+        raise ValueError(f"{source or name} has the splits {', '.join(splits)}; expected train.")
+    splits = splits.select_columns([image, label])
+    for old, new in ((image, "image"), (label, "label")):
+        splits = splits if old == new else splits.rename_column(old, new)
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(VALIDATION_SHARE, seed=0, stratify_by_column="label")
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    if "test" in splits and set(splits["test"].unique("label")) == {-1}:
+        del splits["test"]
+    return splits
+
+
+def prepare_images(splits: datasets.DatasetDict, processor: BaseImageProcessor) -> datasets.DatasetDict:
+    """Gives images the two columns that a Trainer takes, `pixel_values` and `labels`, made when they are read.
+
+    Args:
+        splits: With `image` and `label`.
+        processor: The backbone's image processor, which resizes and normalizes.
+    """
+
+    def process(batch: dict[str, Any]) -> dict[str, Any]:
+        if "pixel_values" not in batch:  # a column read by itself
+            return batch
+        images = [image.convert("RGB") for image in batch["pixel_values"]]
+        return {**batch, "pixel_values": list(processor(images, return_tensors="pt")["pixel_values"])}
+
+    splits = splits.rename_columns({"image": "pixel_values", "label": "labels"})
+    return datasets.DatasetDict({name: split.with_transform(process) for name, split in splits.items()})
