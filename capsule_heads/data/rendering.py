@@ -1,0 +1,271 @@
+"""A small ray tracer, in numpy, for stereo pairs of solids on a floor.
+
+A solid is an affine image of a unit ball, a unit cylinder, or a box that may narrow. Each of these is the set of points
+that satisfy at most one quadric inequality and some linear ones, so a ray is inside it between the last of its entries
+and the first of its exits: one function traces them all.
+
+World coordinates: `x` to the right, `y` away from the cameras, `z` up, the floor at `z = 0`. Camera coordinates: `x` to
+the right, `y` down, `z` forward, the camera at the origin. Everything is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_TINY = np.float32(1e-12)  # keeps a divisor from being exactly zero
+_SIGNS = np.array(list(product((-1, 1), repeat=3)), np.float32)  # of the corners of a cube
+
+# The cameras: where they stand, how wide they see, and how far apart they are, in radii of a toy.
+DISTANCE = 6.0
+HALF_WIDTH = 1.2  # of what an image shows, at the toy
+BASELINE = 0.7
+
+_FLOOR_ALBEDO = 0.62
+_SAMPLES = 2  # samples a pixel, along rows and columns
+
+
+@dataclass(frozen=True)
+class Solid:
+    """The image of a unit solid under `center + axes @ point`.
+
+    Attributes:
+        center: `[3]`.
+        axes: `[3, 3]`; its columns are the half axes.
+        quadric: `[3]`, the coefficients of the squares in `sum(quadric * point ** 2) <= 1`; zeros for none.
+        planes: `[n_planes, 4]`, rows `(normal, bound)` of `normal @ point <= bound`.
+        albedo: The fraction of light it reflects.
+    """
+
+    center: NDArray
+    axes: NDArray
+    quadric: NDArray
+    planes: NDArray
+    albedo: float
+
+    @property
+    def corners(self) -> NDArray:
+        """The corners `[8, 3]` of the parallelepiped around it."""
+        return self.center + _SIGNS @ self.axes.T
+
+    @property
+    def bounds(self) -> NDArray:
+        """The least and the greatest coordinates `[2, 3]`: exact for balls and boxes, near for cylinders."""
+        norm = 2 if self.quadric.any() else 1
+        extent = np.linalg.norm(self.axes, ord=norm, axis=1)
+        return np.stack([self.center - extent, self.center + extent])
+
+    def moved(self, matrix: ArrayLike, shift: ArrayLike) -> Solid:
+        """Its image under `shift + matrix @ point`."""
+        matrix = np.asarray(matrix, np.float32)
+        center = (matrix @ self.center + shift).astype(np.float32)
+        return replace(self, center=center, axes=(matrix @ self.axes).astype(np.float32))
+
+
+def _solid(center: ArrayLike, axes: ArrayLike, quadric: ArrayLike, planes: ArrayLike, albedo: float) -> Solid:
+    arrays = (np.asarray(value, np.float32) for value in (center, axes, quadric, planes))
+    return Solid(*arrays, albedo=float(albedo))
+
+
+def ball(center: ArrayLike, radii: ArrayLike, albedo: float, rotation: ArrayLike | None = None) -> Solid:
+    """An ellipsoid with half axes along those of the world, or along the columns of a rotation."""
+    axes = np.diag(np.broadcast_to(radii, 3)) if rotation is None else np.asarray(rotation) * radii
+    return _solid(center, axes, (1, 1, 1), np.empty((0, 4)), albedo)
+
+
+def rod(start: ArrayLike, end: ArrayLike, radius: float, albedo: float) -> Solid:
+    """A cylinder between two points, with flat ends."""
+    start, end = np.asarray(start, np.float64), np.asarray(end, np.float64)
+    along = (end - start) / 2
+    across = np.cross(along, (0, 0, 1) if abs(along[2]) < 0.9 * np.linalg.norm(along) else (1, 0, 0))
+    across *= radius / np.linalg.norm(across)
+    third = np.cross(along, across) / np.linalg.norm(along)
+    axes = np.stack([across, third, along], axis=1)
+    return _solid((start + end) / 2, axes, (1, 1, 0), [(0, 0, 1, 1), (0, 0, -1, 1)], albedo)
+
+
+def box(center: ArrayLike, half_axes: ArrayLike, albedo: float, taper: tuple[float, float] = (1, 1)) -> Solid:
+    """A box, or a frustum: at the end of its third axis its first two are `taper` times as long.
+
+    Args:
+        center: `[3]`.
+        half_axes: Three lengths, or three half axes as columns, not necessarily at right angles.
+        albedo: Of all its sides.
+        taper: At most 1.
+    """
+    axes = np.asarray(half_axes, np.float64)
+    planes = [(0, 0, 1, 1), (0, 0, -1, 1)]
+    for axis, factor in enumerate(taper):
+        lean = (1 - factor) / 2
+        for sign in (1, -1):
+            normal = np.zeros(3)
+            normal[axis], normal[2] = sign, lean
+            planes.append((*normal, 1 - lean))
+    return _solid(center, np.diag(axes) if axes.ndim == 1 else axes, (0, 0, 0), planes, albedo)
+
+
+def render_pair(
+    solids: Sequence[Solid], elevation: float, lights: Sequence[tuple[ArrayLike, float]], ambient: float, size: int = 96
+) -> NDArray[np.uint8]:
+    """Renders solids on the floor as two cameras side by side see them.
+
+    Both look at the point halfway up the solids, from one height. Surfaces are Lambertian, lights are directional and
+    cast shadows, and the floor is uniform.
+
+    Args:
+        solids: In the world, on the floor, around its `z` axis.
+        elevation: Of the cameras, in degrees above the horizon.
+        lights: For each the direction towards it, in the world, and its strength.
+        ambient: The strength of light from everywhere; surfaces that face down get less of it.
+        size: Height and width of an image, in pixels.
+
+    Returns:
+        Grey values `[2, size, size]`, the left view first.
+    """
+    target = np.array([0, 0, max(solid.bounds[1, 2] for solid in solids) / 2])
+    phi = np.deg2rad(elevation)
+    middle = target + DISTANCE * np.array([0, -np.cos(phi), np.sin(phi)])
+    views = []
+    for side in (-0.5, 0.5):
+        camera = np.add(middle, (side * BASELINE, 0, 0))
+        forward = _unit(target - camera)
+        down = _unit(np.cross(forward, (1, 0, 0)))  # neither camera is rolled against the line between them
+        rotation = np.stack([np.cross(down, forward), down, forward])  # world to camera
+        seen = [solid.moved(rotation, -rotation @ camera) for solid in solids]
+        beams = [(_unit(rotation @ np.asarray(towards)), strength) for towards, strength in lights]
+        views.append(_render(seen, rotation, camera[2], beams, ambient, size))
+    return np.stack(views)
+
+
+def _unit(vector: ArrayLike) -> NDArray:
+    vector = np.asarray(vector, np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+@cache
+def _slopes(size: int) -> NDArray:
+    """The slopes `[size * _SAMPLES]` of the rays through one row, or one column, of samples."""
+    n_samples = size * _SAMPLES
+    return (((np.arange(n_samples) + 0.5) / n_samples * 2 - 1) * HALF_WIDTH / DISTANCE).astype(np.float32)
+
+
+def _render(solids: list[Solid], rotation: NDArray, height: float, lights: list, ambient: float, size: int) -> NDArray:
+    """One view, in its camera's coordinates."""
+    slopes = _slopes(size)
+    rays = np.empty((len(slopes), len(slopes), 3), np.float32)
+    rays[..., 0], rays[..., 1], rays[..., 2] = slopes, slopes[:, None], 1
+    up = rotation[:, 2]
+
+    # The floor is beneath everything: where nothing else is hit, a ray goes on to it.
+    depth = -np.float32(height) / (rays @ up)
+    index = np.full(depth.shape, -1, np.int16)
+    for number, solid in enumerate(solids):
+        window = _window(solid, slopes)
+        enter, leave = _cross(solid, np.zeros(3, np.float32), rays[window])
+        nearer = (enter < leave) & (enter < depth[window])
+        depth[window][nearer] = enter[nearer]
+        index[window][nearer] = number
+
+    light = _shade(solids, rays * depth[..., None], index, up, lights, ambient)
+    grey = light.reshape(size, _SAMPLES, size, _SAMPLES).mean(axis=(1, 3))
+    return np.rint(255 * np.clip(grey, 0, 1)).astype(np.uint8)
+
+
+def _shade(solids: list[Solid], points: NDArray, index: NDArray, up: NDArray, lights: list, ambient: float) -> NDArray:
+    """The light from points `[..., 3]`, each on the solid of its index `[...]` or, where that is -1, on the floor."""
+    points, shape, index = points.reshape(-1, 3), index.shape, index.ravel()
+    normals = np.empty_like(points)
+    normals[:] = up
+    albedos = np.full(len(points), _FLOOR_ALBEDO, np.float32)
+    order = np.argsort(index, kind="stable")
+    ends = np.searchsorted(index[order], np.arange(-1, len(solids)), side="right")
+    for solid, start, end in zip(solids, ends[:-1], ends[1:]):
+        on_it = order[start:end]
+        normals[on_it] = _normals(solid, points[on_it])
+        albedos[on_it] = solid.albedo
+
+    light = ambient * (0.75 + 0.25 * (normals @ up))
+    raised = points + np.float32(2e-3) * normals  # a solid casts no shadow on the point of its own that it begins at
+    for towards, strength in lights:
+        cosines = np.maximum(normals @ towards, 0)
+        cosines[_find_shadowed(solids, raised, towards, cosines > 0)] = 0
+        light += strength * cosines
+    return (albedos * light).reshape(shape)
+
+
+def _window(solid: Solid, slopes: NDArray) -> tuple[slice, slice]:
+    """The rows and columns of samples in which a solid in front of the camera may be seen."""
+    corners = solid.corners
+    seen = corners[:, :2] / corners[:, 2:]
+    low, high = np.searchsorted(slopes, seen.min(axis=0)), np.searchsorted(slopes, seen.max(axis=0))
+    return slice(low[1], high[1]), slice(low[0], high[0])
+
+
+def _cross(solid: Solid, origins: NDArray, directions: NDArray) -> tuple[NDArray, NDArray]:
+    """Where rays, `origins + t * directions`, enter and leave a solid; those that miss it enter after they leave.
+
+    Args:
+        solid: In the coordinates of the rays.
+        origins: `[..., 3]`; either these or the directions may be one for all rays.
+        directions: `[..., 3]`, of any length.
+
+    Returns:
+        Two arrays of values of `t`, `[...]`.
+    """
+    inverse = np.linalg.inv(solid.axes).T
+    o, d = (origins - solid.center) @ inverse, directions @ inverse
+    enter, leave = np.float32(-np.inf), np.float32(np.inf)
+    if solid.quadric.any():
+        a = (d * d) @ solid.quadric + _TINY
+        b = (d * o) @ solid.quadric
+        c = (o * o) @ solid.quadric - 1
+        root = np.sqrt(np.maximum(b * b - a * c, 0))  # of a ray that misses, both are where it is nearest
+        enter, leave = (-b - root) / a, (root - b) / a
+    for *normal, bound in solid.planes:
+        slope = d @ np.array(normal, np.float32) + _TINY
+        t = (bound - o @ np.array(normal, np.float32)) / slope
+        enter = np.where(slope < 0, np.maximum(enter, t), enter)
+        leave = np.where(slope < 0, leave, np.minimum(leave, t))
+    return enter, leave
+
+
+def _normals(solid: Solid, points: NDArray) -> NDArray:
+    """The outward unit normals at points on a solid's surface, `[n, 3]`."""
+    inverse = np.linalg.inv(solid.axes)
+    local = (points - solid.center) @ inverse.T
+    gradients = local * solid.quadric
+    if len(solid.planes):
+        # On the plane whose bound it meets, unless the quadric's is nearer.
+        slack = local @ solid.planes[:, :3].T - solid.planes[:, 3]
+        nearest = slack.argmax(axis=1)
+        on_plane = slack.max(axis=1) > ((local * gradients).sum(axis=1) - 1 if solid.quadric.any() else -np.inf)
+        gradients = np.where(on_plane[:, None], solid.planes[nearest, :3], gradients)
+    normals = gradients @ inverse
+    return normals / np.linalg.norm(normals, axis=1, keepdims=True)
+
+
+def _find_shadowed(solids: list[Solid], points: NDArray, towards: NDArray, facing: NDArray) -> NDArray:
+    """The indices of those points `[n, 3]` that face a light and have a solid between it and them."""
+    # Seen from the light, in a plane across its direction, only points in a solid's rectangle can be behind it.
+    across = _unit(np.cross(towards, (0, 0, 1) if abs(towards[2]) < 0.9 else (1, 0, 0)))
+    plane = np.stack([across, np.cross(towards, across)])
+    corners = np.stack([solid.corners @ plane.T for solid in solids])
+    low, high = corners.min(axis=1), corners.max(axis=1)
+    x, y = plane @ points.T
+
+    def within(low: NDArray, high: NDArray) -> NDArray:
+        return (x > low[0]) & (x < high[0]) & (y > low[1]) & (y < high[1])
+
+    near = np.flatnonzero(facing & within(low.min(axis=0), high.max(axis=0)))
+    x, y, points = x[near], y[near], points[near]
+    shadowed = np.zeros(len(near), bool)
+    for number, solid in enumerate(solids):
+        behind = np.flatnonzero(within(low[number], high[number]) & ~shadowed)
+        enter, leave = _cross(solid, points[behind], towards)
+        shadowed[behind] = (enter < leave) & (leave > 0)
+    return near[shadowed]
