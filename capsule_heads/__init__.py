@@ -1,6 +1,12 @@
 """Routing-capsule heads (Heinsen, 2019) on the hidden states of transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from .layers import Routing
 from .models import (
@@ -10,6 +16,7 @@ from .models import (
     CapsuleHeadModel,
     StereoConvConfig,
     StereoConvModel,
+    StereoImageProcessor,
 )
 from .training import CapsuleTrainer, CapsuleTrainingArguments
 from .version import __version__
@@ -24,6 +31,7 @@ __all__ = [
     "Routing",
     "StereoConvConfig",
     "StereoConvModel",
+    "StereoImageProcessor",
     "__version__",
 ]
 
@@ -33,3 +41,4 @@ AutoModelForImageClassification.register(CapsuleHeadConfig, CapsuleHeadForImageC
 AutoModelForSequenceClassification.register(CapsuleHeadConfig, CapsuleHeadForSequenceClassification)
 AutoConfig.register(StereoConvConfig.model_type, StereoConvConfig)
 AutoModel.register(StereoConvConfig, StereoConvModel)
+AutoImageProcessor.register(StereoConvConfig, slow_image_processor_class=StereoImageProcessor)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import GPT2Config
 
-from .data.smallnorb import CATEGORIES
 from .data.sst import BINARY_NAMES, FINE_GRAINED_NAMES
+from .data.stereo import CATEGORIES
 from .models import (
     CapsuleHeadConfig,
     CapsuleHeadForImageClassification,
@@ -41,7 +42,7 @@ def build_network(network: str) -> CapsuleHeadPreTrainedModel:
     """One of the networks of Heinsen (2019), section 4, with random weights.
 
     Args:
-        network: "sst2_root" or "sst5_root", heads on the hidden states of GPT-2-large, which is left out; or "smallnorb".
+        network: "sst2_root" or "sst5_root", heads on the hidden states of GPT-2-large, without it; or "smallnorb".
 
     Returns:
         The model, in evaluation mode.
@@ -75,7 +76,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or ["It is empty."])[0]
         raise ValueError(
             f"{path} is not a state dict; expected a file of tensors by name, as torch.save(model.state_dict(), path) "
             f"writes it. Nothing else is read: a pickle could execute code. {reason}"
@@ -143,7 +144,7 @@ def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.P
         StereoImageProcessor().save_pretrained(output)
 
 
-def _labels(names: list[str]) -> dict[str, dict]:
+def _labels(names: Sequence[str]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 

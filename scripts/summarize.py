@@ -1,7 +1,8 @@
 """Means and standard deviations over runs: `python scripts/summarize.py runs/sst5_minilm_*/results.json`.
 
-Prints a Markdown table, one row per task, backbone, head and metric, for results that scripts/train.py wrote. `--measured
-docs/results/measured.json --commit COMMIT --date YYYY-MM-DD` also puts them there, where scripts/draw_results.py reads.
+Prints a Markdown table, one row per task, backbone, head and metric, for results that scripts/train.py wrote.
+`--measured docs/results/measured.json --commit COMMIT --date YYYY-MM-DD` also puts them there, where
+scripts/draw_results.py reads.
 """
 
 import sys
@@ -36,10 +37,11 @@ def main() -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for record in records:
+        names = " | ".join(record[key] for key in ("task", "backbone", "head_type"))
         seeds = ", ".join(map(str, record["seeds"]))
         scores = " | ".join(percent(record[split]) for split in SPLITS)
         print(
-            f"| {record['task']} | {record['backbone']} | {record['head_type']} | {seeds} | {record['metric']} | {scores} "
+            f"| {names} | {seeds} | {record['metric']} | {scores} "
             f"| {record['trained_parameters']:,} | {record['steps']:,} | {record['training_seconds'] / 60:.0f} min |"
         )
 

@@ -1,6 +1,7 @@
 """transformers models with a routing-capsule head."""
 
 from .configuration_capsule_head import CapsuleHeadConfig
+from .image_processing_stereo import StereoImageProcessor
 from .modeling_capsule_head import (
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
@@ -18,4 +19,5 @@ __all__ = [
     "CapsuleHeadModelOutput",
     "StereoConvConfig",
     "StereoConvModel",
+    "StereoImageProcessor",
 ]

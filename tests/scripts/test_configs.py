@@ -9,7 +9,7 @@ import capsule_heads
 from capsule_heads import CapsuleTrainingArguments
 from capsule_heads.data.glue import GLUE_TASKS
 from capsule_heads.training.command_line import parse_config_and_options
-from capsule_heads.training.experiment import DataArguments, ModelArguments, compute_metrics_of
+from capsule_heads.training.experiment import STEREO_TASKS, DataArguments, ModelArguments, compute_metrics_of
 
 ROOT = Path(capsule_heads.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -23,7 +23,17 @@ def parse(path, *options):
 
 
 def test_there_are_those_of_the_paper_and_one_per_glue_task():
-    expected = {"quickstart", "sst2", "sst5", "sst5_roberta", *(f"glue_{task}" for task in GLUE_TASKS)}
+    expected = {
+        "quickstart",
+        "sst2",
+        "sst5",
+        "sst5_roberta",
+        "smallnorb",
+        "toy_norb",
+        "cifar100",
+        "imagenet",
+        *(f"glue_{task}" for task in GLUE_TASKS),
+    }
     assert expected <= {path.stem for path in CONFIGS}
 
 
@@ -39,14 +49,17 @@ def test_the_header_launches_its_own_file(path):
 def test_the_keys_and_values(path):
     data, model, arguments = parse(path, "--use_cpu")
     assert Path(arguments.output_dir) == Path("runs", path.stem)
-    assert model.freeze_backbone
+    assert model.freeze_backbone == (model.backbone != "new:stereo_conv")
     assert (data.pad_token == "<|endoftext|>") == ("gpt2" in model.backbone)
     if path.stem.startswith("glue_"):
         assert data.task == path.stem.removeprefix("glue_")
         assert arguments.load_best_model_at_end
-    if path.stem.startswith("sst"):  # the paper's regime
-        assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (3, 20)
+    n_epochs = {"smallnorb": 50, "toy_norb": 10, **dict.fromkeys(("sst2", "sst5"), 3)}
+    if path.stem in n_epochs:  # the paper's regime
+        assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (n_epochs[path.stem], 20)
         assert (arguments.learning_rate, data.phrases, model.mixup_alpha) == (5e-4, True, 0.2)
+    if data.task in STEREO_TASKS:
+        assert (model.head_type, model.backbone) == ("spatial_pose", "new:stereo_conv")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

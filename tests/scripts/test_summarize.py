@@ -39,8 +39,8 @@ def test_means_and_standard_deviations(call, results):
     # By hand: mean 0.47, sd 0.01; mean 0.5, sd sqrt((0.02^2 + 0.01^2 + 0.03^2) / 2) = 0.02646
     assert out.splitlines() == [
         HEADER,
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| sst5 | b | 0, 1, 2 | accuracy | 47.0 ± 1.0 | 50.0 ± 2.6 | 38,464 | 1,000 | 11 min |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| sst5 | b | token_depth | 0, 1, 2 | accuracy | 47.0 ± 1.0 | 50.0 ± 2.6 | 38,464 | 1,000 | 11 min |",
     ]
 
 
@@ -48,14 +48,16 @@ def test_a_row_per_task_backbone_and_metric(call, results):
     paths = [
         results(backbone="a", validation_accuracy=0.5, test_accuracy=0.25),
         results(backbone="b", validation_accuracy=0.5, test_accuracy=0.75),
+        results(head_type="linear", validation_accuracy=0.5, test_accuracy=1.0),
         results(task="mrpc", validation_accuracy=0.7, validation_f1=0.8, validation_loss=1.0),  # no labels in its test
     ]
     rows = [line.split(" | ") for line in call("summarize.py", *paths)[1].splitlines()[2:]]
-    assert [row[:6] for row in rows] == [
-        ["| sst5", "a", "0", "accuracy", "50.0", "25.0"],
-        ["| sst5", "b", "0", "accuracy", "50.0", "75.0"],
-        ["| mrpc", "b", "0", "accuracy", "70.0", "-"],
-        ["| mrpc", "b", "0", "f1", "80.0", "-"],
+    assert [row[:7] for row in rows] == [
+        ["| sst5", "a", "token_depth", "0", "accuracy", "50.0", "25.0"],
+        ["| sst5", "b", "token_depth", "0", "accuracy", "50.0", "75.0"],
+        ["| sst5", "b", "linear", "0", "accuracy", "50.0", "100.0"],
+        ["| mrpc", "b", "token_depth", "0", "accuracy", "70.0", "-"],
+        ["| mrpc", "b", "token_depth", "0", "f1", "80.0", "-"],
     ]
 
 

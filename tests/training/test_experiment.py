@@ -38,7 +38,11 @@ def labelled(values, names=("no", "yes")):
 
 
 def test_tasks():
-    assert list(TASKS) == ["reviews", "sst5", "sst2_root", *GLUE_TASKS]
+    assert list(TASKS) == [
+        *("reviews", "sst5", "sst2_root"),
+        *GLUE_TASKS,
+        *("toy_norb", "smallnorb", "cifar100", "imagenet", "image_folder"),
+    ]
 
 
 def test_reviews():
@@ -47,7 +51,7 @@ def test_reviews():
         "validation": 120,
         "test": 120,
     }
-    with pytest.raises(ValueError, match=r"source is x\.zip, but the reviews come with the package; leave it out"):
+    with pytest.raises(ValueError, match=r"source is x\.zip, but reviews comes with the package; leave it out"):
         load_task("reviews", "x.zip")
 
 
@@ -127,6 +131,8 @@ def test_build_model_for_numbers(bert):
 def test_every_option_of_the_model_reaches_it(bert):
     options = {
         "depths": [1],
+        "head_type": "spatial_pose",
+        "d_cov": 3,
         "d_inp": 4,
         "n_parts": 3,
         "d_cap": 5,
