@@ -13,7 +13,8 @@ import argparse
 import numpy as np
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from capsule_heads import data
+from capsule_heads.data import load_smallnorb
+from capsule_heads.data.toy_norb import render_sequence
 from capsule_heads.pictures import (
     activated_poses,
     compute_capsules,
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("model", help="directory or Hub name of the model")
     parser.add_argument("--data", required=True, choices=("toy_norb", "smallnorb"))
     parser.add_argument("--source", help="where smallNORB is")
-    parser.add_argument("--split", default="test", help="train, validation or test (default)")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="of smallNORB")
     parser.add_argument("--factor", required=True, choices=FACTORS, help="what varies")
     parser.add_argument("--label", help="category, by name or index; without it the first, as for the following")
     for name in OTHERS:
@@ -40,11 +41,15 @@ def main() -> None:
     parser.add_argument("--output", default="trajectory.png", help="file for the picture (default trajectory.png)")
     options = parser.parse_args()
     try:
-        splits = data.load_toy_norb() if options.data == "toy_norb" else data.load_smallnorb(options.source)
-        if options.split not in splits:
-            raise ValueError(f"{options.data} has no split {options.split}; it has {', '.join(splits)}.")
         fixed = {name: getattr(options, name) for name in ("label", *OTHERS)}
-        sequence, fixed = select_sequence(splits[options.split], options.factor, **fixed)
+        if options.data == "toy_norb":  # of its views, a split has too few to make a sequence of
+            given = {name: value for name, value in fixed.items() if value is not None}
+            images = render_sequence(options.factor, **given)
+        elif options.source is None:
+            raise ValueError("smallnorb needs --source, the directory with its files.")
+        else:
+            images = load_smallnorb(options.source)[options.split]
+        sequence, fixed = select_sequence(images, options.factor, **fixed)
         model = AutoModelForImageClassification.from_pretrained(options.model)
         images = [np.asarray(image, dtype=np.uint8) for image in sequence["image"]]
         logits, poses = compute_capsules(model, AutoImageProcessor.from_pretrained(options.model), images)
@@ -55,7 +60,7 @@ def main() -> None:
         held = ", ".join(f"{name} {value}" for name, value in fixed.items())
         title = (
             f"Poses of the {names[index]} capsule, activated in {n_activated} of {len(images)} images\n"
-            f"of one {true} as its {options.factor} varies ({options.data}, {options.split}, {held})"
+            f"of one {true} as its {options.factor} varies ({options.data}, {held})"
         )
         steps, closed = list(sequence[options.factor]), options.factor == "azimuth"
         draw_trajectory(trajectory, images, steps, options.factor, title, closed).savefig(options.output)

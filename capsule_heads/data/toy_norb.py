@@ -90,6 +90,60 @@ def load_toy_norb(
     return datasets.DatasetDict({split: splits[split] for split in ("train", "validation", "test")})
 
 
+def render_sequence(
+    factor: str,
+    *,
+    label: str | int = 0,
+    instance: int = 0,
+    elevation: int | None = None,
+    azimuth: int | None = None,
+    lighting: int = 2,
+    seed: int = 0,
+) -> datasets.Dataset:
+    """Renders one toy from all elevations, or from all azimuths.
+
+    Args:
+        factor: "elevation" or "azimuth": what varies.
+        label: Category of the toy, by name or index.
+        instance: Number of the toy within its category. The first ones are those of the test split, by default four.
+        elevation: 0 to 8; 4 by default, and not given where it varies.
+        azimuth: 0, 2, ... 34; 0 by default, and not given where it varies.
+        lighting: 0 to 5.
+        seed: As in `load_toy_norb`.
+
+    Returns:
+        9 or 18 pairs with the columns of `stereo_features`, in the order of the factor.
+
+    Raises:
+        ValueError: If an argument is none of these.
+    """
+    if (elevation if factor == "elevation" else azimuth) is not None:
+        raise ValueError(f"{factor} was given, and is to vary; leave it out.")
+    elevation, azimuth = 4 if elevation is None else elevation, 0 if azimuth is None else azimuth
+    label = CATEGORIES.index(label) if label in CATEGORIES else label
+    choices = {
+        "factor": ("elevation", "azimuth"),
+        "label": range(len(CATEGORIES)),
+        "elevation": range(len(_ELEVATIONS)),
+        "azimuth": range(0, 2 * _N_AZIMUTHS, 2),
+        "lighting": range(len(_LIGHTINGS)),
+    }
+    given = {"factor": factor, "label": label, "elevation": elevation, "azimuth": azimuth, "lighting": lighting}
+    for name, value in given.items():
+        if value not in choices[name]:
+            expected = CATEGORIES if name == "label" else choices[name]
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, expected))}.")
+    if instance < 0 or seed < 0:
+        raise ValueError(f"instance is {instance} and seed {seed}; expected 0 or more.")
+    toy = build_toy(CATEGORIES[label], np.random.default_rng([seed, label, instance]))
+    rows = []
+    for value in choices[factor]:
+        view = {"elevation": elevation, "azimuth": azimuth, "lighting": lighting, factor: value}
+        image = render_view(toy, view["elevation"], view["azimuth"] // 2, lighting)
+        rows.append({"image": image, "label": label, "instance": instance, **view})
+    return datasets.Dataset.from_list(rows, features=stereo_features())
+
+
 def _render_instances(first: int, count: int, n_views: int, seed: int, edition: int) -> Iterator[dict]:
     for (label, category), instance in product(enumerate(CATEGORIES), range(first, first + count)):
         toy = build_toy(category, np.random.default_rng([seed, label, instance]))

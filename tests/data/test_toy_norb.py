@@ -3,7 +3,7 @@ import pytest
 
 from capsule_heads.data import toy_norb
 from capsule_heads.data.stereo import CATEGORIES, stereo_features
-from capsule_heads.data.toy_norb import build_toy, load_toy_norb, render_view
+from capsule_heads.data.toy_norb import build_toy, load_toy_norb, render_sequence, render_view
 
 FACTORS = ["elevation", "azimuth", "lighting"]
 
@@ -172,3 +172,41 @@ def test_no_simple_feature_tells_the_categories_apart():
 def test_numbers_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         load_toy_norb(**settings)
+
+
+def test_sequences_are_views_of_one_toy():
+    sequence = render_sequence("azimuth", label="truck", instance=3, elevation=2, lighting=1)
+    columns = rows(sequence)
+    assert sequence.features == stereo_features()
+    assert columns["azimuth"].tolist() == list(range(0, 36, 2))
+    fixed = {"label": 3, "instance": 3, "elevation": 2, "lighting": 1}
+    assert all((columns[name] == value).all() for name, value in fixed.items())
+    toy = build_toy("truck", np.random.default_rng([0, 3, 3]))
+    assert np.array_equal(columns["image"][5], render_view(toy, elevation=2, azimuth=5, lighting=1))
+    assert rows(render_sequence("elevation", label=1))["elevation"].tolist() == list(range(9))
+
+
+def test_a_sequence_shows_a_toy_of_the_test_split(toys):
+    row = toys["test"][0]
+    sequence = rows(render_sequence("azimuth", label=0, elevation=row["elevation"], lighting=row["lighting"]))
+    assert np.array_equal(sequence["image"][row["azimuth"] // 2], np.asarray(row["image"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"factor": "lighting"}, "factor is 'lighting'; expected one of elevation, azimuth"),
+        ({"factor": "azimuth", "azimuth": 2}, "azimuth was given, and is to vary; leave it out"),
+        (
+            {"factor": "azimuth", "label": "tree"},
+            "label is 'tree'; expected one of animal, human, airplane, truck, car",
+        ),
+        ({"factor": "azimuth", "elevation": 9}, "elevation is 9; expected one of 0, 1, 2, 3, 4, 5, 6, 7, 8"),
+        ({"factor": "elevation", "azimuth": 3}, "azimuth is 3; expected one of 0, 2, 4"),
+        ({"factor": "elevation", "lighting": 6}, "lighting is 6; expected one of 0, 1, 2, 3, 4, 5"),
+        ({"factor": "elevation", "instance": -1}, "instance is -1 and seed 0; expected 0 or more"),
+    ],
+)
+def test_sequences_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        render_sequence(**arguments)

@@ -84,8 +84,7 @@ def stand_ins(monkeypatch):
         assert all(image.shape == (2, 96, 96) and image.dtype == np.uint8 for image in images)
         return {"pixel_values": torch.from_numpy(np.stack(images)).float() / 255}
 
-    monkeypatch.setattr(capsule_heads.data, "load_toy_norb", lambda: DatasetDict(test=split), raising=False)
-    monkeypatch.setattr(capsule_heads.data, "load_smallnorb", load_smallnorb, raising=False)
+    monkeypatch.setattr(capsule_heads.data, "load_smallnorb", load_smallnorb)
     for name, value in (("AutoModelForImageClassification", Model()), ("AutoImageProcessor", process)):
         stand_in = types.SimpleNamespace(from_pretrained=lambda path, value=value: value)
         monkeypatch.setattr(transformers, name, stand_in)
@@ -110,13 +109,16 @@ def test_draw_trajectory(call, stand_ins, tmp_path, monkeypatch):
     ]
     assert titles == [
         "Poses of the car capsule, activated in 4 of 5 images\n"
-        "of one car as its elevation varies (smallnorb, test, instance 0, lighting 0, azimuth 4)"
+        "of one car as its elevation varies (smallnorb, instance 0, lighting 0, azimuth 4)"
     ]
 
 
 def test_draw_trajectory_mistakes(fails, stand_ins, tmp_path):
-    start = ("draw_trajectory.py", "model", "--data", "toy_norb", "--output", tmp_path / "t.png", "--factor", "azimuth")
-    assert "toy_norb has no split train; it has test" in fails(*start, "--split", "train")
+    start = ("draw_trajectory.py", "model", "--output", tmp_path / "t.png", "--factor", "azimuth", "--data")
+    assert "azimuth was given, and is to vary" in fails(*start, "toy_norb", "--azimuth", 0)
+    assert "label is 'plane'; expected one of animal, human" in fails(*start, "toy_norb", "--label", "plane")
+    assert "smallnorb needs --source" in fails(*start, "smallnorb")
+    start = (*start, "smallnorb", "--source", "folder")
     assert "Unknown label 'plane'; expected truck, car" in fails(*start, "--label", "plane")
     assert "0 images in which azimuth varies with instance 7" in fails(*start, "--instance", 7)
     assert "Cannot fix azimuth" in fails(*start, "--azimuth", 0)
