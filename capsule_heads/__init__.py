@@ -41,4 +41,4 @@ AutoModelForImageClassification.register(CapsuleHeadConfig, CapsuleHeadForImageC
 AutoModelForSequenceClassification.register(CapsuleHeadConfig, CapsuleHeadForSequenceClassification)
 AutoConfig.register(StereoConvConfig.model_type, StereoConvConfig)
 AutoModel.register(StereoConvConfig, StereoConvModel)
-AutoImageProcessor.register(StereoConvConfig, slow_image_processor_class=StereoImageProcessor)
+AutoImageProcessor.register(StereoConvConfig, StereoImageProcessor)

@@ -183,6 +183,15 @@ def test_the_best_model_is_loaded_at_the_end(make_model, make_trainer, arguments
     assert not [r for r in caplog.records if "key" in r.getMessage()]
 
 
+def test_images_have_no_lengths_and_come_in_random_order(make_model, make_trainer, arguments):
+    images = Dataset.from_dict({"pixel_values": [[0.0]] * 50, "labels": [0] * 50})
+    trainer = make_trainer(make_model(), train_dataset=images)
+    assert trainer.args.train_sampling_strategy == "group_by_length"
+    torch.manual_seed(0)
+    order = list(trainer._get_train_sampler())
+    assert order != sorted(order) and sorted(order) == list(range(50))
+
+
 @pytest.mark.parametrize("at", [12, 16], ids=["within an epoch", "between epochs"])
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(make_model, make_trainer, arguments, tmp_path, at, strategy):
