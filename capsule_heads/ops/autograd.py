@@ -47,7 +47,7 @@ def route_in_passes(
     *batch, n_inp, d_cov, d_inp = mu_inp.shape
     n_samples, d_out = math.prod(batch), W.shape[-1]
     is_small = n_votes(mu_inp, n_out, d_out) < SMALL_VOTES
-    dtype = torch.float64 if is_small and strategy != "triton" else mu_inp.dtype
+    dtype = torch.float64 if is_small and strategy in ("moments", "votes") else mu_inp.dtype
     # Parameters are few. In float64, their gradients are rounded once, after they are summed over what shares them.
     outputs = _Route.apply(
         strategy,

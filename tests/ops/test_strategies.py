@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capsule_heads.layers import Routing
-from capsule_heads.ops import SMALL, STRATEGIES, _choose_strategy, autograd, moments, route, streaming, votes
+from capsule_heads import ops
+from capsule_heads.ops import SMALL, STRATEGIES, _choose_strategy, autograd, moments, numba, route, streaming
+from capsule_heads.ops import uniform, votes
 
-FAST = ("moments", "votes")
+FAST = ("moments", "votes", "numba")
 SHARED = {"own_inp": False}
 
 
@@ -36,9 +38,11 @@ def assert_agree(arrays, strategy, tolerance=1e-9, **options):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of four inputs."""
-    for module in (streaming, moments, votes):
+    """Blocks of four inputs, tiles of five."""
+    for module in (uniform, moments, votes):
         monkeypatch.setattr(module, "block_size", lambda tensor, floats_per_input: 4)
+    monkeypatch.setattr(numba, "_MAX_TILE", 5)
+    monkeypatch.setattr(numba, "_MAX_KEPT", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +222,12 @@ def hostile(kind, seed, batch, n_inp, n_out, d_cov, d_inp, d_out):
         ("votes", ((), 37, 5, 3, 17, 2)),
         ("votes", ((2,), 201, 17, 1, 64, 2)),
         ("votes", ((4,), 1111, 64, 1, 64, 2)),
+        ("numba", ((), 37, 5, 3, 4, 4)),
+        ("numba", ((2,), 201, 17, 4, 4, 4)),
+        ("numba", ((2,), 499, 33, 4, 4, 4)),
+        ("numba", ((), 37, 5, 3, 17, 2)),
+        ("numba", ((2,), 201, 17, 1, 64, 2)),
+        ("numba", ((4,), 1111, 64, 1, 64, 2)),
     ],
     ids=str,
 )
@@ -269,10 +279,11 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("module", [moments, votes])
+@pytest.mark.parametrize("module", [moments, votes, numba])
 def test_nothing_is_larger_than_the_inputs(module, monkeypatch):
-    for user in (streaming, moments, votes):
+    for user in (uniform, moments, votes):
         monkeypatch.setattr(user, "block_size", lambda tensor, floats_per_input: 8)
+    monkeypatch.setattr(numba, "_MAX_KEPT", 0)
     n_inp, n_out = 5000, 16
     a_inp, mu_inp, W, B, beta_use, beta_ign = as_torch(
         draw(n_inp=n_inp, n_out=n_out, d_cov=1, d_inp=3, d_out=2, **SHARED), torch.float32
@@ -337,6 +348,39 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
     return _choose_strategy(mu_inp, tuple(parameters), n_out, dtype)
 
 
+@pytest.fixture
+def no_numba(monkeypatch):
+    find_spec = ops.importlib.util.find_spec
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
+
+
+@pytest.mark.parametrize(
+    "sizes, strategy",
+    [
+        ({}, "numba"),
+        ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "numba"),
+        ({"device": "cuda"}, "votes"),
+        ({"device": "cuda", "d_cov": 4, "d_inp": 4, "d_out": 4}, "moments"),
+        ({"own": 0}, "reference"),
+        ({"n_inp": SMALL // 128}, "reference"),
+    ],
+    ids=str,
+)
+def test_auto_takes_numba_on_the_cpu(sizes, strategy):
+    assert choose(**sizes) == strategy
+
+
+def test_without_numba_its_strategy_is_refused(no_numba):
+    with pytest.raises(ImportError, match=r'numba is not installed: `pip install "capsule-heads\[cpu\]"`'):
+        route(*as_torch(draw(**SHARED)), n_out=5, strategy="numba")
+
+
+def test_numba_is_for_the_cpu():
+    tensors = [x.to("meta") for x in as_torch(draw(**SHARED))]
+    with pytest.raises(ValueError, match=r'"numba" runs on .*CPU.*; the inputs are on meta'):
+        route(*tensors, n_out=5, strategy="numba")
+
+
 @pytest.mark.parametrize(
     "sizes, strategy",
     [
@@ -351,13 +395,14 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("no_numba")
 def test_auto_takes_the_line_of_the_table(sizes, strategy):
     assert choose(**sizes) == strategy
 
 
 def test_auto_routes_as_the_strategy_that_it_takes():
     tensors = hostile("plain", 0, (), 8000, 16, 4, 4, 4)
-    auto, named, other = (route(*tensors, n_out=16, strategy=s) for s in ("auto", "moments", "votes"))
+    auto, named, other = (route(*tensors, n_out=16, strategy=s) for s in ("auto", "numba", "votes"))
     assert all(torch.equal(a, b) for a, b in zip(auto, named))
     assert not torch.equal(auto[1], other[1])
 

@@ -1,0 +1,447 @@
+"""The kernels of strategy "numba": one fused loop over tiles of inputs for each pass, on one thread, without the GIL.
+
+A tile is some hundred inputs of one sample. Vector lanes run over its inputs, so that sums over outputs and over
+columns are sums of vectors, whatever the sizes are; rows in scratch memory are planes `[i]`. The planes
+`u_ijch = (x W)_ijch` are made in blocks of four, which stay in the first-level cache, in the order `q = (j, h)` for each
+`c`: from the inputs, by a product of small blocks in registers; or they have been kept from an earlier pass.
+
+What a tile adds up is of the dtype of the inputs; what tiles add up, float64. Sums follow the order of the tiles, and how
+tiles are dealt to chunks does not depend on the threads: results are the same to the bit, however many run.
+
+In the shapes `q` counts outputs and their columns, padded to a multiple of four like `d`; `p` counts `c` and `h`; `T` is
+the largest number of inputs in a tile, and some more.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba.extending import intrinsic, overload
+
+
+def _jit(function=None, *, fastmath=("contract", "nsz", "reassoc")):
+    """Compiles when first called. Sums may be reordered, or they would not be vectors; infinities and NaNs stay exact."""
+    if function is None:
+        return lambda function: _jit(function, fastmath=fastmath)
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no directory to write to, neither beside this file nor the user's
+        return numba.njit(**options)(function)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# exp, without a library's: numba's own is a call for each number, and no vector
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _float_of_bits(typing_context, bits):
+    result = numba.float32 if bits == numba.int32 else numba.float64
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(result))
+
+    return result(bits), codegen
+
+
+@_jit(fastmath=("contract",))  # the two parts of log 2 must not be added before they are subtracted
+def _exp32(x):
+    y = max(x, np.float32(-80.0))
+    n = np.int32(y * np.float32(1.4426950408889634) - np.float32(0.5))  # towards zero: y is not above it
+    r = y - np.float32(n) * np.float32(0.693359375)
+    r = r + np.float32(n) * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040) * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * (r * r) + r + np.float32(1.0)
+    # Zero in good time before the smallest normal number: processors are slow with smaller ones, and with their products
+    return p * _float_of_bits(np.int32((n + 127) << 23)) if x > np.float32(-78.0) else np.float32(0.0)
+
+
+@_jit(fastmath=("contract",))
+def _exp64(x):
+    return np.exp(x) if x > -640.0 else 0.0
+
+
+def _exp(x):
+    """`exp(x)` for `x <= 0`, or 0 where that is next to nothing."""
+
+
+@overload(_exp)
+def _(x):
+    return (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: _exp64(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products with a block of four planes. Sixteen factors stay in registers while lanes run over the inputs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _product(block, W, x, width):
+    """`block [4,T] = W [4,d] x [d,T]`."""
+    u0, u1, u2, u3 = block[0], block[1], block[2], block[3]
+    for d in range(0, W.shape[1], 4):
+        w00, w01, w02, w03 = W[0, d], W[0, d + 1], W[0, d + 2], W[0, d + 3]
+        w10, w11, w12, w13 = W[1, d], W[1, d + 1], W[1, d + 2], W[1, d + 3]
+        w20, w21, w22, w23 = W[2, d], W[2, d + 1], W[2, d + 2], W[2, d + 3]
+        w30, w31, w32, w33 = W[3, d], W[3, d + 1], W[3, d + 2], W[3, d + 3]
+        x0, x1, x2, x3 = x[d], x[d + 1], x[d + 2], x[d + 3]
+        if d == 0:
+            for i in range(width):
+                a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
+                u0[i] = w00 * a0 + w01 * a1 + w02 * a2 + w03 * a3
+                u1[i] = w10 * a0 + w11 * a1 + w12 * a2 + w13 * a3
+                u2[i] = w20 * a0 + w21 * a1 + w22 * a2 + w23 * a3
+                u3[i] = w30 * a0 + w31 * a1 + w32 * a2 + w33 * a3
+        else:
+            for i in range(width):
+                a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
+                u0[i] += w00 * a0 + w01 * a1 + w02 * a2 + w03 * a3
+                u1[i] += w10 * a0 + w11 * a1 + w12 * a2 + w13 * a3
+                u2[i] += w20 * a0 + w21 * a1 + w22 * a2 + w23 * a3
+                u3[i] += w30 * a0 + w31 * a1 + w32 * a2 + w33 * a3
+
+
+@_jit
+def _product_backward(d_block, W, x, d_W, d_x, width):
+    """Adds `W^T d_block` to `d_x [d,T]`, and `d_block x^T` to `d_W [4,d]`, float64."""
+    g0, g1, g2, g3 = d_block[0], d_block[1], d_block[2], d_block[3]
+    zero = x.dtype.type(0)
+    for d in range(0, W.shape[1], 4):
+        w00, w01, w02, w03 = W[0, d], W[0, d + 1], W[0, d + 2], W[0, d + 3]
+        w10, w11, w12, w13 = W[1, d], W[1, d + 1], W[1, d + 2], W[1, d + 3]
+        w20, w21, w22, w23 = W[2, d], W[2, d + 1], W[2, d + 2], W[2, d + 3]
+        w30, w31, w32, w33 = W[3, d], W[3, d + 1], W[3, d + 2], W[3, d + 3]
+        y0, y1, y2, y3 = d_x[d], d_x[d + 1], d_x[d + 2], d_x[d + 3]
+        for i in range(width):
+            b0, b1, b2, b3 = g0[i], g1[i], g2[i], g3[i]
+            y0[i] += w00 * b0 + w10 * b1 + w20 * b2 + w30 * b3
+            y1[i] += w01 * b0 + w11 * b1 + w21 * b2 + w31 * b3
+            y2[i] += w02 * b0 + w12 * b1 + w22 * b2 + w32 * b3
+            y3[i] += w03 * b0 + w13 * b1 + w23 * b2 + w33 * b3
+        s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
+        s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero
+        x0, x1, x2, x3 = x[d], x[d + 1], x[d + 2], x[d + 3]
+        for i in range(width):
+            a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
+            b0, b1, b2, b3 = g0[i], g1[i], g2[i], g3[i]
+            s00, s01, s02, s03 = s00 + b0 * a0, s01 + b0 * a1, s02 + b0 * a2, s03 + b0 * a3
+            s10, s11, s12, s13 = s10 + b1 * a0, s11 + b1 * a1, s12 + b1 * a2, s13 + b1 * a3
+            s20, s21, s22, s23 = s20 + b2 * a0, s21 + b2 * a1, s22 + b2 * a2, s23 + b2 * a3
+            s30, s31, s32, s33 = s30 + b3 * a0, s31 + b3 * a1, s32 + b3 * a2, s33 + b3 * a3
+        for q, sums in enumerate(((s00, s01, s02, s03), (s10, s11, s12, s13), (s20, s21, s22, s23), (s30, s31, s32, s33))):
+            for k, total in enumerate(sums):
+                d_W[q, d + k] += total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of a pass over a tile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _load(x, f_tile, mu_inp, f_inp, centre, first, count, width):
+    """A tile's inputs, centred, `x [c,d,T]`, and their `f_tile [T]`; zeros fill the last vectors."""
+    for c in range(centre.shape[0]):
+        for d in range(centre.shape[1]):
+            row, middle = x[c, d], centre[c, d]
+            for i in range(count):
+                row[i] = mu_inp[first + i, c, d] - middle
+            for i in range(count, width):
+                row[i] = 0
+    for i in range(count):
+        f_tile[i] = f_inp[first + i]
+    for i in range(count, width):
+        f_tile[i] = 0
+
+
+@_jit
+def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
+    """`R`, as `weights [j,T]`; and, if `d_use` has rows, the gradient of `D`, as `d_D [j,T]`. `compute`: the planes too."""
+    n_c, n_q, n_out = x.shape[0], W.shape[0], weights.shape[0]
+    n_p = e_step.shape[0] // 2
+    n_h = n_p // n_c
+    for j in range(n_out):
+        weights[j, :width] = e_step[0, j]
+        if len(d_use):
+            d_D[j, :width] = d_use[0, j]
+    for c in range(n_c):
+        for q in range(0, n_q, 4):
+            block = _block(planes, c, q, n_q, n_c)
+            if compute:
+                _product(block, W[q : q + 4], x[c], width)
+            for k in range(min(4, n_out * n_h - q)):
+                j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
+                plane, logits, mean, scale = block[k], weights[j], e_step[p, j], e_step[p + n_p, j]
+                for i in range(width):
+                    z = scale * (plane[i] - mean)
+                    logits[i] -= z * z
+                if len(d_use):
+                    d_row, mean, linear, square = d_D[j], d_use[p, j], d_use[p + n_p, j], d_use[p + 2 * n_p, j]
+                    for i in range(width):
+                        v = plane[i] - mean
+                        d_row[i] += v * (linear + square * v)
+    _softmax(weights, width)
+
+
+@_jit
+def _block(planes, c, q, n_q, n_c):
+    """Four of all planes, or the four there are."""
+    at = c * n_q + q if len(planes) == n_c * n_q else 0
+    return planes[at : at + 4]
+
+
+@_jit
+def _softmax(weights, width):
+    """Over rows of `weights [j,T]`, in place."""
+    n_out = weights.shape[0]
+    total, top = np.empty_like(weights[0]), np.empty_like(weights[0])
+    one = weights.dtype.type(1)
+    for i in range(width):
+        total[i] = 0
+        top[i] = weights[0, i]
+    for j in range(1, n_out):
+        row = weights[j]
+        for i in range(width):
+            top[i] = max(top[i], row[i])
+    for j in range(n_out):
+        row = weights[j]
+        for i in range(width):
+            weight = _exp(row[i] - top[i])
+            row[i] = weight
+            total[i] += weight
+    for i in range(width):
+        total[i] = one / total[i]
+    for j in range(n_out):
+        row = weights[j]
+        for i in range(width):
+            row[i] *= total[i]
+
+
+@_jit
+def _moments(D, plane, middle, n_used, width):
+    """How far the mean of a plane is from `middle`, and the scatter about the mean."""
+    zero = plane.dtype.type(0)
+    first, second = zero, zero
+    for i in range(width):
+        v = plane[i] - middle
+        D_v = D[i] * v
+        first += D_v
+        second += D_v * v
+    if not n_used > zero:
+        return zero, zero
+    distance = first / n_used
+    scatter = second - first * distance
+    if not scatter + scatter >= second:  # the difference has lost digits: again, about the mean
+        scatter = zero
+        for i in range(width):
+            v = plane[i] - middle - distance
+            scatter += D[i] * (v * v)
+    return distance, scatter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Passes
+#
+# Arguments of both:
+#     inputs: `mu_inp [n,i,c,d]`, `f_inp [n,i]`, `centre [n,c,d]` and `W [q,d]`, padded.
+#     plan: `tiles [tiles,4]` (sample, first input, count, segment), `chunks` (the first tile of each, and the end), `T`.
+#     share: which chunks are this call's, the first, and how far it is from each to the next.
+#     kept: `[tiles,c*q,T]`, the planes of all tiles; or of no tiles.
+#     n_scratch: otherwise, how many planes there is room for: all, or four, which are then computed twice.
+#     e_step: `[n,1+2p,j]`: `log_prior`, means and scales.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def statistics(inputs, plan, share, kept, n_scratch, e_step, fill, R, sums):
+    """A pass for the M-step.
+
+    Args:
+        fill: whether to compute `kept`, rather than read it.
+        R: `[n,i,j]` to write to, or of no samples.
+        sums: `[segments,1+2p,j]`, float64, zeros: counts, means and scatters are written here.
+    """
+    mu_inp, f_inp, centre, W = inputs
+    tiles, chunks, T = plan
+    n_c, n_q, n_out, n_p = mu_inp.shape[2], W.shape[0], e_step.shape[2], e_step.shape[1] // 2
+    n_h = n_p // n_c
+    x, scratch = np.zeros((n_c, W.shape[1], T), mu_inp.dtype), np.zeros((n_scratch, T), mu_inp.dtype)
+    D, f, n_used = np.empty((n_out, T), mu_inp.dtype), np.empty(T, mu_inp.dtype), np.empty(n_out, mu_inp.dtype)
+    for chunk in range(share[0], len(chunks) - 1, share[1]):
+        for tile in range(chunks[chunk], chunks[chunk + 1]):
+            n, first, count, segment = tiles[tile]
+            width = (count + 15) // 16 * 16
+            planes = kept[tile] if len(kept) else scratch
+            _load(x, f, mu_inp[n], f_inp[n], centre[n], first, count, width)
+            _e_step(D, D, planes, x, W, e_step[n], e_step[n, :0], fill or len(kept) == 0, width)
+            if len(R):
+                for i in range(count):
+                    for j in range(n_out):
+                        R[n, first + i, j] = D[j, i]
+            for j in range(n_out):
+                total, row = mu_inp.dtype.type(0), D[j]
+                for i in range(width):
+                    row[i] *= f[i]
+                    total += row[i]
+                n_used[j] = total
+                sums[segment, 0, j] += total
+            for c in range(n_c):
+                for q in range(0, n_q, 4):
+                    block = _block(planes, c, q, n_q, n_c)
+                    if len(planes) < n_c * n_q:
+                        _product(block, W[q : q + 4], x[c], width)
+                    for k in range(min(4, n_out * n_h - q)):
+                        j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
+                        middle = e_step[n, p, j]
+                        distance, scatter = _moments(D[j], block[k], middle, n_used[j], width)
+                        _merge(sums[segment], p, n_p, j, n_used[j], np.float64(middle) + distance, scatter)
+
+
+@_jit
+def _merge(sums, p, n_p, j, n_used, mean, scatter):
+    """Adds a tile's mean and scatter to those of the tiles before it, which with it have the count of `sums[0]`."""
+    if n_used > 0:
+        share = n_used / sums[0, j]
+        distance = mean - sums[p, j]
+        sums[p + n_p, j] += scatter + distance * distance * (sums[0, j] - n_used) * share
+        sums[p, j] += distance * share
+
+
+@_jit
+def gradients(inputs, plan, share, kept, n_scratch, e_step, fill, d_use, d_R, d_kept, d_mu_inp, d_f_inp, d_W, sums):
+    """The backward pass of `statistics`.
+
+    Args:
+        d_use: `[n,1+3p,j]`: constant, means, `linear` and `square`.
+        d_R: `[n,i,j]`, or of no samples.
+        d_kept: like `kept`: what is added to instead of `d_mu_inp` and `d_W`.
+        d_mu_inp: `[n,i,c,d]`, added to.
+        d_f_inp: `[n,i]`, added to.
+        d_W: `[chunks,q,d]`, float64, added to.
+        sums: `[segments,1+2p,j]`, float64, zeros. With `g` the gradient of a logit and `y = u - mean`, `sum_i g`,
+            `sum_i g y` and `sum_i g y^2` are written here.
+    """
+    mu_inp, f_inp, centre, W = inputs
+    tiles, chunks, T = plan
+    n_c, n_q, n_out = mu_inp.shape[2], W.shape[0], e_step.shape[2]
+    x, scratch = np.zeros((n_c, W.shape[1], T), mu_inp.dtype), np.zeros((n_scratch, T), mu_inp.dtype)
+    d_x, d_block = np.zeros_like(x), np.zeros((4, T), mu_inp.dtype)
+    D, d_D, f = np.empty((n_out, T), mu_inp.dtype), np.empty((n_out, T), mu_inp.dtype), np.empty(T, mu_inp.dtype)
+    for chunk in range(share[0], len(chunks) - 1, share[1]):
+        for tile in range(chunks[chunk], chunks[chunk + 1]):
+            n, first, count, segment = tiles[tile]
+            width = (count + 15) // 16 * 16
+            planes = kept[tile] if len(kept) else scratch
+            _load(x, f, mu_inp[n], f_inp[n], centre[n], first, count, width)
+            _e_step(D, d_D, planes, x, W, e_step[n], d_use[n], fill or len(kept) == 0, width)
+            _softmax_backward(D, d_D, f, d_f_inp[n], d_R[n] if len(d_R) else d_R[:0, 0], first, count, width)
+            for j in range(n_out):
+                total, row = mu_inp.dtype.type(0), d_D[j]
+                for i in range(width):
+                    total += row[i]
+                sums[segment, 0, j] += total
+            for c in range(n_c):
+                d_x[c, :, :width] = 0
+                for q in range(0, n_q, 4):
+                    block = _block(planes, c, q, n_q, n_c)
+                    if len(planes) < n_c * n_q:
+                        _product(block, W[q : q + 4], x[c], width)
+                    _block_backward(d_block, block, D, d_D, e_step[n], d_use[n], n_c, c, q, sums[segment], width)
+                    if len(kept):
+                        d_planes = _block(d_kept[tile], c, q, n_q, n_c)
+                        for k in range(4):
+                            to, row = d_planes[k], d_block[k]
+                            for i in range(width):
+                                to[i] += row[i]
+                    else:
+                        _product_backward(d_block, W[q : q + 4], x[c], d_W[chunk, q : q + 4], d_x[c], width)
+            if len(kept) == 0:
+                _store(d_mu_inp[n], d_x, first, count)
+
+
+@_jit
+def gradients_of_kept(inputs, plan, share, d_kept, d_mu_inp, d_W):
+    """From the gradient of the planes that were kept to those of the inputs and the weights, which it adds to."""
+    mu_inp, f_inp, centre, W = inputs
+    tiles, chunks, T = plan
+    n_c, n_q = mu_inp.shape[2], W.shape[0]
+    x, f = np.zeros((n_c, W.shape[1], T), mu_inp.dtype), np.empty(T, mu_inp.dtype)
+    d_x = np.zeros_like(x)
+    for chunk in range(share[0], len(chunks) - 1, share[1]):
+        for tile in range(chunks[chunk], chunks[chunk + 1]):
+            n, first, count, _ = tiles[tile]
+            width = (count + 15) // 16 * 16
+            _load(x, f, mu_inp[n], f_inp[n], centre[n], first, count, width)
+            for c in range(n_c):
+                d_x[c, :, :width] = 0
+                for q in range(0, n_q, 4):
+                    d_block = _block(d_kept[tile], c, q, n_q, n_c)
+                    _product_backward(d_block, W[q : q + 4], x[c], d_W[chunk, q : q + 4], d_x[c], width)
+            _store(d_mu_inp[n], d_x, first, count)
+
+
+@_jit
+def _store(d_mu_inp, d_x, first, count):
+    for i in range(count):
+        for c in range(d_mu_inp.shape[1]):
+            for d in range(d_mu_inp.shape[2]):
+                d_mu_inp[first + i, c, d] += d_x[c, d, i]
+
+
+@_jit
+def _softmax_backward(D, d_D, f, d_f_inp, d_R, first, count, width):
+    """From `R` in `D` and the gradient of `D`, in place to `D = f R` and the gradient of the logits."""
+    dot = np.zeros_like(f)
+    for j in range(len(D)):
+        row, d_row = D[j], d_D[j]
+        for i in range(width):
+            dot[i] += row[i] * d_row[i]
+    for i in range(count):
+        d_f_inp[first + i] += dot[i]
+    dot_R = np.zeros_like(f)
+    if len(d_R):
+        for i in range(count):
+            for j in range(len(D)):
+                dot_R[i] += D[j, i] * d_R[first + i, j]
+    for j in range(len(D)):
+        row, d_row = D[j], d_D[j]
+        for i in range(width):
+            d_row[i] = f[i] * (d_row[i] - dot[i])
+        if len(d_R):
+            for i in range(count):
+                d_row[i] += d_R[first + i, j] - dot_R[i]
+        for i in range(width):
+            d_row[i] *= row[i]
+            row[i] *= f[i]
+
+
+@_jit
+def _block_backward(d_block, block, D, d_logits, e_step, d_use, n_c, c, q, sums, width):
+    """The gradient of a block of planes: through the M-step and through the E-step."""
+    n_p, n_out = e_step.shape[0] // 2, len(D)
+    n_h = n_p // n_c
+    for k in range(4):
+        plane, to = block[k], d_block[k]
+        if q + k >= n_out * n_h:
+            to[:width] = 0
+            continue
+        j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
+        D_j, g = D[j], d_logits[j]
+        middle, scale = e_step[p, j], e_step[p + n_p, j]
+        mean, linear, square = d_use[p, j], d_use[p + n_p, j], d_use[p + 2 * n_p, j]
+        square += square
+        scale = (scale + scale) * scale
+        first = second = D.dtype.type(0)
+        for i in range(width):
+            y = plane[i] - middle
+            g_y = g[i] * y
+            first += g_y
+            second += g_y * y
+            to[i] = D_j[i] * (linear + square * (plane[i] - mean)) - scale * g_y
+        sums[p, j] += first
+        sums[p + n_p, j] += second
