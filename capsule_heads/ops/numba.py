@@ -94,6 +94,12 @@ def _uniform(inputs: Inputs) -> EStep:
     return EStep(zeros[:, 0, 0], zeros, zeros)
 
 
+def _relative(e_step: EStep) -> EStep:
+    """With priors relative to the largest: far from zero, logits would lose digits in single precision."""
+    log_prior = e_step.log_prior
+    return e_step._replace(log_prior=log_prior - log_prior.amax(1, keepdim=True))
+
+
 class _Plan(NamedTuple):
     """How inputs are cut into tiles, and tiles are dealt to chunks. A segment is a chunk's part of a sample.
 
@@ -167,7 +173,8 @@ class _Call:
         sums = self._new_sums(e_step)
         R_ = self._nothing if R is None else R.numpy()
         fill = not self._has_votes
-        self._run(kernels.statistics, self._votes, self._scratch[1], self._packed(*e_step), fill, R_, sums.numpy())
+        terms = self._packed(*_relative(e_step))
+        self._run(kernels.statistics, self._votes, self._scratch[1], terms, fill, R_, sums.numpy())
         self._has_votes = self.keeps_votes
         return sums
 
@@ -187,7 +194,7 @@ class _Call:
             kernels.gradients,
             self._votes,
             self._scratch[1],
-            self._packed(*e_step),
+            self._packed(*_relative(e_step)),
             not self._has_votes,
             self._packed(constant, mean, linear, square),
             self._nothing if d_R is None else d_R.contiguous().numpy(),

@@ -359,8 +359,7 @@ def no_numba(monkeypatch):
     [
         ({}, "numba"),
         ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "numba"),
-        ({"device": "cuda"}, "votes"),
-        ({"device": "cuda", "d_cov": 4, "d_inp": 4, "d_out": 4}, "moments"),
+        ({"dtype": torch.float64}, "numba"),
         ({"own": 0}, "reference"),
         ({"n_inp": SMALL // 128}, "reference"),
     ],
