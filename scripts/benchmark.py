@@ -108,7 +108,7 @@ def perturbed(module: nn.Module) -> nn.Module:
     return module
 
 
-NARROW, WIDE = ("moments", "votes", "triton"), ("votes", "triton")
+NARROW, WIDE = ("moments", "votes", "numba", "triton"), ("votes", "numba", "triton")
 LITERAL = ("original", "reference")
 CASES = {  # name: what it is, how to build it, the literal loops that fit in memory, the strategies worth a run
     "smallnorb-layer": (
@@ -198,7 +198,8 @@ def _kilobytes(status: Path, field: str) -> int:
 
 def strategies_of(name: str, device: str) -> list[str]:
     """The fast strategies of a case that run on the device."""
-    return [strategy for strategy in CASES[name][3] if strategy != "triton" or device == "cuda"]
+    elsewhere = "numba" if device == "cuda" else "triton"
+    return [strategy for strategy in CASES[name][3] if strategy != elsewhere]
 
 
 def benchmark(name: str, device: str, repeats: int) -> list[dict[str, object]]:
@@ -244,8 +245,9 @@ def table(rows: list[dict[str, object]]) -> str:
             cells += ["", ""]
         else:
             cells.append(" / ".join(f"{ratio(loop, row, 'forward_backward'):.1f}x" for loop in loops))
-            least_memory = max(row["peak_memory"] or 1, 1)
-            cells.append(" / ".join(f"1/{(loop['peak_memory'] or 0) / least_memory:.0f}" for loop in loops))
+            memory = [each["peak_memory"] for each in (row, *loops)]
+            ratios = "-" if None in memory else " / ".join(f"1/{loop / max(memory[0], 1):.0f}" for loop in memory[1:])
+            cells.append(ratios)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """Routing by fused kernels for the CPU, compiled by numba: each pass goes over tiles of inputs that stay in the cache.
 
 Votes are made in blocks of a few planes. Of narrow inputs, such as 4x4 poses, a block is made anew where it is needed;
-of wide ones, all blocks of a tile are made once for each pass; and where the votes of a whole call are few, they are made
-once for all its iterations.
+of wide ones, all blocks of a tile are made once for each pass; and where the votes of a whole call are few, they are
+made once for all its iterations.
 
 The kernels release the GIL, and run on torch's number of threads, which are this module's own: numba's are either a
 second OpenMP beside torch's, or may not be called from several threads. The first call for a dtype takes about half a
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from . import numba_kernels as kernels
 from . import uniform
-from .passes import EStep, Inputs, Statistics, UseGradient
+from .passes import EStep, Inputs, Statistics, UseGradient, workspace
 
 _N_CHUNKS = 16  # shares of the work, whatever the number of threads: sums depend on it
 _MAX_KEPT = 2**25  # bytes of votes
-_MAX_TILE = 256  # inputs; of more, less fits in the first-level cache, and of fewer, vectors are short beside their loops
+_MAX_TILE = (
+    512  # inputs; of more, less fits in the first-level cache, and of fewer, vectors are short beside their loops
+)
 _TILE_BYTES = 2**20  # half of a second-level cache
 _NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
 
@@ -45,9 +47,7 @@ def uniform_statistics(inputs: Inputs) -> tuple[Statistics, Tensor]:
     return uniform.uniform_statistics(inputs)
 
 
-def uniform_gradients(
-    inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor
-) -> Tensor:
+def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
     """See `passes.Passes`."""
     call = _Call.of(inputs)
     if not call.keeps_votes:
@@ -107,11 +107,13 @@ class _Plan(NamedTuple):
         tiles: `[tiles,4]`: sample, first input, count and segment.
         chunks: `[chunks+1]`: the first tile of each, and the end.
         samples: `[segments]`: the sample of each.
+        firsts: `[samples]`: the first segment of each.
     """
 
     tiles: np.ndarray
     chunks: np.ndarray
     samples: Tensor
+    firsts: np.ndarray
 
 
 @functools.lru_cache(maxsize=64)
@@ -123,7 +125,8 @@ def _plan(n_samples: int, n_inp: int, tile_size: int) -> _Plan:
     starts = np.isin(np.arange(len(tile)), chunks) | (tile == 0)  # segments
     counts = np.minimum(size, n_inp - tile * size)
     tiles = np.stack([sample, tile * size, counts, np.cumsum(starts) - 1], axis=1)
-    return _Plan(tiles, chunks, torch.from_numpy(sample[starts]))
+    samples = sample[starts]
+    return _Plan(tiles, chunks, torch.from_numpy(samples), np.searchsorted(samples, np.arange(n_samples)))
 
 
 class _Call:
@@ -155,10 +158,9 @@ class _Call:
         votes_shape = (len(self.plan.tiles), c * n_rows, lanes)
         self.keeps_votes = not is_narrow and math.prod(votes_shape) * inputs.mu_inp.element_size() <= _MAX_KEPT
         nothing = np.empty((0, 0, 0), self._inputs[0].dtype)
-        self._nothing = nothing
-        self._votes, self._d_votes = (
-            (np.empty(votes_shape, nothing.dtype), None) if self.keeps_votes else (nothing, nothing)
-        )
+        self._nothing = self._votes = self._d_votes = nothing
+        if self.keeps_votes:
+            self._votes = workspace.like("votes", inputs.mu_inp, votes_shape).numpy()
         self._has_votes = False
 
     @classmethod
@@ -186,9 +188,11 @@ class _Call:
         Returns:
             `[segments,1+2p,j]`, float64, see `numba_kernels.gradients`; and the gradient of `W`, but for what it keeps.
         """
-        sums, d_W = self._new_sums(e_step), self._new_d_W()
-        if self._d_votes is None:
-            self._d_votes = np.zeros_like(self._votes)
+        sums = self._new_sums(e_step)
+        d_W = torch.zeros(0, 0, 0, dtype=torch.float64) if self.keeps_votes else self._new_d_W()
+        if self.keeps_votes and not len(self._d_votes):
+            self._d_votes = workspace.like("d_votes", self._weights, self._votes.shape).numpy()
+            self._d_votes.fill(0)
         constant, linear, square, mean = d_use
         self._run(
             kernels.gradients,
@@ -205,7 +209,7 @@ class _Call:
             sums.numpy(),
         )
         self._has_votes = self.keeps_votes
-        return sums, self._unpadded(d_W)
+        return sums, d_W.sum() if self.keeps_votes else self._unpadded(d_W)
 
     def gradients_of_votes(self, d_mu_inp: Tensor) -> Tensor:
         """Adds to `d_mu_inp` what comes through the votes that it keeps, and returns the gradient of `W`."""
@@ -216,7 +220,9 @@ class _Call:
     def per_sample(self, x: Tensor) -> Tensor:
         """Sums of segments, `[segments,...]`, as `[n,...]`."""
         n = len(self._inputs[0])
-        return x if len(x) == n else x.new_zeros(n, *x.shape[1:]).index_add_(0, self.plan.samples, x)
+        if len(x) in (0, n):
+            return x.new_zeros(n, *x.shape[1:]) if len(x) == 0 else x
+        return torch.from_numpy(np.add.reduceat(x.numpy(), self.plan.firsts, axis=0))
 
     def _run(self, kernel: Callable[..., None], *arguments: object) -> None:
         """The chunks in turn, on as many threads as torch would use: this one, and others."""
@@ -236,7 +242,7 @@ class _Call:
         return torch.cat([constant[:, None], *(x.flatten(1, 2) for x in planes)], dim=1).to(self._dtype).numpy()
 
     def _new_sums(self, e_step: EStep) -> Tensor:
-        n, c, h, j = e_step.mean.shape
+        _, c, h, j = e_step.mean.shape
         return torch.zeros(len(self.plan.samples), 1 + 2 * c * h, j, dtype=torch.float64)
 
     def _new_d_W(self) -> Tensor:

@@ -2,14 +2,15 @@
 
 A tile is some hundred inputs of one sample. Vector lanes run over its inputs, so that sums over outputs and over
 columns are sums of vectors, whatever the sizes are; rows in scratch memory are planes `[i]`. The planes
-`u_ijch = (x W)_ijch` are made in blocks of four, which stay in the first-level cache, in the order `q = (j, h)` for each
-`c`: from the inputs, by a product of small blocks in registers; or they have been kept from an earlier pass.
+`u_ijch = (x W)_ijch` are made in blocks of four, which stay in the first-level cache, in the order `q = (j, h)` for
+each `c`: from the inputs, by a product of small blocks in registers; or they have been kept from an earlier pass.
 
-What a tile adds up is of the dtype of the inputs; what tiles add up, float64. Sums follow the order of the tiles, and how
-tiles are dealt to chunks does not depend on the threads: results are the same to the bit, however many run.
+What a tile adds up is of the dtype of the inputs; what tiles add up, float64. Sums follow the order of the tiles, and
+how tiles are dealt to chunks does not depend on the threads: results are the same to the bit, however many run.
 
-In the shapes `q` counts outputs and their columns, padded to a multiple of four like `d`; `p` counts `c` and `h`; `T` is
-the largest number of inputs in a tile, and some more.
+In the shapes `q` counts outputs and their columns, padded to a multiple of four like `d`; `p` counts `c` and `h`; `T`
+is the largest number of inputs in a tile, and some more. numba keeps what it compiles until this file changes: what the
+passes call has to be in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numba.extending import intrinsic, overload
 
 
 def _jit(function=None, *, fastmath=("contract", "nsz", "reassoc")):
-    """Compiles when first called. Sums may be reordered, or they would not be vectors; infinities and NaNs stay exact."""
+    """Compiles when first called. Sums may be reordered, else they would not be vectors; infinities stay exact."""
     if function is None:
         return lambda function: _jit(function, fastmath=fastmath)
     options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
@@ -57,7 +58,7 @@ def _exp32(x):
     p = p * r + np.float32(1 / 6)
     p = p * r + np.float32(0.5)
     p = p * (r * r) + r + np.float32(1.0)
-    # Zero in good time before the smallest normal number: processors are slow with smaller ones, and with their products
+    # Zero in good time before the smallest normal number: processors are slow with smaller ones and their products
     return p * _float_of_bits(np.int32((n + 127) << 23)) if x > np.float32(-78.0) else np.float32(0.0)
 
 
@@ -77,65 +78,66 @@ def _(x):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products with a block of four planes. Sixteen factors stay in registers while lanes run over the inputs.
+# Rows are indexed, here and below, and not taken as arrays: each array would be counted by reference, which takes long.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @_jit
-def _product(block, W, x, width):
-    """`block [4,T] = W [4,d] x [d,T]`."""
-    u0, u1, u2, u3 = block[0], block[1], block[2], block[3]
+def _product(planes, at, W, q, x, c, width):
+    """`planes [at:at+4] = W [q:q+4] x [c]`."""
     for d in range(0, W.shape[1], 4):
-        w00, w01, w02, w03 = W[0, d], W[0, d + 1], W[0, d + 2], W[0, d + 3]
-        w10, w11, w12, w13 = W[1, d], W[1, d + 1], W[1, d + 2], W[1, d + 3]
-        w20, w21, w22, w23 = W[2, d], W[2, d + 1], W[2, d + 2], W[2, d + 3]
-        w30, w31, w32, w33 = W[3, d], W[3, d + 1], W[3, d + 2], W[3, d + 3]
-        x0, x1, x2, x3 = x[d], x[d + 1], x[d + 2], x[d + 3]
+        w00, w01, w02, w03 = W[q, d], W[q, d + 1], W[q, d + 2], W[q, d + 3]
+        w10, w11, w12, w13 = W[q + 1, d], W[q + 1, d + 1], W[q + 1, d + 2], W[q + 1, d + 3]
+        w20, w21, w22, w23 = W[q + 2, d], W[q + 2, d + 1], W[q + 2, d + 2], W[q + 2, d + 3]
+        w30, w31, w32, w33 = W[q + 3, d], W[q + 3, d + 1], W[q + 3, d + 2], W[q + 3, d + 3]
         if d == 0:
             for i in range(width):
-                a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
-                u0[i] = w00 * a0 + w01 * a1 + w02 * a2 + w03 * a3
-                u1[i] = w10 * a0 + w11 * a1 + w12 * a2 + w13 * a3
-                u2[i] = w20 * a0 + w21 * a1 + w22 * a2 + w23 * a3
-                u3[i] = w30 * a0 + w31 * a1 + w32 * a2 + w33 * a3
+                a0, a1, a2, a3 = x[c, d, i], x[c, d + 1, i], x[c, d + 2, i], x[c, d + 3, i]
+                planes[at, i] = w00 * a0 + w01 * a1 + w02 * a2 + w03 * a3
+                planes[at + 1, i] = w10 * a0 + w11 * a1 + w12 * a2 + w13 * a3
+                planes[at + 2, i] = w20 * a0 + w21 * a1 + w22 * a2 + w23 * a3
+                planes[at + 3, i] = w30 * a0 + w31 * a1 + w32 * a2 + w33 * a3
         else:
             for i in range(width):
-                a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
-                u0[i] += w00 * a0 + w01 * a1 + w02 * a2 + w03 * a3
-                u1[i] += w10 * a0 + w11 * a1 + w12 * a2 + w13 * a3
-                u2[i] += w20 * a0 + w21 * a1 + w22 * a2 + w23 * a3
-                u3[i] += w30 * a0 + w31 * a1 + w32 * a2 + w33 * a3
+                a0, a1, a2, a3 = x[c, d, i], x[c, d + 1, i], x[c, d + 2, i], x[c, d + 3, i]
+                planes[at, i] += w00 * a0 + w01 * a1 + w02 * a2 + w03 * a3
+                planes[at + 1, i] += w10 * a0 + w11 * a1 + w12 * a2 + w13 * a3
+                planes[at + 2, i] += w20 * a0 + w21 * a1 + w22 * a2 + w23 * a3
+                planes[at + 3, i] += w30 * a0 + w31 * a1 + w32 * a2 + w33 * a3
 
 
 @_jit
-def _product_backward(d_block, W, x, d_W, d_x, width):
-    """Adds `W^T d_block` to `d_x [d,T]`, and `d_block x^T` to `d_W [4,d]`, float64."""
-    g0, g1, g2, g3 = d_block[0], d_block[1], d_block[2], d_block[3]
+def _product_backward(d_planes, at, W, q, x, c, d_W, d_x, width):
+    """With `g = d_planes [at:at+4]`: adds `W [q:q+4]^T g` to `d_x [c]`, and `g x [c]^T` to `d_W [q:q+4]`, float64."""
     zero = x.dtype.type(0)
     for d in range(0, W.shape[1], 4):
-        w00, w01, w02, w03 = W[0, d], W[0, d + 1], W[0, d + 2], W[0, d + 3]
-        w10, w11, w12, w13 = W[1, d], W[1, d + 1], W[1, d + 2], W[1, d + 3]
-        w20, w21, w22, w23 = W[2, d], W[2, d + 1], W[2, d + 2], W[2, d + 3]
-        w30, w31, w32, w33 = W[3, d], W[3, d + 1], W[3, d + 2], W[3, d + 3]
-        y0, y1, y2, y3 = d_x[d], d_x[d + 1], d_x[d + 2], d_x[d + 3]
+        w00, w01, w02, w03 = W[q, d], W[q, d + 1], W[q, d + 2], W[q, d + 3]
+        w10, w11, w12, w13 = W[q + 1, d], W[q + 1, d + 1], W[q + 1, d + 2], W[q + 1, d + 3]
+        w20, w21, w22, w23 = W[q + 2, d], W[q + 2, d + 1], W[q + 2, d + 2], W[q + 2, d + 3]
+        w30, w31, w32, w33 = W[q + 3, d], W[q + 3, d + 1], W[q + 3, d + 2], W[q + 3, d + 3]
         for i in range(width):
-            b0, b1, b2, b3 = g0[i], g1[i], g2[i], g3[i]
-            y0[i] += w00 * b0 + w10 * b1 + w20 * b2 + w30 * b3
-            y1[i] += w01 * b0 + w11 * b1 + w21 * b2 + w31 * b3
-            y2[i] += w02 * b0 + w12 * b1 + w22 * b2 + w32 * b3
-            y3[i] += w03 * b0 + w13 * b1 + w23 * b2 + w33 * b3
+            b0, b1, b2, b3 = d_planes[at, i], d_planes[at + 1, i], d_planes[at + 2, i], d_planes[at + 3, i]
+            d_x[c, d, i] += w00 * b0 + w10 * b1 + w20 * b2 + w30 * b3
+            d_x[c, d + 1, i] += w01 * b0 + w11 * b1 + w21 * b2 + w31 * b3
+            d_x[c, d + 2, i] += w02 * b0 + w12 * b1 + w22 * b2 + w32 * b3
+            d_x[c, d + 3, i] += w03 * b0 + w13 * b1 + w23 * b2 + w33 * b3
         s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
         s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero
-        x0, x1, x2, x3 = x[d], x[d + 1], x[d + 2], x[d + 3]
         for i in range(width):
-            a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
-            b0, b1, b2, b3 = g0[i], g1[i], g2[i], g3[i]
+            a0, a1, a2, a3 = x[c, d, i], x[c, d + 1, i], x[c, d + 2, i], x[c, d + 3, i]
+            b0, b1, b2, b3 = d_planes[at, i], d_planes[at + 1, i], d_planes[at + 2, i], d_planes[at + 3, i]
             s00, s01, s02, s03 = s00 + b0 * a0, s01 + b0 * a1, s02 + b0 * a2, s03 + b0 * a3
             s10, s11, s12, s13 = s10 + b1 * a0, s11 + b1 * a1, s12 + b1 * a2, s13 + b1 * a3
             s20, s21, s22, s23 = s20 + b2 * a0, s21 + b2 * a1, s22 + b2 * a2, s23 + b2 * a3
             s30, s31, s32, s33 = s30 + b3 * a0, s31 + b3 * a1, s32 + b3 * a2, s33 + b3 * a3
-        for q, sums in enumerate(((s00, s01, s02, s03), (s10, s11, s12, s13), (s20, s21, s22, s23), (s30, s31, s32, s33))):
-            for k, total in enumerate(sums):
-                d_W[q, d + k] += total
+        d_W[q, d], d_W[q, d + 1] = d_W[q, d] + s00, d_W[q, d + 1] + s01
+        d_W[q, d + 2], d_W[q, d + 3] = d_W[q, d + 2] + s02, d_W[q, d + 3] + s03
+        d_W[q + 1, d], d_W[q + 1, d + 1] = d_W[q + 1, d] + s10, d_W[q + 1, d + 1] + s11
+        d_W[q + 1, d + 2], d_W[q + 1, d + 3] = d_W[q + 1, d + 2] + s12, d_W[q + 1, d + 3] + s13
+        d_W[q + 2, d], d_W[q + 2, d + 1] = d_W[q + 2, d] + s20, d_W[q + 2, d + 1] + s21
+        d_W[q + 2, d + 2], d_W[q + 2, d + 3] = d_W[q + 2, d + 2] + s22, d_W[q + 2, d + 3] + s23
+        d_W[q + 3, d], d_W[q + 3, d + 1] = d_W[q + 3, d] + s30, d_W[q + 3, d + 1] + s31
+        d_W[q + 3, d + 2], d_W[q + 3, d + 3] = d_W[q + 3, d + 2] + s32, d_W[q + 3, d + 3] + s33
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,11 +150,11 @@ def _load(x, f_tile, mu_inp, f_inp, centre, first, count, width):
     """A tile's inputs, centred, `x [c,d,T]`, and their `f_tile [T]`; zeros fill the last vectors."""
     for c in range(centre.shape[0]):
         for d in range(centre.shape[1]):
-            row, middle = x[c, d], centre[c, d]
+            middle = centre[c, d]
             for i in range(count):
-                row[i] = mu_inp[first + i, c, d] - middle
+                x[c, d, i] = mu_inp[first + i, c, d] - middle
             for i in range(count, width):
-                row[i] = 0
+                x[c, d, i] = 0
     for i in range(count):
         f_tile[i] = f_inp[first + i]
     for i in range(count, width):
@@ -161,97 +163,91 @@ def _load(x, f_tile, mu_inp, f_inp, centre, first, count, width):
 
 @_jit
 def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
-    """`R`, as `weights [j,T]`; and, if `d_use` has rows, the gradient of `D`, as `d_D [j,T]`. `compute`: the planes too."""
+    """`R`, as `weights [j,T]`; if `d_use` has rows, also the gradient of `D`, `d_D [j,T]`; if `compute`, the planes."""
     n_c, n_q, n_out = x.shape[0], W.shape[0], weights.shape[0]
     n_p = e_step.shape[0] // 2
     n_h = n_p // n_c
     group = 4 if n_h % 4 == 0 else 2 if n_h % 2 == 0 else 1  # of planes of one output
     for j in range(n_out):
-        weights[j, :width] = 0
+        for i in range(width):
+            weights[j, i] = 0
         if len(d_use):
-            d_D[j, :width] = d_use[0, j]
+            for i in range(width):
+                d_D[j, i] = d_use[0, j]
     for c in range(n_c):
         for q in range(0, n_q, 4):
-            block = _block(planes, c, q, n_q, n_c)
+            at = c * n_q + q if len(planes) == n_c * n_q else 0
             if compute:
-                _product(block, W[q : q + 4], x[c], width)
+                _product(planes, at, W, q, x, c, width)
             for k in range(0, min(4, n_out * n_h - q), group):
                 j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
-                _add_energy(weights[j], block[k : k + group], e_step[p:, j], e_step[p + n_p :, j], width)
+                _add_energy(weights, j, planes, at + k, group, e_step, p, n_p, width)
             if len(d_use):
                 for k in range(min(4, n_out * n_h - q)):
                     j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
-                    plane, d_row, mean = block[k], d_D[j], d_use[p, j]
-                    linear, square = d_use[p + n_p, j], d_use[p + 2 * n_p, j]
+                    mean, linear, square = d_use[p, j], d_use[p + n_p, j], d_use[p + 2 * n_p, j]
                     for i in range(width):
-                        v = plane[i] - mean
-                        d_row[i] += v * (linear + square * v)
-    _softmax(weights, e_step[0], width)
-
-
-@_jit
-def _block(planes, c, q, n_q, n_c):
-    """Four of all planes, or the four there are."""
-    at = c * n_q + q if len(planes) == n_c * n_q else 0
-    return planes[at : at + 4]
+                        v = planes[at + k, i] - mean
+                        d_D[j, i] += v * (linear + square * v)
+    _softmax(weights, e_step, width)
 
 
 @_jit(fastmath=("contract",))
-def _add_energy(energy, planes, mean, scale, width):
-    """Adds `z^2`, `z = scale (u - mean)`, of one, two or four planes: their sum at once, which errs less than one by one."""
-    u0, m0, s0 = planes[0], mean[0], scale[0]
-    if len(planes) == 1:
+def _add_energy(energy, j, planes, at, group, e_step, p, n_p, width):
+    """Adds `z^2`, `z = scale (u - mean)`, of one, two or four planes at once: fewer steps through memory."""
+    m0, s0 = e_step[p, j], e_step[p + n_p, j]
+    if group == 1:
         for i in range(width):
-            z0 = s0 * (u0[i] - m0)
-            energy[i] += z0 * z0
+            z0 = s0 * (planes[at, i] - m0)
+            energy[j, i] += z0 * z0
         return
-    u1, m1, s1 = planes[1], mean[1], scale[1]
-    if len(planes) == 2:
+    m1, s1 = e_step[p + 1, j], e_step[p + 1 + n_p, j]
+    if group == 2:
         for i in range(width):
-            z0, z1 = s0 * (u0[i] - m0), s1 * (u1[i] - m1)
-            energy[i] += z0 * z0 + z1 * z1
+            z0, z1 = s0 * (planes[at, i] - m0), s1 * (planes[at + 1, i] - m1)
+            energy[j, i] += z0 * z0 + z1 * z1
         return
-    u2, m2, s2, u3, m3, s3 = planes[2], mean[2], scale[2], planes[3], mean[3], scale[3]
+    m2, s2, m3, s3 = e_step[p + 2, j], e_step[p + 2 + n_p, j], e_step[p + 3, j], e_step[p + 3 + n_p, j]
     for i in range(width):
-        z0, z1, z2, z3 = s0 * (u0[i] - m0), s1 * (u1[i] - m1), s2 * (u2[i] - m2), s3 * (u3[i] - m3)
-        energy[i] += (z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)
+        z0, z1 = s0 * (planes[at, i] - m0), s1 * (planes[at + 1, i] - m1)
+        z2, z3 = s2 * (planes[at + 2, i] - m2), s3 * (planes[at + 3, i] - m3)
+        energy[j, i] += (z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)
 
 
 @_jit
-def _softmax(weights, log_prior, width):
+def _softmax(weights, e_step, width):
     """`softmax_j( log_prior_j - energy_j )`, in the place of the energies, `weights [j,T]`."""
     n_out = weights.shape[0]
     total, top = np.empty_like(weights[0]), np.empty_like(weights[0])
     one = weights.dtype.type(1)
     for i in range(width):
         total[i] = 0
-        top[i] = log_prior[0] - weights[0, i]
+        top[i] = e_step[0, 0] - weights[0, i]
     for j in range(1, n_out):
-        row, prior = weights[j], log_prior[j]
+        prior = e_step[0, j]
         for i in range(width):
-            top[i] = max(top[i], prior - row[i])
+            top[i] = max(top[i], prior - weights[j, i])
     for j in range(n_out):
-        row, prior = weights[j], log_prior[j]
+        prior = e_step[0, j]
         for i in range(width):
-            weight = _exp(prior - row[i] - top[i])
-            row[i] = weight
+            weight = _exp(prior - weights[j, i] - top[i])
+            weights[j, i] = weight
             total[i] += weight
     for i in range(width):
         total[i] = one / total[i]
     for j in range(n_out):
-        row = weights[j]
         for i in range(width):
-            row[i] *= total[i]
+            weights[j, i] *= total[i]
 
 
 @_jit
-def _moments(D, plane, middle, n_used, width):
+def _moments(D, j, planes, at, middle, n_used, width):
     """How far the mean of a plane is from `middle`, and the scatter about the mean."""
-    zero = plane.dtype.type(0)
+    zero = planes.dtype.type(0)
     first, second = zero, zero
     for i in range(width):
-        v = plane[i] - middle
-        D_v = D[i] * v
+        v = planes[at, i] - middle
+        D_v = D[j, i] * v
         first += D_v
         second += D_v * v
     if not n_used > zero:
@@ -261,8 +257,8 @@ def _moments(D, plane, middle, n_used, width):
     if not scatter + scatter >= second:  # the difference has lost digits: again, about the mean
         scatter = zero
         for i in range(width):
-            v = plane[i] - middle - distance
-            scatter += D[i] * (v * v)
+            v = planes[at, i] - middle - distance
+            scatter += D[j, i] * (v * v)
     return distance, scatter
 
 
@@ -271,7 +267,7 @@ def _moments(D, plane, middle, n_used, width):
 #
 # Arguments of both:
 #     inputs: `mu_inp [n,i,c,d]`, `f_inp [n,i]`, `centre [n,c,d]` and `W [q,d]`, padded.
-#     plan: `tiles [tiles,4]` (sample, first input, count, segment), `chunks` (the first tile of each, and the end), `T`.
+#     plan: `tiles [tiles,4]` (sample, first input, count, segment), `chunks` (first tile of each, and the end), `T`.
 #     share: which chunks are this call's, the first, and how far it is from each to the next.
 #     kept: `[tiles,c*q,T]`, the planes of all tiles; or of no tiles.
 #     n_scratch: otherwise, how many planes there is room for: all, or four, which are then computed twice.
@@ -306,32 +302,32 @@ def statistics(inputs, plan, share, kept, n_scratch, e_step, fill, R, sums):
                     for j in range(n_out):
                         R[n, first + i, j] = D[j, i]
             for j in range(n_out):
-                total, row = mu_inp.dtype.type(0), D[j]
+                total = mu_inp.dtype.type(0)
                 for i in range(width):
-                    row[i] *= f[i]
-                    total += row[i]
+                    D[j, i] *= f[i]
+                    total += D[j, i]
                 n_used[j] = total
                 sums[segment, 0, j] += total
             for c in range(n_c):
                 for q in range(0, n_q, 4):
-                    block = _block(planes, c, q, n_q, n_c)
+                    at = c * n_q + q if len(planes) == n_c * n_q else 0
                     if len(planes) < n_c * n_q:
-                        _product(block, W[q : q + 4], x[c], width)
+                        _product(planes, at, W, q, x, c, width)
                     for k in range(min(4, n_out * n_h - q)):
                         j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
                         middle = e_step[n, p, j]
-                        distance, scatter = _moments(D[j], block[k], middle, n_used[j], width)
-                        _merge(sums[segment], p, n_p, j, n_used[j], np.float64(middle) + distance, scatter)
+                        distance, scatter = _moments(D, j, planes, at + k, middle, n_used[j], width)
+                        _merge(sums, segment, p, n_p, j, n_used[j], np.float64(middle) + distance, scatter)
 
 
 @_jit
-def _merge(sums, p, n_p, j, n_used, mean, scatter):
-    """Adds a tile's mean and scatter to those of the tiles before it, which with it have the count of `sums[0]`."""
+def _merge(sums, segment, p, n_p, j, n_used, mean, scatter):
+    """Adds a tile's mean and scatter to those of the tiles before it, which with it have the count of `sums`."""
     if n_used > 0:
-        share = n_used / sums[0, j]
-        distance = mean - sums[p, j]
-        sums[p + n_p, j] += scatter + distance * distance * (sums[0, j] - n_used) * share
-        sums[p, j] += distance * share
+        count = sums[segment, 0, j]
+        distance, share = mean - sums[segment, p, j], n_used / count
+        sums[segment, p + n_p, j] += scatter + distance * distance * (count - n_used) * share
+        sums[segment, p, j] += distance * share
 
 
 @_jit
@@ -363,25 +359,23 @@ def gradients(inputs, plan, share, kept, n_scratch, e_step, fill, d_use, d_R, d_
             _e_step(D, d_D, planes, x, W, e_step[n], d_use[n], fill or len(kept) == 0, width)
             _softmax_backward(D, d_D, f, d_f_inp[n], d_R[n] if len(d_R) else d_R[:0, 0], first, count, width)
             for j in range(n_out):
-                total, row = mu_inp.dtype.type(0), d_D[j]
+                total = mu_inp.dtype.type(0)
                 for i in range(width):
-                    total += row[i]
+                    total += d_D[j, i]
                 sums[segment, 0, j] += total
             for c in range(n_c):
                 d_x[c, :, :width] = 0
                 for q in range(0, n_q, 4):
-                    block = _block(planes, c, q, n_q, n_c)
+                    at = c * n_q + q if len(planes) == n_c * n_q else 0
                     if len(planes) < n_c * n_q:
-                        _product(block, W[q : q + 4], x[c], width)
-                    _block_backward(d_block, block, D, d_D, e_step[n], d_use[n], n_c, c, q, sums[segment], width)
+                        _product(planes, at, W, q, x, c, width)
+                    _block_backward(d_block, planes, at, D, d_D, e_step, d_use, n, n_c, c, q, sums, segment, width)
                     if len(kept):
-                        d_planes = _block(d_kept[tile], c, q, n_q, n_c)
                         for k in range(4):
-                            to, row = d_planes[k], d_block[k]
                             for i in range(width):
-                                to[i] += row[i]
+                                d_kept[tile, at + k, i] += d_block[k, i]
                     else:
-                        _product_backward(d_block, W[q : q + 4], x[c], d_W[chunk, q : q + 4], d_x[c], width)
+                        _product_backward(d_block, 0, W, q, x, c, d_W[chunk], d_x, width)
             if len(kept) == 0:
                 _store(d_mu_inp[n], d_x, first, count)
 
@@ -402,8 +396,7 @@ def gradients_of_kept(inputs, plan, share, d_kept, d_mu_inp, d_W):
             for c in range(n_c):
                 d_x[c, :, :width] = 0
                 for q in range(0, n_q, 4):
-                    d_block = _block(d_kept[tile], c, q, n_q, n_c)
-                    _product_backward(d_block, W[q : q + 4], x[c], d_W[chunk, q : q + 4], d_x[c], width)
+                    _product_backward(d_kept[tile], c * n_q + q, W, q, x, c, d_W[chunk], d_x, width)
             _store(d_mu_inp[n], d_x, first, count)
 
 
@@ -418,52 +411,49 @@ def _store(d_mu_inp, d_x, first, count):
 @_jit
 def _softmax_backward(D, d_D, f, d_f_inp, d_R, first, count, width):
     """From `R` in `D` and the gradient of `D`, in place to `D = f R` and the gradient of the logits."""
-    dot = np.zeros_like(f)
+    dot, dot_R = np.zeros_like(f), np.zeros_like(f)
     for j in range(len(D)):
-        row, d_row = D[j], d_D[j]
         for i in range(width):
-            dot[i] += row[i] * d_row[i]
+            dot[i] += D[j, i] * d_D[j, i]
     for i in range(count):
         d_f_inp[first + i] += dot[i]
-    dot_R = np.zeros_like(f)
     if len(d_R):
         for i in range(count):
             for j in range(len(D)):
                 dot_R[i] += D[j, i] * d_R[first + i, j]
     for j in range(len(D)):
-        row, d_row = D[j], d_D[j]
         for i in range(width):
-            d_row[i] = f[i] * (d_row[i] - dot[i])
+            d_D[j, i] = f[i] * (d_D[j, i] - dot[i])
         if len(d_R):
             for i in range(count):
-                d_row[i] += d_R[first + i, j] - dot_R[i]
+                d_D[j, i] += d_R[first + i, j] - dot_R[i]
         for i in range(width):
-            d_row[i] *= row[i]
-            row[i] *= f[i]
+            d_D[j, i] *= D[j, i]
+            D[j, i] *= f[i]
 
 
 @_jit
-def _block_backward(d_block, block, D, d_logits, e_step, d_use, n_c, c, q, sums, width):
+def _block_backward(d_block, planes, at, D, d_logits, e_step, d_use, n, n_c, c, q, sums, segment, width):
     """The gradient of a block of planes: through the M-step and through the E-step."""
-    n_p, n_out = e_step.shape[0] // 2, len(D)
+    n_p, n_out = e_step.shape[1] // 2, len(D)
     n_h = n_p // n_c
     for k in range(4):
-        plane, to = block[k], d_block[k]
         if q + k >= n_out * n_h:
-            to[:width] = 0
+            for i in range(width):
+                d_block[k, i] = 0
             continue
         j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
-        D_j, g = D[j], d_logits[j]
-        middle, scale = e_step[p, j], e_step[p + n_p, j]
-        mean, linear, square = d_use[p, j], d_use[p + n_p, j], d_use[p + 2 * n_p, j]
+        middle, scale = e_step[n, p, j], e_step[n, p + n_p, j]
+        mean, linear, square = d_use[n, p, j], d_use[n, p + n_p, j], d_use[n, p + 2 * n_p, j]
         square += square
         scale = (scale + scale) * scale
         first = second = D.dtype.type(0)
         for i in range(width):
-            y = plane[i] - middle
-            g_y = g[i] * y
+            u = planes[at + k, i]
+            y = u - middle
+            g_y = d_logits[j, i] * y
             first += g_y
             second += g_y * y
-            to[i] = D_j[i] * (linear + square * (plane[i] - mean)) - scale * g_y
-        sums[p, j] += first
-        sums[p + n_p, j] += second
+            d_block[k, i] = D[j, i] * (linear + square * (u - mean)) - scale * g_y
+        sums[segment, p, j] += first
+        sums[segment, p + n_p, j] += second

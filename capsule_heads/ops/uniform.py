@@ -24,9 +24,7 @@ def uniform_statistics(inputs: Inputs) -> tuple[Statistics, Tensor]:
     return Statistics((total / n_out).expand(-1, n_out), mean, scatter), moments
 
 
-def uniform_gradients(
-    inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor
-) -> Tensor:
+def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
     """See `passes.Passes`."""
     n, i, c, d = inputs.mu_inp.shape
     W, n_out = inputs.W.double(), inputs.W.shape[1]

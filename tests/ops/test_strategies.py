@@ -10,10 +10,20 @@ from oracle import INF, NAMES, OUTPUTS, P_MODELS, as_torch, draw, random_cotange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capsule_heads.layers import Routing
 from capsule_heads import ops
-from capsule_heads.ops import SMALL, STRATEGIES, _choose_strategy, autograd, moments, numba, route, streaming
-from capsule_heads.ops import uniform, votes
+from capsule_heads.layers import Routing
+from capsule_heads.ops import (
+    SMALL,
+    STRATEGIES,
+    _choose_strategy,
+    autograd,
+    moments,
+    numba,
+    route,
+    streaming,
+    uniform,
+    votes,
+)
 
 FAST = ("moments", "votes", "numba")
 SHARED = {"own_inp": False}
@@ -348,12 +358,6 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
     return _choose_strategy(mu_inp, tuple(parameters), n_out, dtype)
 
 
-@pytest.fixture
-def no_numba(monkeypatch):
-    find_spec = ops.importlib.util.find_spec
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
-
-
 @pytest.mark.parametrize(
     "sizes, strategy",
     [
@@ -369,15 +373,10 @@ def test_auto_takes_numba_on_the_cpu(sizes, strategy):
     assert choose(**sizes) == strategy
 
 
-def test_without_numba_its_strategy_is_refused(no_numba):
-    with pytest.raises(ImportError, match=r'numba is not installed: `pip install "capsule-heads\[cpu\]"`'):
-        route(*as_torch(draw(**SHARED)), n_out=5, strategy="numba")
-
-
-def test_numba_is_for_the_cpu():
-    tensors = [x.to("meta") for x in as_torch(draw(**SHARED))]
-    with pytest.raises(ValueError, match=r'"numba" runs on .*CPU.*; the inputs are on meta'):
-        route(*tensors, n_out=5, strategy="numba")
+@pytest.fixture
+def no_numba(monkeypatch):
+    find_spec = ops.importlib.util.find_spec
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
 
 
 @pytest.mark.parametrize(
