@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import importlib.util
 import json
 import math
 import platform
@@ -198,8 +199,10 @@ def _kilobytes(status: Path, field: str) -> int:
 
 def strategies_of(name: str, device: str) -> list[str]:
     """The fast strategies of a case that run on the device."""
-    elsewhere = "numba" if device == "cuda" else "triton"
-    return [strategy for strategy in CASES[name][3] if strategy != elsewhere]
+    has_numba = device == "cpu" and importlib.util.find_spec("numba") is not None
+    missing = {"triton"} if device != "cuda" else set()
+    missing |= set() if has_numba else {"numba"}
+    return [strategy for strategy in CASES[name][3] if strategy not in missing]
 
 
 def benchmark(name: str, device: str, repeats: int) -> list[dict[str, object]]:
@@ -270,6 +273,9 @@ def profile(name: str, device: str) -> list[str]:
             if event.key == "aten::baddbmm_":  # of which torch counts none
                 flops += 2 * event.count * math.prod(event.input_shapes[1]) * event.input_shapes[2][-1]
         n_calls = sum(e.count for e in events if e.key.startswith("aten::"))
+        if strategy == "numba":  # torch does not see its products
+            rows.append(f"| {title} | `{strategy}` | {1e3 * wall:,.0f} | - | - | - | - | {n_calls:,} |")
+            continue
         rows.append(
             f"| {title} | `{strategy}` | {1e3 * wall:,.0f} | {1e3 * in_products:,.0f} | {flops / 1e9:.1f} | "
             f"{flops / in_products / 1e9:,.0f} | {1e3 * (wall - in_products):,.0f} | {n_calls:,} |"
