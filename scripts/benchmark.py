@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import importlib.util
 import json
 import math
 import platform
@@ -108,7 +109,7 @@ def perturbed(module: nn.Module) -> nn.Module:
     return module
 
 
-NARROW, WIDE = ("moments", "votes", "triton"), ("votes", "triton")
+NARROW, WIDE = ("moments", "votes", "numba", "triton"), ("votes", "numba", "triton")
 LITERAL = ("original", "reference")
 CASES = {  # name: what it is, how to build it, the literal loops that fit in memory, the strategies worth a run
     "smallnorb-layer": (
@@ -198,7 +199,10 @@ def _kilobytes(status: Path, field: str) -> int:
 
 def strategies_of(name: str, device: str) -> list[str]:
     """The fast strategies of a case that run on the device."""
-    return [strategy for strategy in CASES[name][3] if strategy != "triton" or device == "cuda"]
+    has_numba = device == "cpu" and importlib.util.find_spec("numba") is not None
+    missing = {"triton"} if device != "cuda" else set()
+    missing |= set() if has_numba else {"numba"}
+    return [strategy for strategy in CASES[name][3] if strategy not in missing]
 
 
 def benchmark(name: str, device: str, repeats: int) -> list[dict[str, object]]:
@@ -244,8 +248,9 @@ def table(rows: list[dict[str, object]]) -> str:
             cells += ["", ""]
         else:
             cells.append(" / ".join(f"{ratio(loop, row, 'forward_backward'):.1f}x" for loop in loops))
-            least_memory = max(row["peak_memory"] or 1, 1)
-            cells.append(" / ".join(f"1/{(loop['peak_memory'] or 0) / least_memory:.0f}" for loop in loops))
+            memory = [each["peak_memory"] for each in (row, *loops)]
+            ratios = "-" if None in memory else " / ".join(f"1/{loop / max(memory[0], 1):.0f}" for loop in memory[1:])
+            cells.append(ratios)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -268,6 +273,9 @@ def profile(name: str, device: str) -> list[str]:
             if event.key == "aten::baddbmm_":  # of which torch counts none
                 flops += 2 * event.count * math.prod(event.input_shapes[1]) * event.input_shapes[2][-1]
         n_calls = sum(e.count for e in events if e.key.startswith("aten::"))
+        if strategy == "numba":  # torch does not see its products
+            rows.append(f"| {title} | `{strategy}` | {1e3 * wall:,.0f} | - | - | - | - | {n_calls:,} |")
+            continue
         rows.append(
             f"| {title} | `{strategy}` | {1e3 * wall:,.0f} | {1e3 * in_products:,.0f} | {flops / 1e9:.1f} | "
             f"{flops / in_products / 1e9:,.0f} | {1e3 * (wall - in_products):,.0f} | {n_calls:,} |"

@@ -129,4 +129,4 @@ def test_importing_changes_no_environment_logging_or_warnings(imported):
 def test_importing_leaves_what_only_some_need_alone(imported):
     loaded = {name.partition(".")[0] for name in imported[3]}
     assert "capsule_heads" in loaded
-    assert loaded.isdisjoint({"evaluate", "matplotlib", "sklearn", "triton"})
+    assert loaded.isdisjoint({"evaluate", "matplotlib", "numba", "sklearn", "triton"})

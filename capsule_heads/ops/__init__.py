@@ -8,6 +8,7 @@ rounding: in float32, with at most about the errors of the literal loop, and far
 | `reference` | the literal loop of the paper             | everything                                               |
 | `moments`   | second moments of narrow inputs, streamed | weights shared by all inputs; CPU and CUDA               |
 | `votes`     | planes of votes, streamed                 | weights shared by all inputs; CPU and CUDA               |
+| `numba`     | fused kernels that stream                 | weights shared by all inputs; CPU, with numba installed  |
 | `triton`    | fused kernels that stream                 | weights shared by all inputs, moderate sizes; CUDA       |
 
 `strategy="auto"` takes the first line of this table that holds:
@@ -16,6 +17,7 @@ rounding: in float32, with at most about the errors of the literal loop, and far
 | ---------------------------------------------------------------------------------------------- | ----------- |
 | a parameter differs by input (`Routing` with `n_inp`), or the device is neither CPU nor CUDA     | `reference` |
 | on the CPU, fewer than `SMALL` numbers in all votes: the loop is done before a pass is set up  | `reference` |
+| on the CPU, and numba is installed: `pip install "capsule-heads[cpu]"`                           | `numba`     |
 | float32, and `d_cov d_inp (d_inp + 3) / 2 + 1 <= 8 d_cov d_out`: the inputs have few moments   | `moments`   |
 | otherwise (`moments` would cost float64 inputs digits)                                         | `votes`     |
 
@@ -26,6 +28,7 @@ not serve the shapes raises an error. Second derivatives: `reference` only, the 
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ from .reference import route_reference
 
 STRATEGIES = {
     "reference": route_reference,
-    **{name: functools.partial(route_in_passes, name) for name in ("moments", "votes", "triton")},
+    **{name: functools.partial(route_in_passes, name) for name in ("moments", "votes", "numba", "triton")},
 }
 P_MODELS = ("gaussian", "skm")
 SMALL = 250_000  # numbers in all votes, [...ijch]
@@ -103,6 +106,7 @@ def route(
 
     Raises:
         ValueError: for an unknown option, shapes that do not fit each other, or a strategy that does not serve them.
+        ImportError: for a strategy, asked for by name, that needs what is not installed.
     """
     check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
     _check_shapes(a_inp, mu_inp, W, B, beta_use, beta_ign, n_out)
@@ -126,6 +130,11 @@ def route(
     return (*outputs, R) if return_R else tuple(outputs)
 
 
+def _has_numba() -> bool:
+    """Whether it is installed, without importing it."""
+    return importlib.util.find_spec("numba") is not None
+
+
 def _choose_strategy(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int, dtype: torch.dtype) -> str:
     """The second table at the head of this file."""
     d_cov, d_inp = mu_inp.shape[-2:]
@@ -134,6 +143,8 @@ def _choose_strategy(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int,
         return "reference"
     if mu_inp.device.type == "cpu" and n_votes(mu_inp, n_out, d_out) < SMALL:
         return "reference"
+    if mu_inp.device.type == "cpu" and _has_numba():
+        return "numba"
     few_moments = d_cov * d_inp * (d_inp + 3) // 2 + 1 <= 8 * d_cov * d_out
     return "moments" if few_moments and dtype == torch.float32 else "votes"
 
@@ -153,6 +164,16 @@ def _check_strategy(strategy: str, mu_inp: Tensor, parameters: tuple[Tensor, ...
             f'strategy "{strategy}" runs on CPU and CUDA; the inputs are on {mu_inp.device.type}. '
             'Use strategy="auto" or "reference".'
         )
+    if strategy == "numba":
+        if mu_inp.device.type != "cpu":
+            raise ValueError(
+                f'strategy "numba" runs on the CPU, and the inputs are on {mu_inp.device}. Use strategy="auto".'
+            )
+        if not _has_numba():
+            raise ImportError(
+                'strategy "numba" is made of kernels that numba compiles, and numba is not installed: '
+                '`pip install "capsule-heads[cpu]"`, or use strategy="auto".'
+            )
     if strategy == "triton":
         from . import triton  # only here: not everyone has it
 

@@ -46,8 +46,10 @@ def route_in_passes(
     """
     *batch, n_inp, d_cov, d_inp = mu_inp.shape
     n_samples, d_out = math.prod(batch), W.shape[-1]
-    is_small = n_votes(mu_inp, n_out, d_out) < SMALL_VOTES
-    dtype = torch.float64 if is_small and strategy != "triton" else mu_inp.dtype
+    is_small = strategy in ("moments", "votes") and n_votes(mu_inp, n_out, d_out) < SMALL_VOTES
+    # Nothing scales the distances of soft k-means: where they are large, their rounding decides between outputs.
+    is_hard = strategy == "numba" and p_model == "skm"
+    dtype = torch.float64 if is_small or is_hard else mu_inp.dtype
     # Parameters are few. In float64, their gradients are rounded once, after they are summed over what shares them.
     outputs = _Route.apply(
         strategy,

@@ -29,6 +29,7 @@ from .passes import (
     use_backward,
     workspace,
 )
+from .uniform import uniform_gradients, uniform_statistics  # noqa: F401 - parts of Passes
 
 
 class Quadratic(NamedTuple):

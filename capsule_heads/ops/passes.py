@@ -10,9 +10,9 @@ import functools
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class Inputs:
         centre: `[n,1,c,d]`, of the dtype of `mu_inp`.
         W: `[h,j,d]`, of the dtype of `mu_inp`.
         eps: added to counts and variances.
+        memo: what a strategy keeps from pass to pass.
     """
 
     mu_inp: Tensor
@@ -38,6 +39,7 @@ class Inputs:
     centre: Tensor
     W: Tensor
     eps: float
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def centred(self, samples: slice, part: slice, dtype: torch.dtype | None = None) -> Tensor:
         """A block of inputs less their centre, with a column of ones, in the workspace: `x [n,c,i,d+1]`."""
@@ -129,6 +131,19 @@ class Passes(Protocol):
 
     def n_kept(self, d_cov: int, d_inp: int) -> int:
         """The size `k` of `Statistics.kept`."""
+        ...
+
+    def uniform_statistics(self, inputs: Inputs) -> tuple[Statistics, Tensor]:
+        """Of the first iteration, whose `R_ij` is `1 / n_out`; and what its backward pass needs, `[n,c,d,d+1]`."""
+        ...
+
+    def uniform_gradients(
+        self, inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor
+    ) -> Tensor:
+        """Adds to `d_mu_inp [n,i,c,d]` and `d_f_inp [n,i]`, and returns the gradient of `W [h,j,d]`, float64.
+
+        It is called after all `gradients`.
+        """
         ...
 
     def statistics(self, inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:

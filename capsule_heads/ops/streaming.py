@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .passes import EStep, Inputs, Passes, Statistics, UseGradient, block_size, blocks, workspace
+from .passes import EStep, Inputs, Passes, Statistics, UseGradient
 
 
 class MStep:
@@ -95,56 +95,6 @@ class MStepGradient(NamedTuple):
     beta_ign: Tensor
 
 
-class UniformPass:
-    """The first iteration, in which `R_ij = 1 / n_out`: its statistics need no votes, only `[c,d,d]` moments."""
-
-    @staticmethod
-    def moments(inputs: Inputs) -> Tensor:
-        """Second and first moments of the inputs, `[n,c,d,d+1]`: `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic`."""
-        n, i, c, d = inputs.mu_inp.shape
-        moments = inputs.mu_inp.new_zeros(n, c, d, d + 1, dtype=torch.float64)
-        for samples, part in blocks(n, i, block_size(moments, 8 * c * (d + 1))):
-            x = inputs.centred(samples, part, dtype=torch.float64)
-            f_x = torch.mul(x[..., :d], inputs.f_inp[samples, None, part, None], out=workspace.like("f_x", x[..., :d]))
-            moments[samples] += f_x.mT @ x
-        return moments
-
-    @staticmethod
-    def statistics(inputs: Inputs, moments: Tensor) -> Statistics:
-        """The statistics of `D_ij = f_i / n_out`."""
-        total, W, n_out = inputs.total, inputs.W.double(), inputs.W.shape[1]
-        mean_x = moments[..., -1] / total[..., None].clamp_min(torch.finfo(total.dtype).tiny)  # [ncd]
-        covariance = moments[..., :-1] - total[..., None, None] * mean_x[..., :, None] * mean_x[..., None, :]
-        mean = torch.einsum("ncd,hjd->nchj", mean_x, W)
-        W_covariance = W.flatten(0, 1) @ covariance  # [n,c,hj,d]
-        scatter = (W_covariance * W.flatten(0, 1)).sum(-1).unflatten(2, W.shape[:2]) / n_out
-        return Statistics((total / n_out).expand(-1, n_out), mean, scatter)
-
-    @staticmethod
-    def gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
-        """Adds to `d_mu_inp [n,i,c,d]` and `d_f_inp [n,i]`, and returns the gradient of `W [h,j,d]`, float64."""
-        n, i, c, d = inputs.mu_inp.shape
-        W, n_out = inputs.W.double(), inputs.W.shape[1]
-        # The gradient of D_ij summed over j is a quadratic form in x: constant + x linear + x square x^T.
-        constant, linear_u, square_u = (x / n_out for x in d_use.in_u())
-        square_W = (square_u[..., None] * W).flatten(2, 3)  # [n,c,hj,d]
-        square = square_W.mT @ W.flatten(0, 1)  # [n,c,d,d]
-        linear = torch.einsum("nchj,hjd->ncd", linear_u, W)
-        constant = constant.sum(-1)
-        # f (2 x square + linear), as a product with x and its column of ones
-        half = torch.cat([square, linear[:, :, None] / 2.0], dim=2).to(inputs.mu_inp.dtype)  # [n,c,d+1,d]
-        for samples, part in blocks(n, i, block_size(inputs.mu_inp, 8 * c * (d + 1))):
-            x = inputs.centred(samples, part)  # [n,c,i,d+1]
-            d_x = torch.matmul(x, half[samples], out=workspace.like("d_x", x[..., :d]))
-            d_f = (x[..., :d] @ half[samples, :, d, :, None]).sum((1, 3)) + constant[samples, None].to(x.dtype)
-            f_x = torch.mul(d_x, x[..., :d], out=workspace.like("f_x", d_x))
-            d_f_inp[samples, part] += d_f + f_x.sum((1, 3))
-            d_x.mul_(inputs.f_inp[samples, None, part, None])
-            d_mu_inp[samples, part].add_(d_x.transpose(1, 2), alpha=2.0)
-        d_W = 2.0 * (square_W @ moments[..., :-1]).sum((0, 1)).view_as(W)
-        return d_W + torch.einsum("ncd,nchj->hjd", moments[..., -1], linear_u)
-
-
 def forward(
     passes: Passes,
     a_inp: Tensor,
@@ -173,8 +123,8 @@ def forward(
     centre = weighted_sum / total.to(mu_inp.dtype)[..., None, None].clamp_min(torch.finfo(mu_inp.dtype).tiny)
     inputs = Inputs(mu_inp, f_inp, total, centre, W.to(mu_inp.dtype), eps)
     bias = _bias(inputs, B)
-    moments = UniformPass.moments(inputs)
-    m_steps = [MStep(UniformPass.statistics(inputs, moments), inputs, bias, beta_use, beta_ign)]
+    uniform_statistics, moments = passes.uniform_statistics(inputs)
+    m_steps = [MStep(uniform_statistics, inputs, bias, beta_use, beta_ign)]
     R = mu_inp.new_full((*a_inp.shape, W.shape[1]) if return_R else (0,), 1.0 / W.shape[1])
     for iteration in range(1, n_iters):
         e_step = m_steps[-1].e_step(p_model)
@@ -221,7 +171,7 @@ def backward(
         d_use, d_read_here = m_step.backward(d_a_out, d_mean, d_sig2_out, d_mu_out)
         d_read.append(d_read_here)
         if previous is None:
-            d_W += UniformPass.gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
+            d_W += passes.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
         else:
             e_step = previous.e_step(p_model)
             d_e_step, d_W_here = passes.gradients(inputs, e_step, m_step.statistics, d_use, d_R, d_mu_inp, d_f_inp)

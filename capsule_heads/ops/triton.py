@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .passes import EStep, Inputs, Statistics, UseGradient
+from .uniform import uniform_gradients, uniform_statistics  # noqa: F401 - parts of Passes
 
 try:
     import triton

@@ -22,6 +22,7 @@ from .passes import (
     use_backward,
     workspace,
 )
+from .uniform import uniform_gradients, uniform_statistics  # noqa: F401 - parts of Passes
 
 _SMALLEST_SUM = 1e-9  # of the weights of an input, far above those that `exp_` leaves out
 

@@ -10,10 +10,22 @@ from oracle import INF, NAMES, OUTPUTS, P_MODELS, as_torch, draw, random_cotange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from capsule_heads import ops
 from capsule_heads.layers import Routing
-from capsule_heads.ops import SMALL, STRATEGIES, _choose_strategy, autograd, moments, route, streaming, votes
+from capsule_heads.ops import (
+    SMALL,
+    STRATEGIES,
+    _choose_strategy,
+    autograd,
+    moments,
+    numba,
+    route,
+    streaming,
+    uniform,
+    votes,
+)
 
-FAST = ("moments", "votes")
+FAST = ("moments", "votes", "numba")
 SHARED = {"own_inp": False}
 
 
@@ -36,9 +48,11 @@ def assert_agree(arrays, strategy, tolerance=1e-9, **options):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of four inputs."""
-    for module in (streaming, moments, votes):
+    """Blocks of four inputs, tiles of five."""
+    for module in (uniform, moments, votes):
         monkeypatch.setattr(module, "block_size", lambda tensor, floats_per_input: 4)
+    monkeypatch.setattr(numba, "_MAX_TILE", 5)
+    monkeypatch.setattr(numba, "_MAX_KEPT", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +232,12 @@ def hostile(kind, seed, batch, n_inp, n_out, d_cov, d_inp, d_out):
         ("votes", ((), 37, 5, 3, 17, 2)),
         ("votes", ((2,), 201, 17, 1, 64, 2)),
         ("votes", ((4,), 1111, 64, 1, 64, 2)),
+        ("numba", ((), 37, 5, 3, 4, 4)),
+        ("numba", ((2,), 201, 17, 4, 4, 4)),
+        ("numba", ((2,), 499, 33, 4, 4, 4)),
+        ("numba", ((), 37, 5, 3, 17, 2)),
+        ("numba", ((2,), 201, 17, 1, 64, 2)),
+        ("numba", ((4,), 1111, 64, 1, 64, 2)),
     ],
     ids=str,
 )
@@ -269,10 +289,11 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("module", [moments, votes])
+@pytest.mark.parametrize("module", [moments, votes, numba])
 def test_nothing_is_larger_than_the_inputs(module, monkeypatch):
-    for user in (streaming, moments, votes):
+    for user in (uniform, moments, votes):
         monkeypatch.setattr(user, "block_size", lambda tensor, floats_per_input: 8)
+    monkeypatch.setattr(numba, "_MAX_KEPT", 0)
     n_inp, n_out = 5000, 16
     a_inp, mu_inp, W, B, beta_use, beta_ign = as_torch(
         draw(n_inp=n_inp, n_out=n_out, d_cov=1, d_inp=3, d_out=2, **SHARED), torch.float32
@@ -340,6 +361,27 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
 @pytest.mark.parametrize(
     "sizes, strategy",
     [
+        ({}, "numba"),
+        ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "numba"),
+        ({"dtype": torch.float64}, "numba"),
+        ({"own": 0}, "reference"),
+        ({"n_inp": SMALL // 128}, "reference"),
+    ],
+    ids=str,
+)
+def test_auto_takes_numba_on_the_cpu(sizes, strategy):
+    assert choose(**sizes) == strategy
+
+
+@pytest.fixture
+def no_numba(monkeypatch):
+    find_spec = ops.importlib.util.find_spec
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
+
+
+@pytest.mark.parametrize(
+    "sizes, strategy",
+    [
         ({}, "votes"),
         ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "moments"),
         ({"d_cov": 4, "d_inp": 4, "d_out": 4, "dtype": torch.float64}, "votes"),
@@ -351,13 +393,14 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("no_numba")
 def test_auto_takes_the_line_of_the_table(sizes, strategy):
     assert choose(**sizes) == strategy
 
 
 def test_auto_routes_as_the_strategy_that_it_takes():
     tensors = hostile("plain", 0, (), 8000, 16, 4, 4, 4)
-    auto, named, other = (route(*tensors, n_out=16, strategy=s) for s in ("auto", "moments", "votes"))
+    auto, named, other = (route(*tensors, n_out=16, strategy=s) for s in ("auto", "numba", "votes"))
     assert all(torch.equal(a, b) for a, b in zip(auto, named))
     assert not torch.equal(auto[1], other[1])
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,12 @@ def benchmark(monkeypatch):
     spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    case = ("a small case", module.routing_case((2,), 50, 4, 4, 4, n_out=6), module.LITERAL, ("moments", "votes"))
+    case = (
+        "a small case",
+        module.routing_case((2,), 50, 4, 4, 4, n_out=6),
+        module.LITERAL,
+        ("moments", "votes", "numba"),
+    )
     monkeypatch.setattr(module, "CASES", {"small": case})
     monkeypatch.setattr(module, "machine", lambda device: {"device": device})
     monkeypatch.setitem(STRATEGIES, "original", None)  # what the script sets there is taken away again
@@ -34,7 +40,7 @@ def test_it_times_every_strategy_and_writes_every_time(benchmark, monkeypatch, t
     run(benchmark, monkeypatch, "--repeats", "2", "--json", str(tmp_path / "times.json"))
     written = json.loads((tmp_path / "times.json").read_text())
     runs = {row["strategy"]: row for row in written["runs"]}
-    assert list(runs) == ["original", "reference", "moments", "votes"]
+    assert list(runs) == ["original", "reference", "moments", "votes", "numba"]
     for row in runs.values():
         assert len(row["forward"]) == len(row["forward_backward"]) == 2
         assert all(seconds > 0 for seconds in row["forward"] + row["forward_backward"])
@@ -57,7 +63,17 @@ def test_it_reports_nothing_of_a_strategy_that_is_wrong(benchmark, monkeypatch, 
 
 def test_it_profiles(benchmark, monkeypatch, capsys):
     run(benchmark, monkeypatch, "--profile")
-    assert "| a small case | `moments` |" in capsys.readouterr().out
+    profile = capsys.readouterr().out
+    assert "| a small case | `moments` |" in profile
+    assert re.search(r"\| a small case \| `numba` \| [\d,]+ \| - \| - \| - \| - \| [\d,]+ \|", profile)
+
+
+def test_memory_that_cannot_be_measured_has_no_ratio(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "peak_memory", lambda function, device: None)
+    run(benchmark, monkeypatch, "--repeats", "1")
+    table = capsys.readouterr().out
+    assert "1/" not in table
+    assert re.search(r"`votes` .* \| - \| [\d.]+x / [\d.]+x \| - \|", table)
 
 
 def test_a_device_that_is_not_there(benchmark, monkeypatch):

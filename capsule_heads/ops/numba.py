@@ -1,0 +1,264 @@
+"""Routing by fused kernels for the CPU, compiled by numba: each pass goes over tiles of inputs that stay in the cache.
+
+Votes are made in blocks of a few planes. Of narrow inputs, such as 4x4 poses, a block is made anew where it is needed;
+of wide ones, all blocks of a tile are made once for each pass; and where the votes of a whole call are few, they are
+made once for all its iterations.
+
+The kernels release the GIL, and run on torch's number of threads, which are this module's own: numba's are either a
+second OpenMP beside torch's, or may not be called from several threads. The first call for a dtype takes about half a
+minute to compile forward and backward; what is compiled is kept on disk, where there is a place for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import numba_kernels as kernels
+from . import uniform
+from .passes import EStep, Inputs, Statistics, UseGradient, workspace
+
+_N_CHUNKS = 16  # shares of the work, whatever the number of threads: sums depend on it
+_MAX_KEPT = 2**25  # bytes of votes
+_MAX_TILE = (
+    512  # inputs; of more, less fits in the first-level cache, and of fewer, vectors are short beside their loops
+)
+_TILE_BYTES = 2**20  # half of a second-level cache
+_NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
+
+
+def n_kept(d_cov: int, d_inp: int) -> int:
+    """See `passes.Passes`."""
+    return 0
+
+
+def uniform_statistics(inputs: Inputs) -> tuple[Statistics, Tensor]:
+    """See `passes.Passes`."""
+    if _Call.of(inputs).keeps_votes:  # nothing to make: a pass over them is less work than second moments
+        return statistics(inputs, _uniform(inputs), None), uniform.no_moments(inputs)
+    return uniform.uniform_statistics(inputs)
+
+
+def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
+    """See `passes.Passes`."""
+    call = _Call.of(inputs)
+    if not call.keeps_votes:
+        return uniform.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
+    call.gradients(_uniform(inputs), d_use, None, d_mu_inp, d_f_inp)
+    return call.gradients_of_votes(d_mu_inp)  # of all iterations: this one is the last to be differentiated
+
+
+def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
+    """See `passes.Passes`."""
+    call = _Call.of(inputs)
+    sums = call.statistics(e_step, R)
+    counts, means, scatters = sums[:, :1], *sums[:, 1:].chunk(2, dim=1)
+    if len(sums) != len(inputs.mu_inp):  # Chan's formula, for all segments of a sample at once
+        n_used = call.per_sample(counts)
+        mean = call.per_sample(counts * means) / n_used.clamp_min(torch.finfo(n_used.dtype).tiny)
+        scatters = call.per_sample(scatters + counts * (means - mean[call.plan.samples]).square())
+        counts, means = n_used, mean
+    return Statistics(counts[:, 0], means.reshape(e_step.mean.shape), scatters.reshape(e_step.mean.shape))
+
+
+def gradients(
+    inputs: Inputs,
+    e_step: EStep,
+    statistics: Statistics,
+    d_use: UseGradient,
+    d_R: Tensor | None,
+    d_mu_inp: Tensor,
+    d_f_inp: Tensor,
+) -> tuple[EStep, Tensor]:
+    """See `passes.Passes`."""
+    call = _Call.of(inputs)
+    sums, d_W = call.gradients(e_step, d_use, d_R, d_mu_inp, d_f_inp)
+    sums, scale = call.per_sample(sums), e_step.scale
+    first, second = (x.reshape(scale.shape) for x in sums[:, 1:].chunk(2, dim=1))
+    return EStep(sums[:, 0], 2.0 * scale.square() * first, -2.0 * scale * second), d_W
+
+
+def _uniform(inputs: Inputs) -> EStep:
+    """All logits are 0."""
+    n, _, c, _ = inputs.mu_inp.shape
+    h, j, _ = inputs.W.shape
+    zeros = inputs.total.new_zeros(n, c, h, j)
+    return EStep(zeros[:, 0, 0], zeros, zeros)
+
+
+def _relative(e_step: EStep) -> EStep:
+    """With priors relative to the largest: far from zero, logits would lose digits in single precision."""
+    log_prior = e_step.log_prior
+    return e_step._replace(log_prior=log_prior - log_prior.amax(1, keepdim=True))
+
+
+class _Plan(NamedTuple):
+    """How inputs are cut into tiles, and tiles are dealt to chunks. A segment is a chunk's part of a sample.
+
+    Attributes:
+        tiles: `[tiles,4]`: sample, first input, count and segment.
+        chunks: `[chunks+1]`: the first tile of each, and the end.
+        samples: `[segments]`: the sample of each.
+        firsts: `[samples]`: the first segment of each.
+    """
+
+    tiles: np.ndarray
+    chunks: np.ndarray
+    samples: Tensor
+    firsts: np.ndarray
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(n_samples: int, n_inp: int, tile_size: int) -> _Plan:
+    n_tiles = -(-n_inp // tile_size)  # of a sample
+    size = -(-n_inp // max(1, n_tiles))
+    sample, tile = np.divmod(np.arange(n_samples * n_tiles), max(1, n_tiles))
+    chunks = np.arange(_N_CHUNKS + 1) * len(tile) // _N_CHUNKS
+    starts = np.isin(np.arange(len(tile)), chunks) | (tile == 0)  # segments
+    counts = np.minimum(size, n_inp - tile * size)
+    tiles = np.stack([sample, tile * size, counts, np.cumsum(starts) - 1], axis=1)
+    samples = sample[starts]
+    return _Plan(tiles, chunks, torch.from_numpy(samples), np.searchsorted(samples, np.arange(n_samples)))
+
+
+class _Call:
+    """What the passes of one direction of a call share.
+
+    Attributes:
+        keeps_votes: whether they share the votes.
+        plan: how the work is cut.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        n, i, c, d = inputs.mu_inp.shape
+        h, j, _ = inputs.W.shape
+        self._dtype = inputs.mu_inp.dtype
+        n_rows = -(-h * j // 4) * 4  # of weights, padded; and so are their columns
+        is_narrow = d <= _NARROW
+        n_planes = 4 if is_narrow else c * n_rows
+        n_bytes = (n_planes + 2 * j + 2 * c * d) * inputs.mu_inp.element_size()
+        tile_size = min(_MAX_TILE, max(16, _TILE_BYTES // n_bytes // 16 * 16))
+        self.plan = _plan(n, i, tile_size)
+        lanes = (-(-int(self.plan.tiles[:, 2].max(initial=0)) // 16) + 1) * 16
+
+        self._sizes = (h, j, d)
+        self._weights = inputs.W.new_zeros(n_rows, -(-d // 4) * 4)
+        self._weights[: h * j, :d] = inputs.W.transpose(0, 1).flatten(0, 1)
+        tensors = (inputs.mu_inp.contiguous(), inputs.f_inp.contiguous(), inputs.centre[:, 0].contiguous())
+        self._inputs = (*(x.numpy() for x in tensors), self._weights.numpy())
+        self._scratch = (lanes, n_planes)
+        votes_shape = (len(self.plan.tiles), c * n_rows, lanes)
+        self.keeps_votes = not is_narrow and math.prod(votes_shape) * inputs.mu_inp.element_size() <= _MAX_KEPT
+        nothing = np.empty((0, 0, 0), self._inputs[0].dtype)
+        self._nothing = self._votes = self._d_votes = nothing
+        if self.keeps_votes:
+            self._votes = workspace.like("votes", inputs.mu_inp, votes_shape).numpy()
+        self._has_votes = False
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> _Call:
+        """The one for these inputs."""
+        if "call" not in inputs.memo:
+            inputs.memo["call"] = cls(inputs)
+        return inputs.memo["call"]
+
+    def statistics(self, e_step: EStep, R: Tensor | None) -> Tensor:
+        """`[segments,1+2p,j]`, float64: counts, means and scatters. Writes `R [n,i,j]` where it is given."""
+        sums = self._new_sums(e_step)
+        R_ = self._nothing if R is None else R.numpy()
+        fill = not self._has_votes
+        terms = self._packed(*_relative(e_step))
+        self._run(kernels.statistics, self._votes, self._scratch[1], terms, fill, R_, sums.numpy())
+        self._has_votes = self.keeps_votes
+        return sums
+
+    def gradients(
+        self, e_step: EStep, d_use: UseGradient, d_R: Tensor | None, d_mu_inp: Tensor, d_f_inp: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds to `d_mu_inp` (unless it keeps votes, and so their gradient) and to `d_f_inp`.
+
+        Returns:
+            `[segments,1+2p,j]`, float64, see `numba_kernels.gradients`; and the gradient of `W`, but for what it keeps.
+        """
+        sums = self._new_sums(e_step)
+        d_W = torch.zeros(0, 0, 0, dtype=torch.float64) if self.keeps_votes else self._new_d_W()
+        if self.keeps_votes and not len(self._d_votes):
+            self._d_votes = workspace.like("d_votes", self._weights, self._votes.shape).numpy()
+            self._d_votes.fill(0)
+        constant, linear, square, mean = d_use
+        self._run(
+            kernels.gradients,
+            self._votes,
+            self._scratch[1],
+            self._packed(*_relative(e_step)),
+            not self._has_votes,
+            self._packed(constant, mean, linear, square),
+            self._nothing if d_R is None else d_R.contiguous().numpy(),
+            self._d_votes,
+            d_mu_inp.numpy(),
+            d_f_inp.numpy(),
+            d_W.numpy(),
+            sums.numpy(),
+        )
+        self._has_votes = self.keeps_votes
+        return sums, d_W.sum() if self.keeps_votes else self._unpadded(d_W)
+
+    def gradients_of_votes(self, d_mu_inp: Tensor) -> Tensor:
+        """Adds to `d_mu_inp` what comes through the votes that it keeps, and returns the gradient of `W`."""
+        d_W = self._new_d_W()
+        self._run(kernels.gradients_of_kept, self._d_votes, d_mu_inp.numpy(), d_W.numpy())
+        return self._unpadded(d_W)
+
+    def per_sample(self, x: Tensor) -> Tensor:
+        """Sums of segments, `[segments,...]`, as `[n,...]`."""
+        n = len(self._inputs[0])
+        if len(x) in (0, n):
+            return x.new_zeros(n, *x.shape[1:]) if len(x) == 0 else x
+        return torch.from_numpy(np.add.reduceat(x.numpy(), self.plan.firsts, axis=0))
+
+    def _run(self, kernel: Callable[..., None], *arguments: object) -> None:
+        """The chunks in turn, on as many threads as torch would use: this one, and others."""
+        n_threads = max(1, min(torch.get_num_threads(), len(self.plan.tiles)))
+        plan = (self.plan.tiles, self.plan.chunks, self._scratch[0])
+
+        def run(thread: int) -> None:
+            kernel(self._inputs, plan, (thread, n_threads), *arguments)
+
+        others = [_pool().submit(run, thread) for thread in range(1, n_threads)]
+        run(0)
+        for other in others:
+            other.result()
+
+    def _packed(self, constant: Tensor, *planes: Tensor) -> np.ndarray:
+        """`[n,j]` and some of `[n,c,h,j]` as `[n,rows,j]`, of the dtype of the inputs."""
+        return torch.cat([constant[:, None], *(x.flatten(1, 2) for x in planes)], dim=1).to(self._dtype).numpy()
+
+    def _new_sums(self, e_step: EStep) -> Tensor:
+        _, c, h, j = e_step.mean.shape
+        return torch.zeros(len(self.plan.samples), 1 + 2 * c * h, j, dtype=torch.float64)
+
+    def _new_d_W(self) -> Tensor:
+        return torch.zeros(_N_CHUNKS, *self._weights.shape, dtype=torch.float64)
+
+    def _unpadded(self, d_W: Tensor) -> Tensor:
+        """`[chunks,q,d]` as `[h,j,d]`."""
+        h, j, d = self._sizes
+        return d_W.sum(0)[: h * j, :d].unflatten(0, (j, h)).transpose(0, 1)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads for all calls; none waits for another, so calls from several threads only share them."""
+    return ThreadPoolExecutor(max_workers=max(1, os.cpu_count() or 1), thread_name_prefix="capsule_heads")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has the pool, and none of its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
