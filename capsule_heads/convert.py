@@ -38,11 +38,12 @@ VISION_NAMES = (
 )
 
 
-def build_network(network: str) -> CapsuleHeadPreTrainedModel:
+def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrainedModel:
     """One of the networks of Heinsen (2019), section 4, with random weights.
 
     Args:
         network: "sst2_root" or "sst5_root", heads on the hidden states of GPT-2-large, without it; or "smallnorb".
+        strategy: of the routing to the parts.
 
     Returns:
         The model, in evaluation mode.
@@ -54,13 +55,18 @@ def build_network(network: str) -> CapsuleHeadPreTrainedModel:
         raise ValueError(f"network is {network!r}; expected one of {', '.join(NETWORKS)}.")
     if network == "smallnorb":
         config = CapsuleHeadConfig(
-            StereoConvConfig(), head_type="spatial_pose", freeze_backbone=False, **_labels(CATEGORIES)
+            StereoConvConfig(),
+            head_type="spatial_pose",
+            freeze_backbone=False,
+            strategy=strategy,
+            **_labels(CATEGORIES),
         )
         return CapsuleHeadForImageClassification(config).eval()
     config = CapsuleHeadConfig(
         GPT2Config(n_embd=1280, n_layer=36, n_head=20, architectures=["GPT2LMHeadModel"]),
         base_model_name_or_path=GPT2_LARGE,
         head_only=True,
+        strategy=strategy,
         **_labels(FINE_GRAINED_NAMES if network == "sst5_root" else BINARY_NAMES),
     )
     return CapsuleHeadForSequenceClassification(config, build=False).eval()

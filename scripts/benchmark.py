@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from capsule_heads.convert import build_network
 from capsule_heads.heads import TokenDepthHead
-from capsule_heads.layers import Routing
 from capsule_heads.ops import STRATEGIES, route
 
 SEED = 0
@@ -42,32 +42,6 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 def original(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, ...]:
     """The loop as the paper's code has it: shared weights are first expanded, one copy for each input."""
     return STRATEGIES["reference"](a_inp, mu_inp, W.expand(mu_inp.shape[-3], -1, -1, -1), *others, **options)
-
-
-class SmallNORB(nn.Module):
-    """The paper's network for smallNORB: convolutions, then two routings of 4 x 4 poses."""
-
-    def __init__(self, strategy: str) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for block in range(6):
-            channels = 4 if block == 0 else 64
-            layers += [nn.BatchNorm2d(channels), nn.Conv2d(channels, 64, 3, stride=1 + block % 2), nn.SiLU()]
-        self.backbone = nn.Sequential(*layers)
-        self.scores = nn.Sequential(nn.BatchNorm2d(64), nn.Conv2d(64, 64, 1))
-        self.poses = nn.Sequential(nn.BatchNorm2d(64), nn.Conv2d(64, 64 * 16, 1))
-        self.routings = nn.ModuleList(
-            [Routing(4, 4, 4, n_out=64, strategy=strategy), Routing(4, 4, 4, n_inp=64, n_out=5, strategy="auto")]
-        )
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.linspace(-1, 1, images.shape[-1], device=images.device).to(images).expand_as(images[:, :1])
-        x = self.backbone(torch.cat([images, rows, rows.mT], dim=1))
-        a, mu = self.scores(x).flatten(1), self.poses(x).unflatten(1, (64, 4, 4))
-        mu = mu.permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
-        for routing in self.routings:
-            a, mu, sig2 = routing(a, mu)
-        return a, mu, sig2
 
 
 def routing_case(batch: tuple[int, ...], n_inp: int, d_cov: int, d_inp: int, d_out: int, n_out: int = 64):
@@ -96,9 +70,15 @@ def sst_head_case(strategy: str, device: str, dtype: torch.dtype = torch.float32
 def smallnorb_case(strategy: str, device: str, dtype: torch.dtype = torch.float32):
     """The whole network, on 20 stereo pairs."""
     torch.manual_seed(SEED)
-    network = perturbed(SmallNORB(strategy)).to(device, dtype)
+    network = build_network("smallnorb", strategy=strategy).train()
+    network = perturbed(network).to(device, dtype)
     images = torch.rand(20, 2, 96, 96).to(device, dtype)
-    return (lambda: network(images)), list(network.parameters())
+
+    def run():
+        outputs = network(images, output_capsules=True)
+        return outputs.logits, outputs.poses, outputs.variances
+
+    return run, list(network.parameters())
 
 
 def perturbed(module: nn.Module) -> nn.Module:
