@@ -94,12 +94,6 @@ def _uniform(inputs: Inputs) -> EStep:
     return EStep(zeros[:, 0, 0], zeros, zeros)
 
 
-def _relative(e_step: EStep) -> EStep:
-    """With priors relative to the largest: far from zero, logits would lose digits in single precision."""
-    log_prior = e_step.log_prior
-    return e_step._replace(log_prior=log_prior - log_prior.amax(1, keepdim=True))
-
-
 class _Plan(NamedTuple):
     """How inputs are cut into tiles, and tiles are dealt to chunks. A segment is a chunk's part of a sample.
 
@@ -175,7 +169,7 @@ class _Call:
         sums = self._new_sums(e_step)
         R_ = self._nothing if R is None else R.numpy()
         fill = not self._has_votes
-        terms = self._packed(*_relative(e_step))
+        terms = self._e_step(e_step)
         self._run(kernels.statistics, self._votes, self._scratch[1], terms, fill, R_, sums.numpy())
         self._has_votes = self.keeps_votes
         return sums
@@ -198,7 +192,7 @@ class _Call:
             kernels.gradients,
             self._votes,
             self._scratch[1],
-            self._packed(*_relative(e_step)),
+            self._e_step(e_step),
             not self._has_votes,
             self._packed(constant, mean, linear, square),
             self._nothing if d_R is None else d_R.contiguous().numpy(),
@@ -237,9 +231,17 @@ class _Call:
         for other in others:
             other.result()
 
-    def _packed(self, constant: Tensor, *planes: Tensor) -> np.ndarray:
-        """`[n,j]` and some of `[n,c,h,j]` as `[n,rows,j]`, of the dtype of the inputs."""
-        return torch.cat([constant[:, None], *(x.flatten(1, 2) for x in planes)], dim=1).to(self._dtype).numpy()
+    def _e_step(self, e_step: EStep) -> np.ndarray:
+        """As `[n,2+3p,j]`, see `numba_kernels`; priors relative to the largest: far from zero, logits lose digits."""
+        log_prior, mean, scale = e_step
+        log_prior = log_prior - log_prior.amax(1, keepdim=True)
+        return self._packed(
+            log_prior, mean, scale, scale - scale.to(self._dtype), log_prior - log_prior.to(self._dtype)
+        )
+
+    def _packed(self, *terms: Tensor) -> np.ndarray:
+        """`[n,j]` and `[n,c,h,j]` as `[n,rows,j]`, of the dtype of the inputs."""
+        return torch.cat([x[:, None] if x.ndim == 2 else x.flatten(1, 2) for x in terms], dim=1).to(self._dtype).numpy()
 
     def _new_sums(self, e_step: EStep) -> Tensor:
         _, c, h, j = e_step.mean.shape

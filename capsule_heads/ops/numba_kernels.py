@@ -165,12 +165,14 @@ def _load(x, f_tile, mu_inp, f_inp, centre, first, count, width):
 def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
     """`R`, as `weights [j,T]`; if `d_use` has rows, also the gradient of `D`, `d_D [j,T]`; if `compute`, the planes."""
     n_c, n_q, n_out = x.shape[0], W.shape[0], weights.shape[0]
-    n_p = e_step.shape[0] // 2
+    n_p = e_step.shape[0] // 3
     n_h = n_p // n_c
     group = 4 if n_h % 4 == 0 else 2 if n_h % 2 == 0 else 1  # of planes of one output
     for j in range(n_out):
-        for i in range(width):
-            weights[j, i] = 0
+        for i in range(
+            width
+        ):  # the same for all outputs, so no matter: near zero, where an energy often is, least is lost
+            weights[j, i] = -0.5 * n_p
         if len(d_use):
             for i in range(width):
                 d_D[j, i] = d_use[0, j]
@@ -195,22 +197,25 @@ def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
 @_jit(fastmath=("contract",))
 def _add_energy(energy, j, planes, at, group, e_step, p, n_p, width):
     """Adds `z^2`, `z = scale (u - mean)`, of one, two or four planes at once: fewer steps through memory."""
-    m0, s0 = e_step[p, j], e_step[p + n_p, j]
+    m0, s0, r0 = e_step[p, j], e_step[p + n_p, j], e_step[p + 2 * n_p, j]
     if group == 1:
         for i in range(width):
-            z0 = s0 * (planes[at, i] - m0)
+            y0 = planes[at, i] - m0
+            z0 = s0 * y0 + r0 * y0
             energy[j, i] += z0 * z0
         return
-    m1, s1 = e_step[p + 1, j], e_step[p + 1 + n_p, j]
+    m1, s1, r1 = e_step[p + 1, j], e_step[p + 1 + n_p, j], e_step[p + 1 + 2 * n_p, j]
     if group == 2:
         for i in range(width):
-            z0, z1 = s0 * (planes[at, i] - m0), s1 * (planes[at + 1, i] - m1)
+            y0, y1 = planes[at, i] - m0, planes[at + 1, i] - m1
+            z0, z1 = s0 * y0 + r0 * y0, s1 * y1 + r1 * y1
             energy[j, i] += z0 * z0 + z1 * z1
         return
-    m2, s2, m3, s3 = e_step[p + 2, j], e_step[p + 2 + n_p, j], e_step[p + 3, j], e_step[p + 3 + n_p, j]
+    m2, s2, r2 = e_step[p + 2, j], e_step[p + 2 + n_p, j], e_step[p + 2 + 2 * n_p, j]
+    m3, s3, r3 = e_step[p + 3, j], e_step[p + 3 + n_p, j], e_step[p + 3 + 2 * n_p, j]
     for i in range(width):
-        z0, z1 = s0 * (planes[at, i] - m0), s1 * (planes[at + 1, i] - m1)
-        z2, z3 = s2 * (planes[at + 2, i] - m2), s3 * (planes[at + 3, i] - m3)
+        y0, y1, y2, y3 = planes[at, i] - m0, planes[at + 1, i] - m1, planes[at + 2, i] - m2, planes[at + 3, i] - m3
+        z0, z1, z2, z3 = s0 * y0 + r0 * y0, s1 * y1 + r1 * y1, s2 * y2 + r2 * y2, s3 * y3 + r3 * y3
         energy[j, i] += (z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)
 
 
@@ -228,9 +233,9 @@ def _softmax(weights, e_step, width):
         for i in range(width):
             top[i] = max(top[i], prior - weights[j, i])
     for j in range(n_out):
-        prior = e_step[0, j]
+        prior, factor = e_step[0, j], one + e_step[-1, j]
         for i in range(width):
-            weight = _exp(prior - weights[j, i] - top[i])
+            weight = _exp(prior - weights[j, i] - top[i]) * factor
             weights[j, i] = weight
             total[i] += weight
     for i in range(width):
@@ -271,7 +276,8 @@ def _moments(D, j, planes, at, middle, n_used, width):
 #     share: which chunks are this call's, the first, and how far it is from each to the next.
 #     kept: `[tiles,c*q,T]`, the planes of all tiles; or of no tiles.
 #     n_scratch: otherwise, how many planes there is room for: all, or four, which are then computed twice.
-#     e_step: `[n,1+2p,j]`: `log_prior`, means and scales.
+#     e_step: `[n,2+3p,j]`: `log_prior`, means, scales, what scales lose to rounding, and what `log_prior` loses: that
+#         would be the same for all inputs, and not average out.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +292,7 @@ def statistics(inputs, plan, share, kept, n_scratch, e_step, fill, R, sums):
     """
     mu_inp, f_inp, centre, W = inputs
     tiles, chunks, T = plan
-    n_c, n_q, n_out, n_p = mu_inp.shape[2], W.shape[0], e_step.shape[2], e_step.shape[1] // 2
+    n_c, n_q, n_out, n_p = mu_inp.shape[2], W.shape[0], e_step.shape[2], e_step.shape[1] // 3
     n_h = n_p // n_c
     x, scratch = np.zeros((n_c, W.shape[1], T), mu_inp.dtype), np.zeros((n_scratch, T), mu_inp.dtype)
     D, f, n_used = np.empty((n_out, T), mu_inp.dtype), np.empty(T, mu_inp.dtype), np.empty(n_out, mu_inp.dtype)
@@ -435,7 +441,7 @@ def _softmax_backward(D, d_D, f, d_f_inp, d_R, first, count, width):
 @_jit
 def _block_backward(d_block, planes, at, D, d_logits, e_step, d_use, n, n_c, c, q, sums, segment, width):
     """The gradient of a block of planes: through the M-step and through the E-step."""
-    n_p, n_out = e_step.shape[1] // 2, len(D)
+    n_p, n_out = e_step.shape[1] // 3, len(D)
     n_h = n_p // n_c
     for k in range(4):
         if q + k >= n_out * n_h:
