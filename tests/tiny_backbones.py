@@ -24,7 +24,7 @@ SIZES = (
     (r"(n_group|topk_group)", 1),
     (r"(q_lora_rank|o_lora_rank|kv_lora_rank)", 32),
     (r"(mamba_d_state|ssm_state_size|state_size)", 8),
-    (r".*(vocab_size|codebook_size)", VOCAB),
+    (r".*(vocab_size|codebook_size|_vocab)", VOCAB),
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size|ffn_size|mlp_dim|feedforward\w*|d_ff|n_inner|ff_dim)", 96),
     (r".*mlp_hidden_size", 96),
     (r"(\w+_)?(hidden_size|hidden_dim|embedding_size|embed_dim|emb_dim|n_embd|d_model|d_embed|dim|lru_width)", HIDDEN),
@@ -40,50 +40,69 @@ SIZES = (
     (r"max_source_positions", 50),
     (r"(num_latents|num_queries)", 12),
 )
+LAYER_COUNT = re.compile(r"(num_|num_hidden_|n_|encoder_|decoder_|num_decoder_|num_encoder_)?layers?|depth")
+# What makes a backbone shallow, and leaves its widths.
+SHALLOW = (
+    (LAYER_COUNT.pattern, LAYERS),
+    (r".*vocab_size|.*_vocab", VOCAB),
+    (r"(num_|n_)(local_|routed_)?experts|moe_num_experts", 4),
+)
 LISTS = {"conv_dim": 32, "tdnn_dim": 16}  # every item becomes this
 TOKEN_ID = re.compile(r"\w*(token_id|token_index|_bos_id|_eos_id|_patch_id|_start_id|_end_id|newline_id)s?$")
-LAYER_COUNT = re.compile(r"(num_|num_hidden_|n_|encoder_|decoder_|num_decoder_|num_encoder_)?layers?|depth")
 STAGES = {"depths", "hidden_sizes", "embed_dims", "num_heads", "num_attention_heads", "embed_dim", "depth"}
 
 # What the rules get wrong: a field's sizes depend on each other in a way of that type alone.
 SPECIAL: dict[str, dict[str, Any]] = {
     "funnel": {"architectures": ["FunnelModel"]},  # transformers maps the type to two classes
+    "chameleon": {"vocabulary_map": {}},
+    "emu3": {"vocabulary_map": {}},
+    "autoformer": {"prediction_length": 4},
+    "informer": {"prediction_length": 4},
+    "time_series_transformer": {"prediction_length": 4},
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The configuration of a small backbone of that type."""
-    config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_arguments(config_class(), config_class))
+def tiny_config(model_type: str, keep_widths: bool = False) -> PreTrainedConfig:
+    """The configuration of a small backbone of that type.
+
+    Args:
+        model_type: the type, as in transformers' mapping.
+        keep_widths: True to make it only shallow, and its vocabulary small: for types whose widths depend on each other
+            in ways that the rules do not know.
+    """
+    default = CONFIG_MAPPING[model_type]()
+    return type(default)(**_arguments(default, keep_widths))
 
 
-def _arguments(default: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+def _arguments(default: PreTrainedConfig, keep_widths: bool) -> dict[str, Any]:
     fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
-    staged = any(isinstance(fields.get(name), list | tuple) for name in STAGES)  # widths grow with depth: keep them
+    # Where widths grow with depth, they stay as they are too.
+    staged = any(isinstance(fields.get(name), list | tuple) for name in STAGES)
+    sizes = SHALLOW if keep_widths or staged else SIZES
     layers = {v for k, v in fields.items() if LAYER_COUNT.fullmatch(k) and isinstance(v, int) and v > LAYERS}
     arguments = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            arguments[name] = type(value)(**_arguments(value, type(value)))
+            arguments[name] = type(value)(**_arguments(value, keep_widths))
             continue
-        small = _small(name, value, fields, staged, layers)
+        if keep_widths and name in ("image_size", "img_size", "rope_parameters", *LISTS):
+            continue
+        small = _small(name, value, fields, sizes, layers)
         if small is not None and small != value:
             arguments[name] = small
     return {**arguments, **SPECIAL.get(default.model_type, {})}
 
 
-def _small(name: str, value: Any, fields: dict[str, Any], staged: bool, layers: set[int]) -> Any:
+def _small(name: str, value: Any, fields: dict[str, Any], sizes: tuple[tuple[str, int], ...], layers: set[int]) -> Any:
     """A smaller value for a field, or None to leave it at its default."""
     if isinstance(value, bool) or value is None:
         return None
     if name == "image_size" or name == "img_size":
-        return _small_image(value, fields, staged)
+        return _small_image(value, fields, sizes is SHALLOW)
     if TOKEN_ID.match(name):
         return _small_token_id(name, value)
     if isinstance(value, int):
-        if staged and not re.search(r"vocab|experts", name):
-            return None
-        return next((min(value, size) for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+        return next((min(value, size) for pattern, size in sizes if re.fullmatch(pattern, name)), None)
     if isinstance(value, list | tuple) and value and all(isinstance(item, int) for item in value):
         if name in LISTS:
             return [LISTS[name]] * len(value)
@@ -91,7 +110,7 @@ def _small(name: str, value: Any, fields: dict[str, Any], staged: bool, layers: 
             return [min(item, 2) for item in value]
         if re.search(r"index|indices|idxs|layers", name) and max(value) >= LAYERS and layers:
             return sorted({min(item, LAYERS - 1) for item in value})
-    if isinstance(value, list | tuple) and len(value) in layers and not staged and not isinstance(value[0], dict):
+    if isinstance(value, list | tuple) and len(value) in layers and sizes is SIZES and not isinstance(value[0], dict):
         return [*value[: LAYERS - 1], value[-1]]
     if name == "rope_parameters" and isinstance(value, dict) and "rope_type" in value:
         return _small_rope(value, fields)

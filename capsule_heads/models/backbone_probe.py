@@ -34,6 +34,15 @@ IMAGE_SIZE = 64  # where the configuration does not say for which size the backb
 LARGER_IMAGE_SIZE = 224  # for backbones that need more
 N_SAMPLES = 8000  # of sound: half a second
 N_FRAMES = 128  # of a spectrum
+# Fields that say how many bins a spectrum has, or features a frame.
+BINS = (
+    "input_size",
+    "num_mel_bins",
+    "feature_projection_input_dim",
+    "input_feat_per_channel",
+    "input_feat_size",
+    "input_dim",
+)
 
 
 @torch.no_grad()
@@ -74,7 +83,7 @@ def probe(
             f"{model_type} takes {name}; expected a backbone for text, images or audio: one that takes "
             f"{', '.join(TEXT_INPUTS + IMAGE_INPUTS)} or {' or '.join(AUDIO_INPUTS)}."
         )
-    was_training, first_error = backbone.training, None
+    was_training, errors = backbone.training, []
     backbone.eval()
     try:
         for inputs in example_inputs(backbone, shares):
@@ -82,12 +91,14 @@ def probe(
             try:
                 return inputs, all_hidden_states(backbone, stack, inputs)[0]
             except Exception as error:
-                first_error = first_error or error
+                errors.append(error)
     finally:
         backbone.train(was_training)
+    # The first try may only have left out an argument that a later one passed.
+    error = next((error for error in errors if not isinstance(error, TypeError)), errors[0])
     raise ValueError(
-        f"{model_type} does not run on {name} alone; expected a backbone for text, images or audio. {first_error}"
-    ) from first_error
+        f"{model_type} does not run on {name} alone; expected a backbone for text, images or audio. {error}"
+    ) from error
 
 
 def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part = ENCODER) -> list[int]:
@@ -182,13 +193,13 @@ def _audio_shapes(config: PreTrainedConfig, name: str) -> Iterator[tuple[tuple[i
     if name == "input_values" and getattr(config, "num_mel_bins", None) is None:
         yield (N_SAMPLES,), N_SAMPLES
         yield (1, N_SAMPLES), N_SAMPLES
-    names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_feat_size", "input_dim")
-    n_bins = _first(config, names, 80)
+    n_bins = _first(config, BINS, 80)
     positions = _first(config, ("max_source_positions",), N_FRAMES // 2)
     n_frames = _first(config, ("max_length",), N_FRAMES) if name == "input_values" else N_FRAMES
     yield (n_frames, n_bins), n_frames
     yield (n_bins, 2 * positions), 2 * positions
     yield (n_bins, N_FRAMES), N_FRAMES
+    yield (N_FRAMES, 4 * n_bins), N_FRAMES  # several frames stacked
     if name == "input_features":
         yield (N_SAMPLES,), N_SAMPLES
 

@@ -166,8 +166,10 @@ def all_hidden_states(
     states = hidden_states_of(outputs, stack, backbone.config.model_type)
     grids = inputs.get("image_grid_thw")
     mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
-    if mask is None and "image_position_ids" in inputs:
-        mask = (inputs["image_position_ids"] >= 0).all(-1)
+    if "image_position_ids" in inputs:
+        places = inputs["image_position_ids"]
+        mask = (places >= 0).all(-1)
+        grids = torch.cat([torch.ones_like(places[:, 0, :1]), places.amax(1) + 1], -1)  # some pack their last state
     n_samples = len(grids) if grids is not None else len(next(iter(inputs.values())))
     return arrange(states, Layout(n_samples, mask, grids, widths), backbone)
 
