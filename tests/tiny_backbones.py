@@ -49,7 +49,16 @@ SHALLOW = (
 )
 LISTS = {"conv_dim": 32, "tdnn_dim": 16}  # every item becomes this
 TOKEN_ID = re.compile(r"\w*(token_id|token_index|_bos_id|_eos_id|_patch_id|_start_id|_end_id|newline_id)s?$")
-STAGES = {"depths", "hidden_sizes", "embed_dims", "num_heads", "num_attention_heads", "embed_dim", "depth"}
+STAGES = {
+    "depths",
+    "embed_dim_per_stage",
+    "hidden_sizes",
+    "embed_dims",
+    "num_heads",
+    "num_attention_heads",
+    "embed_dim",
+    "depth",
+}
 
 # What the rules get wrong: a field's sizes depend on each other in a way of that type alone.
 SPECIAL: dict[str, dict[str, Any]] = {

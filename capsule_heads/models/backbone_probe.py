@@ -32,7 +32,7 @@ N_TOKENS = 4
 MORE_TOKENS = 64  # for backbones that need whole blocks of tokens
 IMAGE_SIZE = 64  # where the configuration does not say for which size the backbone was made
 LARGER_IMAGE_SIZE = 224  # for backbones that need more
-N_SAMPLES = 8000  # of sound: half a second
+N_SAMPLES = 9600  # of sound; a multiple of the blocks that codecs take
 N_FRAMES = 128  # of a spectrum
 # Fields that say how many bins a spectrum has, or features a frame.
 BINS = (
@@ -167,7 +167,13 @@ def _images(backbone: PreTrainedModel, shares: Sequence[float]) -> Iterator[dict
         grids = torch.tensor([[1, merge, merge * (2 if share == 1 else 1)] for share in shares])
         total = int(grids.prod(-1).sum())
         frame = _pair(_first(config, ("temporal_patch_size",), 1))[0]
-        for shape in ((n_values * frame,), (n_values,), (n_channels, patch, patch), (n_channels, frame, patch, patch)):
+        for shape in (
+            (n_values * frame,),
+            (n_values,),
+            (2 * n_values,),
+            (n_channels, patch, patch),
+            (n_channels, frame, patch, patch),
+        ):
             yield {"pixel_values": torch.randn(total, *shape), "image_grid_thw": grids}
         return
     if "spatial_shapes" in accepted:
@@ -205,8 +211,8 @@ def _audio_shapes(config: PreTrainedConfig, name: str) -> Iterator[tuple[tuple[i
 
 
 def _first(config: PreTrainedConfig, names: Sequence[str], default: int) -> int | list[int]:
-    """The first of some fields that a configuration, or that of its audio or vision part, has."""
-    parts = [config, *(getattr(config, part, None) for part in ("vision_config", "audio_config", "encoder_config"))]
+    """The first of some fields that a configuration, or one of those in it, has."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     found = (getattr(part, name, None) for part in parts for name in names)
     return next((value for value in found if value), default)
 

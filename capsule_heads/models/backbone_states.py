@@ -28,12 +28,14 @@ class Layout(NamedTuple):
         mask: `[batch, inputs]`, 1 for a token (or sample, frame, patch) and 0 for padding; None if all are.
         grids: `[batch, 3]`, frames, rows and columns of patches, where those of all samples are packed in one sequence.
         widths: the width of each hidden state, if known.
+        n_tokens: of a text, padding included; None for other inputs.
     """
 
     n_samples: int
     mask: Tensor | None = None
     grids: Tensor | None = None
     widths: Sequence[int] | None = None
+    n_tokens: int | None = None
 
 
 def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str) -> list[Tensor]:
@@ -61,8 +63,9 @@ def arrange(states: Sequence[Tensor], layout: Layout, backbone: nn.Module) -> tu
     """Brings every hidden state of a batch into one form, with its mask.
 
     Args:
-        states: in the shapes the backbone gives them: sequences, feature maps with their channels first or last, the
-            windows or frames of each sample one after another, or the tokens of all samples packed in one sequence.
+        states: in the shapes the backbone gives them: sequences, several streams of each token, feature maps with
+            their channels first or last, the windows or frames of each sample one after another, or the tokens of all
+            samples packed in one sequence.
         layout: what is known of the batch.
         backbone: which has methods that count frames, if it is a speech model.
 
@@ -95,20 +98,29 @@ def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Modu
     given = tuple(x.shape)
     if layout.grids is not None and (x.ndim == 2 or (x.ndim == 3 and len(x) == 1)):
         return unpack(x.reshape(-1, x.shape[-1]), layout.grids)
-    if x.ndim == 4:
+    mask = layout.mask
+    if x.ndim == 4 and x.shape[1] == layout.n_tokens:  # several streams for each token
+        mask = None if mask is None else mask.repeat_interleave(x.shape[2], dim=1)
+        x = x.flatten(1, 2)
+    elif x.ndim == 4:
         x = x.flatten(1, 2) if _channels_last(x, width, backbone.config.model_type) else x.flatten(2).mT
     elif x.ndim > 4:
         x = x.flatten(1, -2)
     elif x.ndim == 2 and len(x) == n_samples:
         x = x[:, None]
-    if x.ndim == 3 and n_samples and len(x) != n_samples and len(x) % n_samples == 0:
-        x = x.reshape(n_samples, -1, x.shape[-1])  # windows, crops or frames of a sample stand one after another
+    if (
+        x.ndim == 3
+        and len(x) != n_samples
+        and (len(x) % n_samples == 0 or (len(x) == 1 and not x.shape[1] % n_samples))
+    ):
+        # Windows, crops or frames of a sample, or tokens of equally large images, stand one after another.
+        x = x.reshape(n_samples, -1, x.shape[-1])
     if x.ndim != 3 or len(x) != n_samples:
         raise ValueError(
             f"A hidden state of {backbone.config.model_type} for a batch of {n_samples} has shape {given}; expected "
             "[batch, tokens, width], or feature maps [batch, channels, rows, columns]."
         )
-    return x, _mask_of(x, layout.mask, backbone)
+    return x, _mask_of(x, mask, backbone)
 
 
 def _channels_last(x: Tensor, width: int | None, model_type: str) -> bool:

@@ -171,7 +171,9 @@ def all_hidden_states(
         mask = (places >= 0).all(-1)
         grids = torch.cat([torch.ones_like(places[:, 0, :1]), places.amax(1) + 1], -1)  # some pack their last state
     n_samples = len(grids) if grids is not None else len(next(iter(inputs.values())))
-    return arrange(states, Layout(n_samples, mask, grids, widths), backbone)
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    n_tokens = None if tokens is None else tokens.shape[1]
+    return arrange(states, Layout(n_samples, mask, grids, widths, n_tokens), backbone)
 
 
 def _check_mask(inputs: dict[str, Tensor]) -> None:

@@ -87,6 +87,7 @@ def test_windows_and_frames_go_to_their_samples():
     x = numbers(6, 4, 5)  # three windows of each sample
     states, _ = arrange_one(x)
     assert states.shape == (2, 12, 5) and torch.equal(states[1, 4:8], x[4])
+    assert torch.equal(arrange_one(numbers(1, 6, 5))[0], numbers(2, 3, 5))
     assert arrange_one(numbers(2, 3, 4, 4, 5))[0].shape == (2, 48, 5)
     assert arrange_one(numbers(2, 5))[0].shape == (2, 1, 5)
 
@@ -96,6 +97,13 @@ def test_another_shape_is_reported():
         ValueError, match=r"some_model for a batch of 2 has shape \(3, 4, 5\); expected \[batch, tokens"
     ):
         arrange_one(numbers(3, 4, 5))
+
+
+def test_streams_of_a_token_are_tokens_beside_each_other():
+    x, mask = numbers(2, 3, 4, 5), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    states, mask = arrange_one(x, mask=mask, n_tokens=3)
+    assert torch.equal(states[1, 4:8], x[1, 1])
+    assert mask.tolist() == [[0] * 4 + [1] * 8, [1] * 12]
 
 
 # Packed tokens
