@@ -85,7 +85,8 @@ def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
     if not whole.config.is_encoder_decoder or part.stack == "decoder":
         return whole
     encoder = whole.get_encoder()
-    takes_inputs = isinstance(encoder, PreTrainedModel) and _name_in(encoder, main_input_name(whole)) is not None
+    # Some encoders take what a convolutional backbone before them makes of the inputs.
+    takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(whole)
     return encoder if takes_inputs else whole
 
 
@@ -99,7 +100,7 @@ def _tower(whole: PreTrainedModel, tower: str) -> PreTrainedModel:
     config = tower_config(whole.config, tower)
     for module in whole.modules():
         if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):
-            return module
+            return module.base_model  # a language model's without its output layer
     raise ValueError(f"{whole.config.model_type} has no {tower} tower; leave tower out, or name another.")
 
 
