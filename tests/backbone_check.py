@@ -29,7 +29,7 @@ CLASSES = {
     "audio": CapsuleHeadForAudioClassification,
 }
 HEAD = {"num_labels": 3, "d_inp": 8, "n_parts": 4, "mixup_alpha": 0.0}
-MEMORY = 8 << 30  # of address space
+MEMORY = 12 << 30  # of address space
 LONGEST_REASON = 200
 
 

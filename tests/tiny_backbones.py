@@ -12,7 +12,7 @@ HIDDEN, HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 2, 32, 128, 2
 # The first pattern that a field's whole name matches says how large it may be; fields that match none stay.
 SIZES = (
     (r"num_feat_extract_layers|num_adapter_layers|num_feature_levels", 99),
-    (r"(num_|n_)?mamba_(n_|num_)?heads|n_mamba_heads", 8),
+    (r"(num_|n_)?mamba_(n_|num_)?heads|n_mamba_heads", 4),
     (r".*(num_key_value_heads|num_kv_heads|num_query_groups)", 2),
     (r"linear_num_key_heads", 2),
     (r"(head_dim|d_kv|d_head|dim_head|attention_head_size|v_head_dim|mamba_\w*head_?dim|mamba_d_head)", HEAD_DIM),
@@ -21,7 +21,8 @@ SIZES = (
     (r".*(num_\w*layers|n_layers?|_layers|layers)|depth|num_blocks|n_layer|num_self_attends_per_block", LAYERS),
     (r"(num_|n_)(local_|routed_)?experts|moe_num_experts|num_experts_\w*pool", 4),
     (r"(num_experts_per_tok|moe_topk|top_k_experts|num_experts_per_token|moe_k|moe_top_k)", 2),
-    (r"(n_group|topk_group)", 1),
+    (r"(n_group|topk_group|num_expert_group\w*|n_groups|mamba_n_groups)", 1),
+    (r"rotary_dim", 16),
     (r"(q_lora_rank|o_lora_rank|kv_lora_rank)", 32),
     (r"(mamba_d_state|ssm_state_size|state_size)", 8),
     (r".*(vocab_size|codebook_size|_vocab)", VOCAB),
@@ -46,6 +47,8 @@ SHALLOW = (
     (LAYER_COUNT.pattern, LAYERS),
     (r".*vocab_size|.*_vocab", VOCAB),
     (r"(num_|n_)(local_|routed_)?experts|moe_num_experts", 4),
+    (r"(num_experts_per_tok|moe_topk|top_k_experts)", 2),
+    (r"(n_group|topk_group|num_expert_group\w*)", 1),
 )
 LISTS = {"conv_dim": 32, "tdnn_dim": 16}  # every item becomes this
 TOKEN_ID = re.compile(r"\w*(token_id|token_index|_bos_id|_eos_id|_patch_id|_start_id|_end_id|newline_id)s?$")
@@ -60,9 +63,30 @@ STAGES = {
     "depth",
 }
 
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
 # What the rules get wrong: a field's sizes depend on each other in a way of that type alone.
 SPECIAL: dict[str, dict[str, Any]] = {
     "funnel": {"architectures": ["FunnelModel"]},  # transformers maps the type to two classes
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), MROPE)},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2},  # without a default
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 0, 1, 1],
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "hunyuan_vl_text": {"head_dim": HEAD_DIM},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 4},
+    "ministral": {"head_dim": HEAD_DIM},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": HEAD_DIM},
+    "t5gemma2_text": {"dropout_rate": 0.0},
     "chameleon": {"vocabulary_map": {}},
     "emu3": {"vocabulary_map": {}},
     "autoformer": {"prediction_length": 4},
