@@ -64,6 +64,9 @@ STAGES = {
 }
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
+# The default, a timm model, needs a package more.
+RESNET = {"model_type": "resnet", "depths": [1, 1, 1, 1], "out_features": ["stage4"]}
+NO_TIMM = {"use_timm_backbone": False, "backbone_config": RESNET}
 # What the rules get wrong: a field's sizes depend on each other in a way of that type alone.
 SPECIAL: dict[str, dict[str, Any]] = {
     "funnel": {"architectures": ["FunnelModel"]},  # transformers maps the type to two classes
@@ -84,6 +87,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"head_dim": HEAD_DIM},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4},
+    "conditional_detr": NO_TIMM,
+    "dab-detr": NO_TIMM,
+    "deformable_detr": {**NO_TIMM, "backbone_config": {**RESNET, "out_features": ["stage2", "stage3", "stage4"]}},
+    "detr": NO_TIMM,
+    "table-transformer": NO_TIMM,
+    "xmod": {"default_language": "en_XX"},
     "ministral": {"head_dim": HEAD_DIM},
     "nemotron": {"num_key_value_heads": 2, "head_dim": HEAD_DIM},
     "t5gemma2_text": {"dropout_rate": 0.0},
@@ -141,7 +150,7 @@ def _small(name: str, value: Any, fields: dict[str, Any], sizes: tuple[tuple[str
             return [LISTS[name]] * len(value)
         if name in ("depths", "stage_numb_of_layers", "layers"):
             return [min(item, 2) for item in value]
-        if re.search(r"index|indices|idxs|layers", name) and max(value) >= LAYERS and layers:
+        if re.search(r"index|indices|idxs|(?<!proj_)layers", name) and max(value) >= LAYERS and layers:
             return sorted({min(item, LAYERS - 1) for item in value})
     if isinstance(value, list | tuple) and len(value) in layers and sizes is SIZES and not isinstance(value[0], dict):
         return [*value[: LAYERS - 1], value[-1]]

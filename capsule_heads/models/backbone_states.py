@@ -13,6 +13,8 @@ from transformers.utils import ModelOutput
 
 # Feature maps are [batch, channels, rows, columns] where shapes leave a choice, but for these types.
 CHANNELS_LAST = frozenset({"sam_vision_model", "sam_hq_vision_model"})
+# Their several streams of a text's tokens are [streams, batch, tokens, width], not [batch, tokens, streams, width].
+STREAMS_FIRST = frozenset({"gemma3n", "gemma3n_text"})
 # Where the hidden states of each stack are, and its last one after the final norm; the first that is there counts.
 STATES_OF_STACK = {
     "encoder": (("encoder_hidden_states", "encoder_last_hidden_state"), ("hidden_states", "last_hidden_state")),
@@ -94,16 +96,18 @@ def _flat(states: Any) -> list[Tensor]:
 
 
 def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Module) -> tuple[Tensor, Tensor]:
-    n_samples = layout.n_samples
+    n_samples, model_type = layout.n_samples, backbone.config.model_type
     given = tuple(x.shape)
     if layout.grids is not None and (x.ndim == 2 or (x.ndim == 3 and len(x) == 1)):
         return unpack(x.reshape(-1, x.shape[-1]), layout.grids)
     mask = layout.mask
+    if x.ndim == 4 and model_type in STREAMS_FIRST:
+        x = x.movedim(0, 2)
     if x.ndim == 4 and x.shape[1] == layout.n_tokens:  # several streams for each token
         mask = None if mask is None else mask.repeat_interleave(x.shape[2], dim=1)
         x = x.flatten(1, 2)
     elif x.ndim == 4:
-        x = x.flatten(1, 2) if _channels_last(x, width, backbone.config.model_type) else x.flatten(2).mT
+        x = x.flatten(1, 2) if _channels_last(x, width, model_type) else x.flatten(2).mT
     elif x.ndim > 4:
         x = x.flatten(1, -2)
     elif x.ndim == 2 and len(x) == n_samples:
@@ -117,7 +121,7 @@ def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Modu
         x = x.reshape(n_samples, -1, x.shape[-1])
     if x.ndim != 3 or len(x) != n_samples:
         raise ValueError(
-            f"A hidden state of {backbone.config.model_type} for a batch of {n_samples} has shape {given}; expected "
+            f"A hidden state of {model_type} for a batch of {n_samples} has shape {given}; expected "
             "[batch, tokens, width], or feature maps [batch, channels, rows, columns]."
         )
     return x, _mask_of(x, mask, backbone)

@@ -104,6 +104,8 @@ def test_streams_of_a_token_are_tokens_beside_each_other():
     states, mask = arrange_one(x, mask=mask, n_tokens=3)
     assert torch.equal(states[1, 4:8], x[1, 1])
     assert mask.tolist() == [[0] * 4 + [1] * 8, [1] * 12]
+    first = SimpleNamespace(config=SimpleNamespace(model_type="gemma3n_text"))
+    assert torch.equal(arrange_one(x.movedim(2, 0), first, n_tokens=3)[0], states)
 
 
 # Packed tokens
