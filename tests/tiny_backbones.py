@@ -55,6 +55,7 @@ TOKEN_ID = re.compile(r"\w*(token_id|token_index|_bos_id|_eos_id|_patch_id|_star
 STAGES = {
     "depths",
     "embed_dim_per_stage",
+    "in_channels",
     "hidden_sizes",
     "embed_dims",
     "num_heads",
@@ -125,7 +126,8 @@ def _arguments(default: PreTrainedConfig, keep_widths: bool) -> dict[str, Any]:
     arguments = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            arguments[name] = type(value)(**_arguments(value, keep_widths))
+            own = _own_values(value) if keep_widths else {}
+            arguments[name] = type(value)(**{**own, **_arguments(value, keep_widths)})
             continue
         if keep_widths and name in ("image_size", "img_size", "rope_parameters", *LISTS):
             continue
@@ -133,6 +135,18 @@ def _arguments(default: PreTrainedConfig, keep_widths: bool) -> dict[str, Any]:
         if small is not None and small != value:
             arguments[name] = small
     return {**arguments, **SPECIAL.get(default.model_type, {})}
+
+
+def _own_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration within another has that is not the default of its class."""
+    default, fields = type(config)(), vars(config).items()
+    return {
+        name: value
+        for name, value in fields
+        if not name.startswith("_")
+        and not isinstance(value, PreTrainedConfig)
+        and value != getattr(default, name, None)
+    }
 
 
 def _small(name: str, value: Any, fields: dict[str, Any], sizes: tuple[tuple[str, int], ...], layers: set[int]) -> Any:
