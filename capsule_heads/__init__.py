@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
@@ -11,6 +12,7 @@ from transformers import (
 from .layers import Routing
 from .models import (
     CapsuleHeadConfig,
+    CapsuleHeadForAudioClassification,
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
     CapsuleHeadModel,
@@ -23,6 +25,7 @@ from .version import __version__
 
 __all__ = [
     "CapsuleHeadConfig",
+    "CapsuleHeadForAudioClassification",
     "CapsuleHeadForImageClassification",
     "CapsuleHeadForSequenceClassification",
     "CapsuleHeadModel",
@@ -37,6 +40,7 @@ __all__ = [
 
 AutoConfig.register(CapsuleHeadConfig.model_type, CapsuleHeadConfig)
 AutoModel.register(CapsuleHeadConfig, CapsuleHeadModel)
+AutoModelForAudioClassification.register(CapsuleHeadConfig, CapsuleHeadForAudioClassification)
 AutoModelForImageClassification.register(CapsuleHeadConfig, CapsuleHeadForImageClassification)
 AutoModelForSequenceClassification.register(CapsuleHeadConfig, CapsuleHeadForSequenceClassification)
 AutoConfig.register(StereoConvConfig.model_type, StereoConvConfig)

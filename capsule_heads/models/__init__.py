@@ -3,6 +3,7 @@
 from .configuration_capsule_head import CapsuleHeadConfig
 from .image_processing_stereo import StereoImageProcessor
 from .modeling_capsule_head import (
+    CapsuleHeadForAudioClassification,
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
     CapsuleHeadModel,
@@ -13,6 +14,7 @@ from .stereo_conv import StereoConvConfig, StereoConvModel
 __all__ = [
     "CapsuleHeadClassifierOutput",
     "CapsuleHeadConfig",
+    "CapsuleHeadForAudioClassification",
     "CapsuleHeadForImageClassification",
     "CapsuleHeadForSequenceClassification",
     "CapsuleHeadModel",

@@ -1,75 +1,154 @@
-"""What a head needs to know of its backbone: how to call it, and what its hidden states look like."""
+"""How a backbone is built and run: which part of it, with which of its inputs, under which names."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-TOKENS_TO_PROBE_WITH = 4
-IMAGE_SIZE_TO_PROBE_WITH = 224  # where the configuration does not say for which size the backbone was made
+from .backbone_states import Layout, arrange, hidden_states_of
+
+STACKS = ("encoder", "decoder")
+TOWERS = {
+    "text": ("text_config",),
+    "vision": ("vision_config", "image_config"),
+    "audio": ("audio_config", "speech_config"),
+}
+TEXT_INPUTS = ("input_ids",)
+IMAGE_INPUTS = ("pixel_values",)
+AUDIO_INPUTS = ("input_values", "input_features")
+# Names that some backbones have for inputs of ours. The first of a line that a backbone takes is its name for it.
+NAMES = {
+    "pixel_values": ("pixel_values", "pixel_values_videos", "flattened_patches", "hidden_states"),
+    "image_grid_thw": ("image_grid_thw", "grid_thw"),
+    "image_position_ids": ("image_position_ids", "pixel_position_ids"),
+    "input_features": ("input_features", "audio_mel"),
+    "attention_mask": (
+        "attention_mask",
+        "input_features_mask",
+        "feature_attention_mask",
+        "padding_mask",
+        "audio_mel_mask",
+    ),
+}
+INVERTED_MASKS = ("audio_mel_mask",)  # these are true for padding
 
 
-def build_backbone(base_config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """A backbone with random weights, without a pooler, from its configuration object (which it keeps).
+class Part(NamedTuple):
+    """Which part of a model is the backbone.
+
+    Attributes:
+        stack: of an encoder-decoder, "encoder" or "decoder".
+        tower: of a model of several towers, one of `TOWERS`; None for the whole model.
+    """
+
+    stack: str = "encoder"
+    tower: str | None = None
+
+
+ENCODER = Part()
+
+
+def build_backbone(
+    base_config: PreTrainedConfig, dtype: torch.dtype | str | None = None, part: Part = ENCODER
+) -> PreTrainedModel:
+    """A backbone with random weights, without what the head does not need, from its configuration (which it keeps).
 
     Args:
-        base_config: its configuration.
+        base_config: its configuration, or that of the model that it is a part of.
         dtype: of its weights; None for that of its configuration.
+        part: which part.
     """
     if dtype is not None:
         base_config.dtype = dtype
-    return drop_pooler(AutoModel.from_config(base_config))
+    return part_of(AutoModel.from_config(base_config), part)
 
 
-def drop_pooler(backbone: PreTrainedModel) -> PreTrainedModel:
-    """Removes the pooler of BERT and its like: a head on hidden states never uses it, and DDP stops on such weights."""
-    if "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters and hasattr(backbone, "pooler"):
-        backbone.pooler = None
-    return backbone
+def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
+    """The part of a model that a head needs: one tower, the encoder alone of an encoder-decoder, no pooler.
+
+    A head on hidden states never uses a pooler, or a decoder behind them, and DDP stops on such weights.
+
+    Raises:
+        ValueError: if the model has no such tower.
+    """
+    if part.tower is not None:
+        whole = _tower(whole, part.tower)
+    if "add_pooling_layer" in inspect.signature(type(whole).__init__).parameters and hasattr(whole, "pooler"):
+        whole.pooler = None
+    if not whole.config.is_encoder_decoder or part.stack == "decoder":
+        return whole
+    encoder = whole.get_encoder()
+    # Some encoders take what a convolutional backbone before them makes of the inputs.
+    takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(whole)
+    return encoder if takes_inputs else whole
+
+
+def tower_config(config: PreTrainedConfig, tower: str) -> PreTrainedConfig | None:
+    """The configuration of one tower, or None if the model has no such tower."""
+    configs = (getattr(config, name, None) for name in TOWERS[tower])
+    return next((found for found in configs if isinstance(found, PreTrainedConfig)), None)
+
+
+def _tower(whole: PreTrainedModel, tower: str) -> PreTrainedModel:
+    config = tower_config(whole.config, tower)
+    for module in whole.modules():
+        if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):
+            return module.base_model  # a language model's without its output layer
+    raise ValueError(f"{whole.config.model_type} has no {tower} tower; leave tower out, or name another.")
+
+
+def main_input_name(backbone: PreTrainedModel) -> str:
+    """What a backbone takes, in our names: "input_ids", "pixel_values", "input_values", "input_features"; or its own.
+
+    Packed patches, and videos, are "pixel_values" too.
+    """
+    accepted = list(inspect.signature(backbone.forward).parameters)
+    name = backbone.main_input_name
+    name = name if isinstance(name, str) and name in accepted else accepted[0]
+    if name == "hidden_states":
+        return "pixel_values" if _name_in(backbone, "image_grid_thw") else name
+    return next((ours for ours, names in NAMES.items() if name in names), name)
 
 
 def run_backbone(
-    backbone: PreTrainedModel, depths: Sequence[int], hidden_sizes: Sequence[int], **inputs
-) -> list[Tensor]:
-    """Runs a backbone and returns the hidden states at some depths.
+    backbone: PreTrainedModel, depths: Sequence[int], hidden_sizes: Sequence[int], stack: str = "encoder", **inputs
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Runs a backbone and returns the hidden states at some depths, and their masks.
 
-    Index 0 is the embedding output. The last depth is `last_hidden_state`: some models' own tuple ends before the final
-    norm, which would then be left out. A token's states do not depend on padding, unless the backbone itself mixes
-    padding into its tokens (FNet and others without a mask, ConvBERT's convolutions, RWKV with padding on the left).
+    Index 0 is the embedding output. The last depth is after the final norm. A token's states do not depend on padding,
+    unless the backbone itself mixes padding into its tokens (FNet and others without a mask, ConvBERT's convolutions,
+    RWKV with padding on the left).
 
     Args:
-        backbone: a text or image backbone.
+        backbone: what `part_of` returned.
         depths: indices of the hidden states wanted, ascending.
         hidden_sizes: the width that each of the backbone's hidden states is expected to have.
-        **inputs: its inputs; those that are None, or that it does not take, are left out.
+        stack: "encoder" or "decoder", of an encoder-decoder.
+        **inputs: its inputs, in our names; those that are None, or that it does not take, are left out.
 
     Returns:
-        Per depth, `[batch, tokens, width]`; the places of feature maps are their tokens, row by row.
+        Per depth `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per depth
+        `[batch, tokens]`, 1 for a token and 0 for padding.
 
     Raises:
         ValueError: if the backbone yields another number of hidden states or other widths, or none.
     """
-    hidden_states = _all_hidden_states(backbone, inputs)
-    found = [states.shape[-1] for states in hidden_states]
+    states, masks = all_hidden_states(backbone, stack, inputs, hidden_sizes)
+    found = [x.shape[-1] for x in states]
     if found != list(hidden_sizes):
         raise ValueError(
             f"The {backbone.config.model_type} backbone returned {len(found)} hidden states of widths "
             f"{describe(found)}, where the configuration has {len(hidden_sizes)} of {describe(hidden_sizes)}; set "
             "hidden_sizes to what it returns."
         )
-    return [hidden_states[depth] for depth in depths]
+    return [states[depth] for depth in depths], [masks[depth] for depth in depths]
 
 
 def describe(widths: Sequence[int]) -> str:
@@ -77,98 +156,75 @@ def describe(widths: Sequence[int]) -> str:
     return str(widths[0]) if len(set(widths)) == 1 else str(list(widths))
 
 
-@torch.no_grad()
-def probe_hidden_sizes(backbone: PreTrainedModel) -> list[int]:
-    """Runs a backbone on a few tokens, or an image, and returns the width of each of its hidden states.
+def all_hidden_states(
+    backbone: PreTrainedModel, stack: str, inputs: dict[str, Tensor | None], widths: Sequence[int] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The hidden states at all depths, and their masks, as in `run_backbone`; `widths` may be unknown."""
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    _check_mask(inputs)
+    arguments = call_arguments(backbone, stack, inputs)
+    outputs = backbone(**arguments, output_hidden_states=True, return_dict=True)
+    states = hidden_states_of(outputs, stack, backbone.config.model_type)
+    grids = inputs.get("image_grid_thw")
+    mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
+    if "image_position_ids" in inputs:
+        places = inputs["image_position_ids"]
+        mask = (places >= 0).all(-1)
+        grids = torch.cat([torch.ones_like(places[:, 0, :1]), places.amax(1) + 1], -1)  # some pack their last state
+    n_samples = len(grids) if grids is not None else len(next(iter(inputs.values())))
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    n_tokens = None if tokens is None else tokens.shape[1]
+    return arrange(states, Layout(n_samples, mask, grids, widths, n_tokens), backbone)
 
-    Raises:
-        ValueError: if it is not a text or image model whose hidden states are all `[batch, tokens, width]` or feature
-            maps `[batch, width, rows, columns]`; says what was found.
-    """
-    model_type = backbone.config.model_type
-    if backbone.config.is_encoder_decoder:
+
+def _check_mask(inputs: dict[str, Tensor]) -> None:
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
         raise ValueError(
-            f"{model_type} is an encoder-decoder; expected an encoder or a decoder whose hidden states are "
-            "[batch, tokens, width]. Load its encoder alone, if transformers has a class for it."
+            f"attention_mask has shape {tuple(mask.shape)}; expected [batch, tokens], here {tuple(tokens.shape[:2])}."
         )
-    name = main_input_name(backbone)
-    if name == "pixel_values":
-        inputs = {name: torch.zeros(1, *_image_shape(backbone.config), device=backbone.device, dtype=backbone.dtype)}
-    elif name == "input_ids":
-        inputs = {name: torch.zeros(1, TOKENS_TO_PROBE_WITH, dtype=torch.long, device=backbone.device)}
-    else:
-        raise ValueError(f"{model_type} takes {name}; expected a text or image backbone (input_ids or pixel_values).")
-    was_training = backbone.training
-    try:
-        hidden_states = _all_hidden_states(backbone.eval(), inputs)
-    except Exception as error:
-        raise ValueError(
-            f"{model_type} does not run on {name} alone; expected a text or image backbone. {error}"
-        ) from error
-    finally:
-        backbone.train(was_training)
-    shapes = [tuple(states.shape) for states in hidden_states]
-    if name == "input_ids" and len({shape[:2] for shape in shapes} | {(1, TOKENS_TO_PROBE_WITH)}) > 1:
-        raise ValueError(
-            f"The hidden states of {model_type} for {TOKENS_TO_PROBE_WITH} tokens have shapes {shapes}; expected each "
-            f"to be [1, {TOKENS_TO_PROBE_WITH}, width], that is, [batch, tokens, width]."
-        )
-    return [shape[-1] for shape in shapes]
 
 
-def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig) -> list[int]:
-    """The same from a backbone's configuration alone: it runs on tensors that have shapes and no data.
-
-    Where the way through a backbone depends on data (mixtures of experts), its configuration has to say it.
-
-    Raises:
-        ValueError: as `probe_hidden_sizes`, or if neither tells.
-    """
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(copy.deepcopy(base_config))
-    # Models look at the values of some tensors, unless those are fake: meta tensors alone would not do.
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return probe_hidden_sizes(backbone)
-    except ValueError as error:
-        text_config = base_config.get_text_config()
-        n_layers, width = (getattr(text_config, name, None) for name in ("num_hidden_layers", "hidden_size"))
-        if not isinstance(error.__cause__, DataDependentOutputException | DynamicOutputShapeException) or not n_layers:
-            raise
-        return [width] * (n_layers + 1)
-
-
-def main_input_name(backbone: PreTrainedModel) -> str:
-    """What a backbone takes: "input_ids", "pixel_values", "input_values" and the like."""
-    accepted = list(inspect.signature(backbone.forward).parameters)
-    name = backbone.main_input_name
-    return name if name in accepted else accepted[0]
-
-
-def _image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    size = getattr(config, "image_size", None) or IMAGE_SIZE_TO_PROBE_WITH
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return getattr(config, "num_channels", 3), height, width
-
-
-def _all_hidden_states(backbone: PreTrainedModel, inputs: dict[str, Tensor | None]) -> list[Tensor]:
-    """All hidden states as `[batch, tokens, width]`."""
+def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tensor]) -> dict[str, Tensor | bool]:
+    """What to call a backbone with: its names for our inputs, and what follows from them."""
     accepted = inspect.signature(backbone.forward).parameters
-    inputs = {name: value for name, value in inputs.items() if value is not None and name in accepted}
-    if "position_ids" in accepted and "position_ids" not in inputs and "attention_mask" in inputs:
-        inputs["position_ids"] = _positions(backbone, inputs["attention_mask"].long())
+    arguments = {}
+    for ours, value in inputs.items():
+        name = _name_in(backbone, ours)
+        if name is not None:
+            arguments[name] = ~value.bool() if name in INVERTED_MASKS else value
+    if "position_ids" in accepted and "position_ids" not in arguments and "attention_mask" in arguments:
+        arguments["position_ids"] = _positions(backbone, arguments["attention_mask"].long())
     if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    outputs = backbone(**inputs, output_hidden_states=True, return_dict=True)
-    if not outputs.get("hidden_states"):
-        raise ValueError(
-            f"The {backbone.config.model_type} backbone returned no hidden_states, only {', '.join(outputs.keys())}; "
-            "expected a model that yields one tensor per layer."
-        )
-    hidden_states = list(outputs.hidden_states)
-    if outputs.last_hidden_state.shape == hidden_states[-1].shape:
-        hidden_states[-1] = outputs.last_hidden_state
-    return [x.flatten(2).mT if x.ndim == 4 else x for x in hidden_states]
+        arguments["use_cache"] = False
+    if "decoder_input_ids" in accepted and "input_ids" in inputs:
+        arguments |= _decoder_inputs(backbone.config, inputs)
+    return arguments
+
+
+def _name_in(backbone: PreTrainedModel, ours: str) -> str | None:
+    """A backbone's name for an input of ours, or None if it takes no such input."""
+    accepted = inspect.signature(backbone.forward).parameters
+    return next((name for name in NAMES.get(ours, (ours,)) if name in accepted), None)
+
+
+def _decoder_inputs(config: PreTrainedConfig, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tokens for the decoder, one to the right behind the token that it starts with, as in training it."""
+    input_ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(input_ids)).long()
+    start = next(
+        (
+            token
+            for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+            if isinstance(token := getattr(config, name, None), int)
+        ),
+        0,
+    )
+    first = (mask.cumsum(-1) == 1) & (mask == 1)
+    return {
+        "decoder_input_ids": torch.where(first, start, input_ids.roll(1, -1)),
+        "decoder_attention_mask": mask,
+    }
 
 
 def _positions(backbone: nn.Module, mask: Tensor) -> Tensor:

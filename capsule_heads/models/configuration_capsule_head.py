@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops import check_routing_options
-from .backbones import probe_hidden_sizes_without_weights
+from .backbone_probe import probe_hidden_sizes_without_weights
+from .backbones import STACKS, TOWERS, Part, tower_config
 
 HEAD_TYPES = ("token_depth", "spatial_pose", "linear")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -30,6 +31,9 @@ class CapsuleHeadConfig(PreTrainedConfig):
         head_only: whether `save_pretrained` leaves the backbone out by default, because its weights are, unchanged,
             those of `base_model_name_or_path`. Kept by the model; not an option to set by hand.
         freeze_backbone: whether the backbone is frozen: no gradients, no dropout.
+        stack: of an encoder-decoder, whose hidden states to use: "encoder" (its decoder is left out), or "decoder".
+        tower: of a model of several towers without a class of its own for one, which of them is the backbone: "text",
+            "vision" or "audio"; None for the whole model.
         hidden_sizes: width of each hidden state that the backbone yields, the embedding output included; None to find
             out, by running a backbone without weights (on the meta device).
         head_type: "token_depth", the paper's text head, on all tokens at several depths; "spatial_pose", its vision
@@ -67,6 +71,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         base_model_revision: str | None = None,
         head_only: bool = False,
         freeze_backbone: bool = True,
+        stack: str = "encoder",
+        tower: str | None = None,
         hidden_sizes: list[int] | None = None,
         head_type: str = "token_depth",
         depths: list[int] | None = None,
@@ -90,6 +96,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.base_model_revision = base_model_revision
         self.head_only = head_only
         self.freeze_backbone = freeze_backbone
+        self.check_part(Part(stack, tower), self.base_config)
+        self.stack, self.tower = stack, tower
         if head_type not in HEAD_TYPES:
             raise ValueError(f"head_type is {head_type!r}; expected one of {', '.join(HEAD_TYPES)}.")
         self.head_type = head_type
@@ -97,7 +105,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         d_cov = (4 if poses else 1) if d_cov is None else d_cov
         d_cap = (4 if poses else 2) if d_cap is None else d_cap
         if hidden_sizes is None:
-            hidden_sizes = probe_hidden_sizes_without_weights(self.base_config)
+            hidden_sizes = probe_hidden_sizes_without_weights(self.base_config, self.part)
         sizes = {f"hidden_sizes[{index}]": size for index, size in enumerate(hidden_sizes)}
         for name, size in (sizes | {"d_inp": d_inp, "n_parts": n_parts, "d_cov": d_cov, "d_cap": d_cap}).items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -164,8 +172,37 @@ class CapsuleHeadConfig(PreTrainedConfig):
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
+    @staticmethod
+    def check_part(part: Part, base_config: PreTrainedConfig) -> None:
+        """Checks that a model has a part.
+
+        Raises:
+            ValueError: if it is no encoder-decoder, or has no such tower.
+        """
+        stack, tower = part
+        if stack not in STACKS:
+            raise ValueError(f"stack is {stack!r}; expected one of {', '.join(STACKS)}.")
+        if stack == "decoder" and not base_config.is_encoder_decoder:
+            raise ValueError(
+                f'stack is "decoder", but {base_config.model_type} is no encoder-decoder: it has one stack, whichever '
+                "it is; leave stack out."
+            )
+        if tower is not None and (tower not in TOWERS or tower_config(base_config, tower) is None):
+            has = [name for name in TOWERS if tower_config(base_config, name) is not None]
+            raise ValueError(
+                f"tower is {tower!r}; expected None, or a tower of {base_config.model_type}, which has "
+                f"{', '.join(has) or 'none'}."
+            )
+
+    @property
+    def part(self) -> Part:
+        """Which part of the model that `base_config` describes is the backbone."""
+        return Part(self.stack, self.tower)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's text configuration: vocabulary size, hidden size and the like are its."""
+        if self.tower == "text":
+            return tower_config(self.base_config, "text")
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 

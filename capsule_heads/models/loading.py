@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .backbones import drop_pooler
+from .backbones import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, Part, part_of, tower_config
 from .configuration_capsule_head import CapsuleHeadConfig
 
 PACKAGE_PREFIX = "package:"
@@ -62,27 +63,18 @@ def resolve_backbone(name_or_path: str | os.PathLike) -> str:
     return str(directory)
 
 
-def load_pretrained_backbone(
-    name_or_path: str | os.PathLike,
-    revision: str | None,
-    config: PreTrainedConfig | None = None,
-    tower: str | None = None,
-    **kwargs,
-) -> tuple[PreTrainedModel, str | None]:
-    """Loads a backbone's pretrained weights.
+def load_backbone_config(
+    name_or_path: str | os.PathLike, revision: str | None, **kwargs
+) -> tuple[PreTrainedConfig, str | None]:
+    """The configuration of a backbone's checkpoint, and the commit that it is of (None for a local directory).
 
     Args:
         name_or_path: a model on the Hub or a local directory.
         revision: branch, tag or commit; None for the default branch.
-        config: the configuration object for it to keep; None to load the checkpoint's own.
-        tower: "vision" to load the image tower alone where the model has several (CLIP and its like).
-        **kwargs: those of `BACKBONE_KWARGS`.
-
-    Returns:
-        The backbone, and the commit its weights are of (None for a local directory).
+        **kwargs: those of `BACKBONE_KWARGS`; what loading a configuration does not take is left out.
 
     Raises:
-        ValueError: if the checkpoint is itself a capsule-head model, or lacks weights of the backbone.
+        ValueError: if the checkpoint is itself a capsule-head model.
         OSError: if there is no such checkpoint.
     """
     name_or_path = resolve_backbone(name_or_path)
@@ -92,27 +84,79 @@ def load_pretrained_backbone(
     except OSError as error:
         raise OSError(f"The backbone {name_or_path} was not found. {error}") from error
     commit = extract_commit_hash(config_file, None)
-    if config is None:
-        config_kwargs = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
-        config = AutoConfig.from_pretrained(name_or_path, revision=commit or revision, **hub_kwargs, **config_kwargs)
-        if tower is not None:
-            config = getattr(config, f"{tower}_config", config)
+    config_kwargs = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    config = AutoConfig.from_pretrained(name_or_path, revision=commit or revision, **hub_kwargs, **config_kwargs)
     if isinstance(config, CapsuleHeadConfig):
         raise ValueError(
             f"{name_or_path} is a capsule-head checkpoint, not a backbone; load it with from_pretrained, or name the "
             f"backbone it was made from ({config.base_model_name_or_path})."
         )
-    backbone, loading_info = AutoModel.from_pretrained(
-        name_or_path, config=config, revision=commit or revision, output_loading_info=True, **kwargs
+    return config, commit
+
+
+def candidates(config: PreTrainedConfig, main_inputs: Sequence[str], part: Part) -> list[tuple[PreTrainedConfig, Part]]:
+    """The parts of a model that may be the backbone for some inputs, the first that runs on them alone being it.
+
+    For images and sound that is the tower of a model of several; for text the whole model where it runs on text alone
+    (language models with a vision tower do), else its text tower (CLIP and its like). A tower is loaded by itself where
+    transformers has a class for it, else with the whole model, and taken out of that.
+
+    Args:
+        config: the model's configuration.
+        main_inputs: those that a model of ours takes, as in `main_input_name`.
+        part: which part the user wants; its tower is None to choose here.
+
+    Returns:
+        Configurations of models, and which part of each.
+    """
+    kind = {IMAGE_INPUTS: "vision", AUDIO_INPUTS: "audio"}.get(tuple(main_inputs), "text")
+    tower = tower_config(config, kind)
+    if part.tower is not None or tower is None:
+        return [(config, part)]
+    alone = [(tower, part)] if type(tower) in MODEL_MAPPING else []
+    towers = [*alone, (config, part._replace(tower=kind))]
+    return towers if kind == "vision" else [(config, part), *towers] if kind == "text" else [*towers, (config, part)]
+
+
+def load_pretrained_backbone(
+    name_or_path: str | os.PathLike,
+    revision: str | None,
+    config: PreTrainedConfig | None = None,
+    part: Part = ENCODER,
+    **kwargs,
+) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """Loads a backbone's pretrained weights.
+
+    Args:
+        name_or_path: a model on the Hub or a local directory.
+        revision: branch, tag or commit; None for the default branch.
+        config: the configuration object for it to keep, of the whole model or of one of its towers; None to load the
+            checkpoint's own.
+        part: which part of the model that is loaded.
+        **kwargs: those of `BACKBONE_KWARGS`.
+
+    Returns:
+        The backbone, and the configuration that it can be built again from.
+
+    Raises:
+        ValueError: if the checkpoint is itself a capsule-head model, or lacks weights of the backbone.
+        OSError: if there is no such checkpoint.
+    """
+    own_config, commit = load_backbone_config(name_or_path, revision, **kwargs)
+    name_or_path = resolve_backbone(name_or_path)
+    whole, loading_info = AutoModel.from_pretrained(
+        name_or_path, config=config or own_config, revision=commit or revision, output_loading_info=True, **kwargs
     )
-    drop_pooler(backbone)
-    missing = sorted(set(loading_info["missing_keys"]) & set(backbone.state_dict()))
+    backbone = part_of(whole, part)
+    used = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
+    state_dict = whole.state_dict(keep_vars=True)
+    missing = sorted(key for key in loading_info["missing_keys"] if key in state_dict and id(state_dict[key]) in used)
     if missing:
         raise ValueError(
             f"The checkpoint of {name_or_path} has no weights for {len(missing)} tensors of the "
-            f"{config.model_type} backbone, among them {missing[0]}; expected a checkpoint with all of them."
+            f"{whole.config.model_type} backbone, among them {missing[0]}; expected a checkpoint with all of them."
         )
-    return backbone, commit
+    return backbone, whole.config
 
 
 def reference_of(name_or_path: str | os.PathLike) -> str:

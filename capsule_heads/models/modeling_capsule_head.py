@@ -11,10 +11,11 @@ from transformers.utils.generic import can_return_tuple
 
 from ..heads import HeadOutput
 from ..mixup import draw_mixup, mix
+from .backbones import AUDIO_INPUTS, IMAGE_INPUTS, TEXT_INPUTS
 from .configuration_capsule_head import CapsuleHeadConfig
 from .losses import check_labels, infer_problem_type, problem_loss, problem_targets
 from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
-from .pretrained import CapsuleHeadPreTrainedModel, token_masks
+from .pretrained import CapsuleHeadPreTrainedModel
 
 # A regression's value is read from the poses of this many capsules: with a single one there is nothing to route.
 N_REGRESSION_CAPSULES = 8
@@ -26,7 +27,7 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
     It loads the checkpoint of a classifier, and gives its part capsules as features.
     """
 
-    backbone_inputs = ("input_ids", "pixel_values")
+    backbone_inputs = TEXT_INPUTS + IMAGE_INPUTS + AUDIO_INPUTS
     _keys_to_ignore_on_load_unexpected = [r"^head\.routings\.1\.", r"^regressor\."]
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building) -> None:
@@ -42,6 +43,12 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_position_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
         hidden_states: Tensor | Sequence[Tensor] | None = None,
         output_hidden_states: bool | None = None,
         output_routing: bool | None = None,
@@ -49,7 +56,8 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
     ) -> CapsuleHeadModelOutput:
         """Routes hidden states to parts.
 
-        Arguments as in `CapsuleHeadForSequenceClassification.forward` or `CapsuleHeadForImageClassification.forward`.
+        Arguments as in the classifier for the backbone's inputs: `CapsuleHeadForSequenceClassification.forward`,
+        `CapsuleHeadForImageClassification.forward` or `CapsuleHeadForAudioClassification.forward`.
         """
         inputs = {
             "input_ids": input_ids,
@@ -58,9 +66,15 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
             "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "image_grid_thw": image_grid_thw,
+            "image_position_ids": image_position_ids,
+            "input_values": input_values,
+            "input_features": input_features,
         }
-        states = self._hidden_states(hidden_states, inputs)
-        parts = self.head(states, token_masks(attention_mask, states), bool(output_routing))
+        states, masks = self._hidden_states(hidden_states, inputs)
+        parts = self.head(states, masks, bool(output_routing))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return CapsuleHeadModelOutput(
@@ -103,6 +117,15 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
             return None
         ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
         return lambda tensor: mix(tensor, ratio.to(tensor.device), partner.to(tensor.device))
+
+    def _mixed(
+        self, states: list[Tensor], masks: list[Tensor], targets: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Hidden states, masks and targets, mixed within the batch if this is training with mixup."""
+        mix_samples = self._draw_mixup(targets)
+        if mix_samples is None:
+            return states, masks, targets
+        return [mix_samples(x) for x in states], [mix_samples(mask) for mask in masks], mix_samples(targets)
 
     def _classify(
         self,
@@ -199,31 +222,81 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        states = self._hidden_states(hidden_states, inputs)
-        masks = token_masks(attention_mask, states)
-        mix_samples = self._draw_mixup(targets)
-        if mix_samples is not None:
-            states, masks = [mix_samples(x) for x in states], [mix_samples(mask) for mask in masks]
-            targets = mix_samples(targets)
+        states, masks, targets = self._mixed(*self._hidden_states(hidden_states, inputs), targets)
+        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
+
+
+class CapsuleHeadForAudioClassification(CapsuleHeadClassifier):
+    """A routing-capsule head on any speech or sound backbone: all frames at all depths, routed to parts, to classes.
+
+    A backbone's frames are fewer than its input's samples: the mask is mapped to them with the backbone's own count.
+    Scores, regression and mixup as in `CapsuleHeadForSequenceClassification`.
+    """
+
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    backbone_inputs = AUDIO_INPUTS
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        hidden_states: Tensor | Sequence[Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_capsules: bool | None = None,
+        output_routing: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CapsuleHeadClassifierOutput:
+        """Scores sounds.
+
+        Args:
+            input_values: `[batch, samples]`, from the backbone's feature extractor; or what it makes under this name.
+            input_features: `[batch, frames, bins]` or `[batch, bins, frames]`, a spectrum, for backbones that take one.
+            attention_mask: `[batch, samples]`, or `[batch, frames]` of the spectrum, 1 for sound and 0 for padding on
+                the right. None: all is sound. With `hidden_states` it is of their tokens.
+            labels: as in `CapsuleHeadForSequenceClassification.forward`.
+            hidden_states: as in `CapsuleHeadForSequenceClassification.forward`.
+            output_hidden_states: whether to return those in use. Default: as in the configuration.
+            output_capsules: whether to return poses and variances of the class capsules.
+            output_routing: whether to return the probabilities of each routing.
+            return_dict: False for a tuple, as in transformers.
+
+        Returns:
+            A `CapsuleHeadClassifierOutput`.
+
+        Raises:
+            ValueError: for inputs or labels that do not fit the model.
+        """
+        targets = self._targets(labels)
+        inputs = {"input_values": input_values, "input_features": input_features, "attention_mask": attention_mask}
+        states, masks, targets = self._mixed(*self._hidden_states(hidden_states, inputs), targets)
         return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
 
 
 class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
-    """A routing-capsule head on any image backbone, flat (ViT) or hierarchical (Swin, ConvNeXt, ResNet).
+    """A routing-capsule head on any image backbone: flat (ViT), hierarchical (Swin, ResNet), with packed patches.
 
     Scores, and regression: see `CapsuleHeadClassifier`. With `StereoConvModel` as backbone and
     `config.head_type="spatial_pose"` it is the paper's smallNORB network. In training, with `config.mixup_alpha` above
-    0, images and targets are mixed within the batch here, in the forward pass, or hidden states where those are given.
+    0, images and targets are mixed within the batch here, in the forward pass; hidden states and masks are where those
+    are given, or images come as patches and so may differ in shape.
     """
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    backbone_inputs = ("pixel_values",)
+    backbone_inputs = IMAGE_INPUTS
 
     @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         hidden_states: Tensor | Sequence[Tensor] | None = None,
         output_hidden_states: bool | None = None,
@@ -235,7 +308,13 @@ class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
         """Scores images.
 
         Args:
-            pixel_values: `[batch, channels, height, width]`, from the backbone's image processor.
+            pixel_values: `[batch, channels, height, width]`, from the backbone's image processor, or what else it makes
+                under this name: patches, or frames `[batch, frames, channels, height, width]`.
+            pixel_attention_mask: `[batch, patches]`, for backbones that take padded patches (SigLIP 2).
+            spatial_shapes: `[batch, 2]`, rows and columns of patches, for the same.
+            image_grid_thw: `[batch, 3]`, frames, rows and columns of patches, for backbones that take the patches of
+                all images in one sequence (Qwen2-VL's tower): its states are split by these.
+            image_position_ids: `[batch, patches, 2]`, for backbones that take the place of each patch, -1 for padding.
             labels: as in `CapsuleHeadForSequenceClassification.forward`.
             hidden_states: per depth in use `[batch, tokens, width]`, in the place of running the backbone; or one
                 tensor `[batch, tokens, depths, width]`.
@@ -252,14 +331,18 @@ class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
             ValueError: for inputs or labels that do not fit the model.
         """
         targets = self._targets(labels)
-        mix_samples = self._draw_mixup(targets)
+        patches = {
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "image_grid_thw": image_grid_thw,
+            "image_position_ids": image_position_ids,
+        }
+        mix_pixels = pixel_values is not None and all(value is None for value in patches.values())
+        mix_samples = self._draw_mixup(targets) if mix_pixels else None
         if mix_samples is not None:
-            targets = mix_samples(targets)
-            if pixel_values is not None:
-                pixel_values = mix_samples(pixel_values)
-        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        states = self._hidden_states(hidden_states, inputs)
-        if mix_samples is not None and hidden_states is not None:
-            states = [mix_samples(x) for x in states]
-        masks = token_masks(None, states)
+            pixel_values, targets = mix_samples(pixel_values), mix_samples(targets)
+        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding, **patches}
+        states, masks = self._hidden_states(hidden_states, inputs)
+        if not mix_pixels:
+            states, masks, targets = self._mixed(states, masks, targets)
         return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -13,13 +13,16 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..heads import LinearHead, PartDetector, PlaceConv, SpatialPoseHead, TokenDepthHead
 from ..layers import Routing
-from .backbones import build_backbone, describe, main_input_name, probe_hidden_sizes, run_backbone
+from .backbone_probe import probe_hidden_sizes
+from .backbones import TEXT_INPUTS, Part, build_backbone, describe, main_input_name, run_backbone
 from .configuration_capsule_head import CapsuleHeadConfig
 from .loading import (
     BACKBONE_KWARGS,
     REPOSITORY_KWARGS,
+    candidates,
     check_backbone_weights,
     check_config_kwargs,
+    load_backbone_config,
     load_config,
     load_pretrained_backbone,
     reference_of,
@@ -41,7 +44,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
     config_class = CapsuleHeadConfig
     base_model_prefix = "backbone"
-    backbone_inputs: tuple[str, ...] = ("input_ids",)  # a backbone's main input is one of these
+    backbone_inputs: tuple[str, ...] = TEXT_INPUTS  # a backbone's main input is one of these
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer has to divide it when it accumulates
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
@@ -59,7 +62,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         self.head = build_head(config, n_out)
         if backbone is None and build:
             config.head_only = False  # the backbone made here is random, not the one that the reference names
-            backbone = build_backbone(config.base_config, backbone_dtype)
+            backbone = build_backbone(config.base_config, backbone_dtype, config.part)
         if backbone is not None:
             self.check_backbone(backbone)
         self.backbone = backbone
@@ -77,7 +80,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"{backbone.config.model_type} takes {name}; {cls.__name__} expects a backbone that takes "
                 f"{' or '.join(cls.backbone_inputs)}. For text there is CapsuleHeadForSequenceClassification, for "
-                "images CapsuleHeadForImageClassification."
+                "images CapsuleHeadForImageClassification, for sound CapsuleHeadForAudioClassification."
             )
 
     @classmethod
@@ -110,26 +113,46 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         """
         backbone_kwargs = {name: kwargs.pop(name) for name in BACKBONE_KWARGS if name in kwargs}
         check_config_kwargs(kwargs)
-        if isinstance(name_or_path, PreTrainedConfig):
-            labels = {} if num_labels is None else {"num_labels": num_labels}
-            return cls(CapsuleHeadConfig(name_or_path, **labels, **kwargs)).eval()
-        backbone, commit = load_pretrained_backbone(
-            name_or_path, revision, tower="vision" if "pixel_values" in cls.backbone_inputs else None, **backbone_kwargs
-        )
-        cls.check_backbone(backbone)
+        part = Part(kwargs.pop("stack", "encoder"), kwargs.pop("tower", None))
+        from_config = isinstance(name_or_path, PreTrainedConfig)
         if num_labels is not None:
             kwargs["num_labels"] = num_labels
-        kwargs.setdefault("hidden_sizes", probe_hidden_sizes(backbone))
-        config = CapsuleHeadConfig(
-            base_config=backbone.config,
-            base_model_name_or_path=reference_of(name_or_path),
-            base_model_revision=commit,
-            **kwargs,
-        )
+        if from_config:
+            whole = name_or_path
+            make = lambda config, part: (build_backbone(config, part=part), config)  # noqa: E731 - as short as the next
+        else:
+            whole, commit = load_backbone_config(name_or_path, revision, **backbone_kwargs)
+            make = lambda config, part: load_pretrained_backbone(  # noqa: E731
+                name_or_path, commit or revision, config, part, **backbone_kwargs
+            )
+            kwargs |= {"base_model_name_or_path": reference_of(name_or_path), "base_model_revision": commit}
+        CapsuleHeadConfig.check_part(part, whole)
+        choices = candidates(whole, cls.backbone_inputs, part)
+        backbone, found = cls._first_that_runs(choices, make, kwargs.pop("hidden_sizes", None))
+        config = CapsuleHeadConfig(**found, **kwargs)
         model = cls(config, backbone=backbone)
-        model._refer_to_backbone(config.freeze_backbone)
+        model._refer_to_backbone(config.freeze_backbone and not from_config)
         model.head.to(backbone.device)
         return model.eval()
+
+    @classmethod
+    def _first_that_runs(
+        cls,
+        choices: Sequence[tuple[PreTrainedConfig, Part]],
+        make: Callable[[PreTrainedConfig, Part], tuple[PreTrainedModel, PreTrainedConfig]],
+        hidden_sizes: list[int] | None,
+    ) -> tuple[PreTrainedModel, dict]:
+        """The backbone of the first choice that runs on this model's inputs alone, and the fields that say which."""
+        first_error = None
+        for config, part in choices:
+            try:
+                backbone, base_config = make(config, part)
+                cls.check_backbone(backbone)
+                sizes = hidden_sizes or probe_hidden_sizes(backbone, part.stack)
+                return backbone, {"base_config": base_config, "hidden_sizes": sizes, **part._asdict()}
+            except ValueError as error:
+                first_error = first_error or error
+        raise first_error
 
     @classmethod
     def from_pretrained(
@@ -183,8 +206,12 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     def _load_backbone(self, source: str | os.PathLike, backbone_kwargs: dict) -> None:
         config = self.config
         try:
-            backbone, _ = load_pretrained_backbone(
-                config.base_model_name_or_path, config.base_model_revision, config.base_config, **backbone_kwargs
+            backbone, base_config = load_pretrained_backbone(
+                config.base_model_name_or_path,
+                config.base_model_revision,
+                config.base_config,
+                config.part,
+                **backbone_kwargs,
             )
         except OSError as error:
             revision = f" (revision {config.base_model_revision})" if config.base_model_revision else ""
@@ -194,7 +221,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 "now, or load_backbone=False."
             ) from error
         self.check_backbone(backbone)
-        config.base_config = backbone.config
+        config.base_config = base_config
         self.backbone = backbone
         self.post_init()  # again, now that there is a backbone: it collects the backbone's tied weights and the like
         self._refer_to_backbone(config.freeze_backbone)
@@ -273,32 +300,39 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
     def _hidden_states(
         self, hidden_states: Tensor | Sequence[Tensor] | None, inputs: dict[str, Tensor | None]
-    ) -> list[Tensor]:
-        """The hidden states at the depths in use, given or computed, in the head's dtype and on its device."""
-        widths = self.head.d_emb
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The hidden states at the depths in use, given or computed, in the head's dtype and on its device; masks."""
         if hidden_states is not None:
-            states = (
-                hidden_states.unbind(2)
-                if isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
-                else hidden_states
-            )
-            shapes = [tuple(x.shape) for x in states]
-            if len(shapes) != len(widths) or any(len(s) != 3 or s[-1] != w for s, w in zip(shapes, widths)):
-                given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
-                raise ValueError(
-                    f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, "
-                    f"width] per depth, with {len(widths)} depths of width {describe(widths)}."
-                )
+            states = self._check_hidden_states(hidden_states)
+            masks = token_masks(inputs.get("attention_mask"), states)
         else:
             if self.backbone is None:
                 raise ValueError("This model has no backbone: pass hidden_states, or load it with load_backbone=True.")
             if sum(inputs.get(name) is not None for name in (*self.backbone_inputs, "inputs_embeds")) != 1:
                 names = [name for name in inputs if name in (*self.backbone_inputs, "inputs_embeds")]
                 raise ValueError(f"Pass one of {', '.join(names)} (or hidden_states, in the place of them).")
-            with torch.no_grad() if self.config.freeze_backbone else nullcontext():
-                states = run_backbone(self.backbone, self.config.depths, self.config.hidden_sizes, **inputs)
+            config = self.config
+            with torch.no_grad() if config.freeze_backbone else nullcontext():
+                states, masks = run_backbone(self.backbone, config.depths, config.hidden_sizes, config.stack, **inputs)
         weight = next(self.head.parameters())
-        return [x.to(device=weight.device, dtype=weight.dtype) for x in states]
+        return (
+            [x.to(device=weight.device, dtype=weight.dtype) for x in states],
+            [mask.to(device=weight.device) for mask in masks],
+        )
+
+    def _check_hidden_states(self, hidden_states: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        """Hidden states that a user gave, one per depth."""
+        widths = self.head.d_emb
+        stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
+        states = hidden_states.unbind(2) if stacked else hidden_states
+        shapes = [tuple(x.shape) for x in states]
+        if len(shapes) != len(widths) or any(len(s) != 3 or s[-1] != w for s, w in zip(shapes, widths)):
+            given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
+            raise ValueError(
+                f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, "
+                f"width] per depth, with {len(widths)} depths of width {describe(widths)}."
+            )
+        return states
 
 
 def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:

@@ -8,16 +8,17 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     CLIPConfig,
-    T5Config,
+    PatchTSTConfig,
     ViTConfig,
-    Wav2Vec2Config,
 )
 
 from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification
 from capsule_heads.heads import TokenDepthHead
-from capsule_heads.models.backbones import build_backbone, probe_hidden_sizes, run_backbone
+from capsule_heads.models.backbone_probe import probe_hidden_sizes
+from capsule_heads.models.backbones import build_backbone, run_backbone
 from capsule_heads.models.loading import load_pretrained_backbone, resolve_backbone
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 ROBERTA_LIKE = ("mpnet", "roberta")  # with positions counted from the index of padding
 
 
@@ -104,7 +105,7 @@ def test_positions_are_those_the_backbone_would_count_itself(kind, backbone_dir,
     batch = {"input_ids": ids[0][None], "attention_mask": torch.ones_like(ids[0][None])}
     with torch.no_grad():
         expected = backbone(**batch, output_hidden_states=True).hidden_states
-        states = run_backbone(backbone, [0, 1], [16] * 3, **batch)
+        states, _ = run_backbone(backbone, [0, 1], [16] * 3, **batch)
     assert torch.equal(states[0], expected[0]) and torch.equal(states[1], expected[1])
 
 
@@ -152,24 +153,22 @@ def test_state_space_layers_are_run_without_a_cache(backbone_config):
 # Refusals
 
 
-def test_an_encoder_decoder_is_refused(tmp_path):
-    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-    AutoModel.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="t5 is an encoder-decoder; expected an encoder or a decoder"):
-        CapsuleHeadForSequenceClassification.from_backbone(tmp_path, num_labels=2)
-
-
 def test_models_of_other_modalities_are_refused(tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    AutoModel.from_config(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(tmp_path / "vit")
+    AutoModel.from_config(ViTConfig(image_size=8, patch_size=4, **SIZES)).save_pretrained(tmp_path / "vit")
     with pytest.raises(ValueError, match="vit takes pixel_values; CapsuleHeadForSequenceClassification expects"):
         CapsuleHeadForSequenceClassification.from_backbone(tmp_path / "vit")
-    audio = Wav2Vec2Config(conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(2, 2), num_conv_pos_embeddings=4, **sizes)
-    with pytest.raises(ValueError, match="wav2vec2 takes input_values; expected a text or image backbone"):
-        probe_hidden_sizes(build_backbone(audio))
-    towers = {"text_config": {**sizes, "vocab_size": 64}, "vision_config": {**sizes, "image_size": 8, "patch_size": 4}}
-    with pytest.raises(ValueError, match="clip does not run on input_ids alone; expected a text or image backbone"):
+
+
+def test_a_model_that_does_not_run_on_its_main_input_alone_is_refused():
+    towers = {"text_config": {**SIZES, "vocab_size": 64}, "vision_config": {**SIZES, "image_size": 8, "patch_size": 4}}
+    with pytest.raises(ValueError, match="clip does not run on input_ids alone; expected a backbone for text, images"):
         probe_hidden_sizes(build_backbone(CLIPConfig(**towers, projection_dim=8)))
+
+
+def test_a_model_of_no_known_modality_is_refused():
+    config = PatchTSTConfig(d_model=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, context_length=8)
+    with pytest.raises(ValueError, match="patchtst takes past_values; expected a backbone for text, images or audio"):
+        probe_hidden_sizes(build_backbone(config))
 
 
 def test_another_number_of_hidden_states_is_reported(backbone_dir, backbone_config, ids):

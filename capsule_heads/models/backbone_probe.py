@@ -1,0 +1,221 @@
+"""What a backbone's hidden states look like: found by running it on inputs made up for it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from transformers import AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .backbones import (
+    AUDIO_INPUTS,
+    ENCODER,
+    IMAGE_INPUTS,
+    TEXT_INPUTS,
+    Part,
+    all_hidden_states,
+    main_input_name,
+    part_of,
+)
+
+N_TOKENS = 4
+MORE_TOKENS = 64  # for backbones that need whole blocks of tokens
+IMAGE_SIZE = 64  # where the configuration does not say for which size the backbone was made
+LARGER_IMAGE_SIZE = 224  # for backbones that need more
+N_SAMPLES = 9600  # of sound; a multiple of the blocks that codecs take
+N_FRAMES = 128  # of a spectrum
+# Fields that say how many bins a spectrum has, or features a frame.
+BINS = (
+    "input_size",
+    "num_mel_bins",
+    "feature_projection_input_dim",
+    "input_feat_per_channel",
+    "input_feat_size",
+    "input_dim",
+)
+
+
+@torch.no_grad()
+def probe_hidden_sizes(backbone: PreTrainedModel, stack: str = "encoder") -> list[int]:
+    """Runs a backbone on a few tokens, an image or some sound, and returns the width of each of its hidden states.
+
+    Args:
+        backbone: what `part_of` returned.
+        stack: "encoder" or "decoder", of an encoder-decoder.
+
+    Raises:
+        ValueError: if it is not a text, image or audio model that yields hidden states for such inputs alone; says what
+            was found.
+    """
+    return [x.shape[-1] for x in probe(backbone, stack)[1]]
+
+
+@torch.no_grad()
+def probe(
+    backbone: PreTrainedModel, stack: str = "encoder", shares: Sequence[float] = (1.0,)
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The first of the inputs made up for a backbone that it runs on, and its hidden states for them.
+
+    Args:
+        backbone: what `part_of` returned.
+        stack: "encoder" or "decoder", of an encoder-decoder.
+        shares: of each sample in the batch: its length, as a share of the longest, where samples can be shorter.
+
+    Returns:
+        The inputs, in our names, and per depth `[batch, tokens, width]`.
+
+    Raises:
+        ValueError: as `probe_hidden_sizes`.
+    """
+    model_type, name = backbone.config.model_type, main_input_name(backbone)
+    if name not in TEXT_INPUTS + IMAGE_INPUTS + AUDIO_INPUTS:
+        raise ValueError(
+            f"{model_type} takes {name}; expected a backbone for text, images or audio: one that takes "
+            f"{', '.join(TEXT_INPUTS + IMAGE_INPUTS)} or {' or '.join(AUDIO_INPUTS)}."
+        )
+    was_training, errors = backbone.training, []
+    backbone.eval()
+    try:
+        for inputs in example_inputs(backbone, shares):
+            inputs = {key: value.to(backbone.device) for key, value in inputs.items()}
+            try:
+                return inputs, all_hidden_states(backbone, stack, inputs)[0]
+            except Exception as error:
+                errors.append(error)
+    finally:
+        backbone.train(was_training)
+    # The first try may only have left out an argument that a later one passed.
+    error = next((error for error in errors if not isinstance(error, TypeError)), errors[0])
+    raise ValueError(
+        f"{model_type} does not run on {name} alone; expected a backbone for text, images or audio. {error}"
+    ) from error
+
+
+def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part = ENCODER) -> list[int]:
+    """The same from a backbone's configuration alone: it runs on tensors that have shapes and no data.
+
+    Where the way through a backbone depends on data (mixtures of experts), its configuration has to say it.
+
+    Raises:
+        ValueError: as `probe_hidden_sizes`, or if neither tells.
+    """
+    with torch.device("meta"):
+        backbone = part_of(AutoModel.from_config(copy.deepcopy(base_config)), part)
+    # Models look at the values of some tensors, unless those are fake: meta tensors alone would not do.
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return probe_hidden_sizes(backbone, part.stack)
+    except ValueError as error:
+        text_config = base_config.get_text_config()
+        n_layers, width = (getattr(text_config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+        if not isinstance(error.__cause__, DataDependentOutputException | DynamicOutputShapeException) or not n_layers:
+            raise
+        return [width] * (n_layers + 1)
+
+
+def example_inputs(backbone: PreTrainedModel, shares: Sequence[float] = (1.0,)) -> Iterator[dict[str, Tensor]]:
+    """Inputs that a backbone may run on, the likeliest first; in our names.
+
+    Args:
+        backbone: a text, image or audio model.
+        shares: as in `probe`.
+    """
+    name = main_input_name(backbone)
+    config, dtype = backbone.config, backbone.dtype
+    if name in TEXT_INPUTS:
+        for n_tokens in (N_TOKENS, MORE_TOKENS):
+            tokens = torch.arange(len(shares) * n_tokens).remainder(7).add(3).view(len(shares), n_tokens)
+            yield {"input_ids": tokens, **_mask(shares, n_tokens)}
+    elif name in IMAGE_INPUTS:
+        for inputs in _images(backbone, shares):
+            yield {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    else:
+        for shape, length in _audio_shapes(config, name):
+            noise = torch.randn(len(shares), *shape).to(dtype)
+            yield {name: noise, **_mask(shares, length)}
+            yield {name: noise, "attention_mask": torch.ones(len(shares), length, dtype=torch.long)}
+
+
+def _mask(shares: Sequence[float], length: int) -> dict[str, Tensor]:
+    """The mask of a batch of such lengths; none where all are equal."""
+    if set(shares) == {1.0}:
+        return {}
+    ends = torch.tensor([max(1, round(share * length)) for share in shares])
+    return {"attention_mask": (torch.arange(length) < ends[:, None]).long()}
+
+
+def _images(backbone: PreTrainedModel, shares: Sequence[float]) -> Iterator[dict[str, Tensor]]:
+    config, n = backbone.config, len(shares)
+    accepted = inspect.signature(backbone.forward).parameters.keys()
+    n_channels = _first(config, ("num_channels", "in_channels", "in_chans", "num_input_channels"), 3)
+    height, width = _pair(_first(config, ("image_size", "img_size", "input_size"), IMAGE_SIZE))
+    patch = _pair(_first(config, ("patch_size",), 16))[0]
+    frames = _first(config, ("num_frames", "frames_per_clip", "video_seq_length"), 4)
+    n_values = n_channels * patch * patch
+    merge = _pair(_first(config, ("spatial_merge_size", "merge_kernel_size", "pooling_kernel_size"), 2))[0] * 2
+    if accepted & {"grid_thw", "image_grid_thw"}:
+        grids = torch.tensor([[1, merge, merge * (2 if share == 1 else 1)] for share in shares])
+        total = int(grids.prod(-1).sum())
+        frame = _pair(_first(config, ("temporal_patch_size",), 1))[0]
+        for shape in (
+            (n_values * frame,),
+            (n_values,),
+            (2 * n_values,),
+            (n_channels, patch, patch),
+            (n_channels, frame, patch, patch),
+        ):
+            yield {"pixel_values": torch.randn(total, *shape), "image_grid_thw": grids}
+        return
+    if "spatial_shapes" in accepted:
+        side = merge
+        mask = _mask(shares, side * side).get("attention_mask", torch.ones(n, side * side, dtype=torch.long))
+        shapes = torch.tensor([[max(1, round(share * side)), side] for share in shares])
+        pixels = torch.randn(n, side * side, n_values)
+        yield {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    if accepted & {"pixel_position_ids", "image_position_ids"}:
+        rows, columns = torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
+        places = torch.stack([columns, rows], -1).flatten(0, 1).expand(n, -1, -1)
+        yield {"pixel_values": torch.rand(n, merge * merge, n_values), "image_position_ids": places}
+    video = {"pixel_values": torch.randn(n, frames, n_channels, height, width)}
+    if "pixel_values_videos" in accepted:
+        yield video
+    yield {"pixel_values": torch.randn(n, n_channels, height, width)}
+    yield {"pixel_values": torch.randn(n, n_channels, LARGER_IMAGE_SIZE, LARGER_IMAGE_SIZE)}
+    yield video
+
+
+def _audio_shapes(config: PreTrainedConfig, name: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Sound `[samples]` or `[1, samples]`, a spectrum `[frames, bins]` or `[bins, frames]`; and samples, or frames."""
+    if name == "input_values" and getattr(config, "num_mel_bins", None) is None:
+        yield (N_SAMPLES,), N_SAMPLES
+        yield (1, N_SAMPLES), N_SAMPLES
+    n_bins = _first(config, BINS, 80)
+    positions = _first(config, ("max_source_positions",), N_FRAMES // 2)
+    n_frames = _first(config, ("max_length",), N_FRAMES) if name == "input_values" else N_FRAMES
+    yield (n_frames, n_bins), n_frames
+    yield (n_bins, 2 * positions), 2 * positions
+    yield (n_bins, N_FRAMES), N_FRAMES
+    yield (N_FRAMES, 4 * n_bins), N_FRAMES  # several frames stacked
+    if name == "input_features":
+        yield (N_SAMPLES,), N_SAMPLES
+
+
+def _first(config: PreTrainedConfig, names: Sequence[str], default: int) -> int | list[int]:
+    """The first of some fields that a configuration, or one of those in it, has."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((value for value in found if value), default)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[-2], size[-1])

@@ -1,0 +1,196 @@
+"""What a backbone returned, as one `[batch, tokens, width]` and one mask per depth: every layout is known here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+# Feature maps are [batch, channels, rows, columns] where shapes leave a choice, but for these types.
+CHANNELS_LAST = frozenset({"sam_vision_model", "sam_hq_vision_model"})
+# Their several streams of a text's tokens are [streams, batch, tokens, width], not [batch, tokens, streams, width].
+STREAMS_FIRST = frozenset({"gemma3n", "gemma3n_text"})
+# Where the hidden states of each stack are, and its last one after the final norm; the first that is there counts.
+STATES_OF_STACK = {
+    "encoder": (("encoder_hidden_states", "encoder_last_hidden_state"), ("hidden_states", "last_hidden_state")),
+    "decoder": (("decoder_hidden_states", "last_hidden_state"), ("hidden_states", "last_hidden_state")),
+}
+
+
+class Layout(NamedTuple):
+    """What is known of a batch beside the states.
+
+    Attributes:
+        n_samples: its size.
+        mask: `[batch, inputs]`, 1 for a token (or sample, frame, patch) and 0 for padding; None if all are.
+        grids: `[batch, 3]`, frames, rows and columns of patches, where those of all samples are packed in one sequence.
+        widths: the width of each hidden state, if known.
+        n_tokens: of a text, padding included; None for other inputs.
+    """
+
+    n_samples: int
+    mask: Tensor | None = None
+    grids: Tensor | None = None
+    widths: Sequence[int] | None = None
+    n_tokens: int | None = None
+
+
+def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str) -> list[Tensor]:
+    """All hidden states of one stack, the last one after the final norm, in the shapes the backbone gives them.
+
+    Some models' own tuple ends before that norm, which would then be left out.
+
+    Raises:
+        ValueError: if there are none; says what there is.
+    """
+    for states_name, last_name in STATES_OF_STACK[stack]:
+        states = _flat(outputs.get(states_name))
+        if states:
+            last = outputs.get(last_name)
+            if isinstance(last, Tensor) and last.shape == states[-1].shape:
+                states[-1] = last
+            return states
+    raise ValueError(
+        f"The {model_type} backbone returned no hidden_states, only {', '.join(outputs.keys())}; "
+        "expected a model that yields one tensor per layer."
+    )
+
+
+def arrange(states: Sequence[Tensor], layout: Layout, backbone: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Brings every hidden state of a batch into one form, with its mask.
+
+    Args:
+        states: in the shapes the backbone gives them: sequences, several streams of each token, feature maps with
+            their channels first or last, the windows or frames of each sample one after another, or the tokens of all
+            samples packed in one sequence.
+        layout: what is known of the batch.
+        backbone: which has methods that count frames, if it is a speech model.
+
+    Returns:
+        Per depth `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per depth
+        `[batch, tokens]`, 1 for a token and 0 for padding, in float32 or wider.
+
+    Raises:
+        ValueError: for a shape that is none of these.
+    """
+    arranged, masks = [], []
+    for depth, x in enumerate(states):
+        width = layout.widths[depth] if layout.widths is not None and depth < len(layout.widths) else None
+        x, mask = _arrange_one(x, width, layout, backbone)
+        arranged.append(x)
+        # Mixup makes fractions of a mask, which bfloat16 would round to two digits.
+        masks.append(mask.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)))
+    return arranged, masks
+
+
+def _flat(states: Any) -> list[Tensor]:
+    """The tensors of a tuple, or of the tuples in it."""
+    if isinstance(states, Tensor):
+        return [states]
+    return [x for item in states or () for x in _flat(item)]
+
+
+def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+    n_samples, model_type = layout.n_samples, backbone.config.model_type
+    given = tuple(x.shape)
+    if layout.grids is not None and (x.ndim == 2 or (x.ndim == 3 and len(x) == 1)):
+        return unpack(x.reshape(-1, x.shape[-1]), layout.grids)
+    mask = layout.mask
+    if x.ndim == 4 and model_type in STREAMS_FIRST:
+        x = x.movedim(0, 2)
+    if x.ndim == 4 and x.shape[1] == layout.n_tokens:  # several streams for each token
+        mask = None if mask is None else mask.repeat_interleave(x.shape[2], dim=1)
+        x = x.flatten(1, 2)
+    elif x.ndim == 4:
+        x = x.flatten(1, 2) if _channels_last(x, width, model_type) else x.flatten(2).mT
+    elif x.ndim > 4:
+        x = x.flatten(1, -2)
+    elif x.ndim == 2 and len(x) == n_samples:
+        x = x[:, None]
+    if (
+        x.ndim == 3
+        and len(x) != n_samples
+        and (len(x) % n_samples == 0 or (len(x) == 1 and not x.shape[1] % n_samples))
+    ):
+        # Windows, crops or frames of a sample, or tokens of equally large images, stand one after another.
+        x = x.reshape(n_samples, -1, x.shape[-1])
+    if x.ndim != 3 or len(x) != n_samples:
+        raise ValueError(
+            f"A hidden state of {model_type} for a batch of {n_samples} has shape {given}; expected "
+            "[batch, tokens, width], or feature maps [batch, channels, rows, columns]."
+        )
+    return x, _mask_of(x, mask, backbone)
+
+
+def _channels_last(x: Tensor, width: int | None, model_type: str) -> bool:
+    first, last = x.shape[1], x.shape[3]
+    if width is not None and (first == width) != (last == width):
+        return last == width
+    if width is None and (x.shape[1] == x.shape[2]) != (x.shape[2] == x.shape[3]):
+        return x.shape[1] == x.shape[2]  # maps are square when a backbone is tried
+    return model_type in CHANNELS_LAST
+
+
+def unpack(x: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits the packed tokens of several images by their grids.
+
+    Args:
+        x: `[tokens of all images, width]`.
+        grids: `[images, 3]`: frames, rows and columns of patches. Where there are fewer tokens than patches, each token
+            stands for equally many.
+
+    Returns:
+        `[images, most tokens, width]`, zero behind an image's own, and the mask `[images, most tokens]`.
+
+    Raises:
+        ValueError: if the grids have another number of patches than can be.
+    """
+    n_patches = grids.prod(-1).tolist()
+    merged, rest = divmod(sum(n_patches), len(x)) if len(x) else (1, 1)
+    if rest or any(n % merged for n in n_patches):
+        raise ValueError(
+            f"A hidden state has {len(x)} packed tokens, and image_grid_thw says {n_patches} patches; expected as many "
+            "tokens, or a whole number of patches per token."
+        )
+    parts = x.split([n // merged for n in n_patches])
+    mask = nn.utils.rnn.pad_sequence([x.new_ones(len(part)) for part in parts], batch_first=True)
+    return nn.utils.rnn.pad_sequence(list(parts), batch_first=True), mask
+
+
+def _mask_of(x: Tensor, mask: Tensor | None, backbone: nn.Module) -> Tensor:
+    """`[batch, tokens]` for hidden states `[batch, tokens, width]`, from the mask of the inputs."""
+    n_tokens = x.shape[1]
+    if mask is None:
+        return torch.ones(x.shape[:2], device=x.device)
+    if mask.shape[1] == n_tokens:
+        return mask
+    full = torch.full((1,), mask.shape[1], device=mask.device)
+    if frame_counts(backbone, full) == n_tokens and bool((mask.long().diff(dim=-1) <= 0).all()):
+        return torch.arange(n_tokens, device=mask.device) < frame_counts(backbone, mask.sum(-1).long())[:, None]
+    if n_tokens > mask.shape[1]:
+        # Tokens that the backbone adds by itself, before those of the input.
+        return F.pad(mask, (n_tokens - mask.shape[1], 0), value=1)
+    # A token that stands for several inputs is one as soon as one of them is.
+    return F.adaptive_max_pool1d(mask[:, None].float(), n_tokens)[:, 0]
+
+
+def frame_counts(backbone: nn.Module, lengths: Tensor) -> Tensor | None:
+    """How many frames a speech model makes of so many samples, or spectra, by its own method; None if it has none.
+
+    Args:
+        backbone: the model.
+        lengths: `[batch]`.
+    """
+    for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
+        method = getattr(backbone, name, None)
+        if method is not None:
+            # An adapter comes after the layers that the hidden states are of.
+            options = {"add_adapter": False} if "add_adapter" in inspect.signature(method).parameters else {}
+            counts = method(lengths, **options)
+            return counts[-1] if isinstance(counts, tuple) else counts
+    return None
