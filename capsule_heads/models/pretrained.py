@@ -271,6 +271,26 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         """False: transformers would leave containers without parameters of their own uninitialised otherwise."""
         return False
 
+    def compute_hidden_states(
+        self, *, attention_mask: Tensor | None = None, **inputs: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The backbone's hidden states at the depths in use, without running the head.
+
+        Args:
+            attention_mask: as in `forward`.
+            **inputs: the other inputs of `forward` that go to the backbone.
+
+        Returns:
+            Per depth `[batch, tokens, width]`, which `forward` takes as `hidden_states`; and per depth `[batch,
+            tokens]`, 1 for a token and 0 for padding. Without a graph where the backbone is frozen.
+
+        Raises:
+            ValueError: for inputs that do not fit the model, or a model without a backbone.
+        """
+        known = dict.fromkeys((*self.backbone_inputs, "inputs_embeds"))
+        states = self._hidden_states(None, {**known, "attention_mask": attention_mask, **inputs})
+        return states, token_masks(attention_mask, states)
+
     def _hidden_states(
         self, hidden_states: Tensor | Sequence[Tensor] | None, inputs: dict[str, Tensor | None]
     ) -> list[Tensor]:
@@ -295,6 +315,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             if sum(inputs.get(name) is not None for name in (*self.backbone_inputs, "inputs_embeds")) != 1:
                 names = [name for name in inputs if name in (*self.backbone_inputs, "inputs_embeds")]
                 raise ValueError(f"Pass one of {', '.join(names)} (or hidden_states, in the place of them).")
+            # Not inference_mode: the head's affine map keeps its input for the gradient of its weight, and autograd
+            # takes no inference tensors. A clone of every state would cost more than the mode saves.
             with torch.no_grad() if self.config.freeze_backbone else nullcontext():
                 states = run_backbone(self.backbone, self.config.depths, self.config.hidden_sizes, **inputs)
         weight = next(self.head.parameters())
