@@ -109,11 +109,12 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         states: list[Tensor],
         masks: list[Tensor],
         targets: Tensor | None,
+        mix_samples: Callable[[Tensor], Tensor] | None,
         output_hidden_states: bool | None,
         output_capsules: bool | None,
         output_routing: bool | None,
     ) -> CapsuleHeadClassifierOutput:
-        capsules = self.head(states, masks, bool(output_routing))
+        capsules = self.head(states, masks, bool(output_routing), mix_samples)
         logits = self._logits(capsules)
         loss = None if targets is None else problem_loss(self.config, logits, targets.to(logits.device))
         if output_hidden_states is None:
@@ -203,9 +204,12 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
         masks = token_masks(attention_mask, states)
         mix_samples = self._draw_mixup(targets)
         if mix_samples is not None:
-            states, masks = [mix_samples(x) for x in states], [mix_samples(mask) for mask in masks]
+            mixed = {id(mask): mix_samples(mask) for mask in masks}  # most often all depths have one
+            masks = [mixed[id(mask)] for mask in masks]
             targets = mix_samples(targets)
-        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
+        return self._classify(
+            states, masks, targets, mix_samples, output_hidden_states, output_capsules, output_routing
+        )
 
 
 class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
@@ -259,7 +263,6 @@ class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
                 pixel_values = mix_samples(pixel_values)
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
         states = self._hidden_states(hidden_states, inputs)
-        if mix_samples is not None and hidden_states is not None:
-            states = [mix_samples(x) for x in states]
         masks = token_masks(None, states)
-        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
+        mix_states = None if hidden_states is None else mix_samples
+        return self._classify(states, masks, targets, mix_states, output_hidden_states, output_capsules, output_routing)

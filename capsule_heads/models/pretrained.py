@@ -294,7 +294,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     def _hidden_states(
         self, hidden_states: Tensor | Sequence[Tensor] | None, inputs: dict[str, Tensor | None]
     ) -> list[Tensor]:
-        """The hidden states at the depths in use, given or computed, in the head's dtype and on its device."""
+        """The hidden states at the depths in use, given or computed, on the head's device."""
         widths = self.head.d_emb
         if hidden_states is not None:
             states = (
@@ -319,8 +319,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             # takes no inference tensors. A clone of every state would cost more than the mode saves.
             with torch.no_grad() if self.config.freeze_backbone else nullcontext():
                 states = run_backbone(self.backbone, self.config.depths, self.config.hidden_sizes, **inputs)
-        weight = next(self.head.parameters())
-        return [x.to(device=weight.device, dtype=weight.dtype) for x in states]
+        device = next(self.head.parameters()).device
+        return [x.to(device) for x in states]  # the head sees to the dtype, one depth at a time
 
 
 def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:
