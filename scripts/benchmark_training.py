@@ -32,7 +32,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, load_sst, tokenize
@@ -104,6 +104,7 @@ def train_once(kind: str, seed: int, arguments: argparse.Namespace, data: datase
             data_collator=CapsuleCollator(tokenizer),
             compute_metrics=compute_metrics_for("classification"),
         )
+        trainer.remove_callback(PrinterCallback)
         set_seed(seed)
         trainer.train()
         seconds = time.perf_counter() - start
@@ -243,8 +244,10 @@ def main() -> None:
     STRATEGIES["original"] = original
     check_agreement()
     about = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {name: value for name, value in vars(arguments).items() if name not in ("json", "memory_of", "scratch")}
-    print(", ".join(f"{name} {value}" for name, value in about.items() if name != "source"), flush=True)
+    about |= {
+        name: value for name, value in vars(arguments).items() if name not in ("json", "memory_of", "scratch", "source")
+    }
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     memory, table = memory_table(arguments.memory_sizes)
     print(f"\n{table}\n", flush=True)
 

@@ -34,7 +34,7 @@ def test_it_times_both_ways_and_writes_everything(run, backbone, trees, tmp_path
     assert [row["kind"] for row in written["memory"]] == ["straightforward", "ours", "ours, from the cache"]
     assert [row["states"] for row in written["memory"]] == [2 * 16 * 3 * 64 * size for size in (4, 4, 2)]
     assert "x less time (" in done.stdout
-    assert "Measured on 8 of 12 phrases, drawn at random." in done.stdout
+    assert "Measured on 8 of 13 phrases, drawn at random." in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["times.json"]  # the caches are gone
 
 
