@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,10 +52,21 @@ class PartDetector(nn.Module):
         self.norm.reset_parameters()
 
     def project(self, hidden_states: Sequence[Tensor]) -> list[Tensor]:
-        """Depth embedding and affine map: `n_depths` tensors `[batch, tokens, d_emb]` to `[batch, tokens, d_inp]`."""
+        """Depth embedding and affine map: `n_depths` tensors `[batch, tokens, d_emb]` to `[batch, tokens, d_inp]`.
+
+        Hidden states may be of any dtype. Those in half precision stay so in memory, but for one at a time.
+        """
         # W (x + e) + b = W x + (W e + b): nothing of the width of the hidden states is made.
         offsets = self.affine(self.depth_emb)
-        return [F.linear(x, self.affine.weight) + offset for x, offset in zip(hidden_states, offsets, strict=True)]
+        projected, scratch = [], None
+        for x, offset in zip(hidden_states, offsets, strict=True):
+            if _is_kept_in_half(x, self.affine.weight):
+                if scratch is None or scratch.shape != x.shape:
+                    scratch = torch.empty_like(x, dtype=self.affine.weight.dtype)
+                projected.append(_LinearOfHalf.apply(x, self.affine.weight, scratch) + offset)
+            else:
+                projected.append(F.linear(x.to(self.affine.weight.dtype), self.affine.weight) + offset)
+        return projected
 
     def activate(self, projected: Tensor) -> Tensor:
         """Swish and layer normalisation, `[..., d_inp]`."""
@@ -113,6 +124,7 @@ class TokenDepthHead(nn.Module):
         hidden_states: Sequence[Tensor],
         mask: Tensor | Sequence[Tensor],
         return_routing_probabilities: bool = False,
+        mix: Callable[[Tensor], Tensor] | None = None,
     ) -> HeadOutput:
         """Scores each class.
 
@@ -121,6 +133,7 @@ class TokenDepthHead(nn.Module):
             mask: `[batch, tokens]`, in [0, 1]: 1 for a token, 0 for padding, a fraction for a share of a token (mixup);
                 or one per depth.
             return_routing_probabilities: whether to return those of each routing.
+            mix: mixes the samples of a batch (mixup). The hidden states are mixed with it; the mask is as it is given.
 
         Returns:
             A `HeadOutput`.
@@ -135,11 +148,13 @@ class TokenDepthHead(nn.Module):
             for depth, x in zip(depths, detector.project([hidden_states[depth] for depth in depths])):
                 projected[depth] = x
         if len(self.widths) == 1 and len({x.shape for x in projected}) == 1:
-            x = self.detect_parts[0].activate(torch.stack(projected, dim=2)).flatten(1, 2)
+            # What mixes samples commutes with the affine map, and has less to mix behind it.
+            x = _mixed(torch.stack(projected, dim=2), mix)
+            x = self.detect_parts[0].activate(x).flatten(1, 2)
             a = _logit(torch.stack(masks, dim=2), x).flatten(1)
         else:
             detectors = [self.detect_parts[self.widths.index(width)] for width in self.d_emb]
-            x = torch.cat([detector.activate(x) for detector, x in zip(detectors, projected)], dim=1)
+            x = torch.cat([detector.activate(_mixed(x, mix)) for detector, x in zip(detectors, projected)], dim=1)
             a = _logit(torch.cat(masks, dim=1), x)
         return _route(self.routings, a, x.unsqueeze(-2), return_routing_probabilities)
 
@@ -205,13 +220,14 @@ class SpatialPoseHead(nn.Module):
         hidden_states: Sequence[Tensor],
         mask: Tensor | Sequence[Tensor],
         return_routing_probabilities: bool = False,
+        mix: Callable[[Tensor], Tensor] | None = None,
     ) -> HeadOutput:
         """Scores each class. Arguments, returns and errors as in `TokenDepthHead.forward`, with a single hidden state.
 
         The logarithm of the mask is added to the scores: a masked place has none.
         """
         (mask,) = _check_inputs(hidden_states, mask, self.d_emb)
-        x = hidden_states[0].mT  # [batch, channels, places]
+        x = _mixed(hidden_states[0].to(self.compute_a[0].weight.dtype), mix).mT  # [batch, channels, places]
         scores = self.compute_a(x)
         a = scores + mask.to(torch.promote_types(scores.dtype, torch.float32)).log()[:, None]
         poses = self.compute_mu(x).unflatten(1, (self.n_parts, self.d_cov, self.d_cap)).movedim(-1, 2)
@@ -243,12 +259,47 @@ class LinearHead(nn.Module):
         hidden_states: Sequence[Tensor],
         mask: Tensor | Sequence[Tensor],
         return_routing_probabilities: bool = False,
+        mix: Callable[[Tensor], Tensor] | None = None,
     ) -> HeadOutput:
         """Scores each class. Arguments, returns and errors as in `TokenDepthHead.forward`; it has no probabilities."""
         (mask,) = _check_inputs(hidden_states, mask, self.d_emb)
-        x = hidden_states[0]
+        x = _mixed(hidden_states[0].to(self.affine.weight.dtype), mix)
         weights = mask.to(x.dtype) / mask.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps).to(x.dtype)
         return HeadOutput(self.affine((weights[:, None] @ x)[:, 0]).float())
+
+
+class _LinearOfHalf(torch.autograd.Function):
+    """An affine map's product that keeps its input for the backward pass as it is, in half precision.
+
+    Autograd by itself would keep the input converted to the dtype of the weight: twice the memory. One scratch
+    tensor `[..., d_emb]` of that dtype serves all depths, one after another: a new one each time fragments the heap.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
+        return F.linear(scratch.copy_(x), weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.scratch = inputs[2]  # not saved: what is in it changes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return None, grad.flatten(0, -2).mT @ ctx.scratch.copy_(x).flatten(0, -2), None
+
+
+def _is_kept_in_half(x: Tensor, weight: Tensor) -> bool:
+    """Whether a hidden state is of less precision than the weight, and is kept so until the backward pass."""
+    is_narrower = x.dtype.itemsize < weight.dtype.itemsize
+    has_gradient = torch.is_grad_enabled() and weight.requires_grad
+    return is_narrower and has_gradient and not x.requires_grad and not torch.is_autocast_enabled(x.device.type)
+
+
+def _mixed(x: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return x if mix is None else mix(x)
 
 
 def _check_inputs(

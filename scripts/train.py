@@ -14,7 +14,7 @@ import time
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data.hidden_states import CapsuleCollator, cache_hidden_states
+from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.training.command_line import fail, parse_config_and_options
 from capsule_heads.training.experiment import (
     DataArguments,
@@ -47,8 +47,8 @@ def main() -> None:
             model = build_model(model_arguments, datasets["train"])
             prepared = prepare(datasets, processor, data.max_length)
             train = prepared["train"]
-            if data.cache_hidden_states:
-                train = cache_hidden_states(train, model.to(arguments.device), processor)
+        if data.cache_hidden_states:  # the processes see to it among themselves
+            train = HiddenStateCache(train, model.to(arguments.device), processor)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 
@@ -60,7 +60,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values())),
         processing_class=processor,
-        data_collator=CapsuleCollator(processor, len(model.config.depths)) if is_text else None,
+        data_collator=CapsuleCollator(processor) if is_text else None,
         compute_metrics=compute_metrics_of(data.task),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )

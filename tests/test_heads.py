@@ -217,3 +217,77 @@ def test_a_mask_of_another_shape_is_an_error():
     hidden_states, mask = draw()
     with pytest.raises(ValueError, match=r"shape \(2, 6, 10\) and its mask \(2, 5\); expected \[batch, tokens, 10\]"):
         build()(hidden_states, mask[:, 1:])
+
+
+@pytest.mark.parametrize("d_emb", [[WIDTH] * 3, [WIDTH, 6, WIDTH]], ids=["one width", "two widths"])
+def test_mixing_behind_the_affine_map_is_mixing_hidden_states(d_emb):
+    head = build(d_emb=d_emb)
+    _, mask = draw()
+    hidden_states = [torch.randn(BATCH, TOKENS, width, dtype=torch.float64) for width in d_emb]
+
+    def mix(x):
+        return torch.lerp(x.flip(0), x, 0.3)
+
+    actual = head(hidden_states, mask, mix=mix)
+    expected = head([mix(x) for x in hidden_states], mask)
+    for x, y in zip(actual[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x, y)
+    assert relative(head(hidden_states, mask).a_out, expected.a_out) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_states_are_computed_with_in_the_heads_precision_and_kept_as_they_are(dtype):
+    hidden_states, mask = draw(torch.float32)
+    half = [x.to(dtype) for x in hidden_states]
+    head = build(dtype=torch.float32)
+
+    def gradients(states):
+        head.zero_grad()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            output = head(states, mask)
+        output.a_out.square().sum().backward()
+        kept = [x.dtype for x in kept if x.shape[-1] == WIDTH and x.numel() == half[0].numel()]  # flattened or not
+        return output.a_out, [p.grad.clone() for p in head.parameters()], kept
+
+    expected, expected_gradients, kept = gradients([x.float() for x in half])
+    assert kept == [torch.float32] * N_DEPTHS
+    actual, actual_gradients, kept = gradients(half)
+    assert kept == [dtype] * N_DEPTHS
+    torch.testing.assert_close(actual, expected)
+    for x, y in zip(actual_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(x, y)
+    with torch.no_grad():
+        torch.testing.assert_close(head(half, mask).a_out, expected)
+
+
+def test_half_precision_states_that_need_a_gradient_get_it():
+    hidden_states, mask = draw(torch.float32)
+    half = [x.half().requires_grad_() for x in hidden_states]
+    whole = [x.detach().float().requires_grad_() for x in half]
+    head = build(dtype=torch.float32)
+    for states in (half, whole):
+        head(states, mask).a_out.sum().backward()
+    for x, y in zip(half, whole, strict=True):
+        torch.testing.assert_close(x.grad.float(), y.grad, rtol=2e-3, atol=1e-4)
+
+
+def test_nothing_as_large_as_all_hidden_states_is_made():
+    width, tokens, n_depths = 256, 32, 12
+    head = build(d_emb=[width] * n_depths, dtype=torch.float32)
+    states = [torch.randn(BATCH, tokens, width) for _ in range(n_depths)]
+    sizes = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
+            return output
+
+    mask = torch.ones(BATCH, tokens)
+    for given in (states, [x.half() for x in states]):
+        sizes.clear()
+        with Recorder():
+            head(given, mask, mix=lambda x: torch.lerp(x.flip(0), x, 0.3)).a_out.sum().backward()
+        assert len(sizes) > 50
+        assert max(sizes) <= BATCH * tokens * width  # of one depth

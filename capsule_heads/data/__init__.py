@@ -1,7 +1,7 @@
 """Data: the Stanford Sentiment Treebank, GLUE, smallNORB, embedded stand-ins for them, and their preparation."""
 
 from .glue import load_glue
-from .hidden_states import CapsuleCollator, cache_hidden_states
+from .hidden_states import CapsuleCollator, HiddenStateCache
 from .reviews import load_reviews
 from .smallnorb import load_smallnorb
 from .sst import load_sst
@@ -11,7 +11,7 @@ from .toy_norb import load_toy_norb
 
 __all__ = [
     "CapsuleCollator",
-    "cache_hidden_states",
+    "HiddenStateCache",
     "load_glue",
     "load_reviews",
     "load_smallnorb",

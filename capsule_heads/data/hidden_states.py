@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
 import datasets.config
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value
-from datasets import List as ListFeature
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from .state_file import ABOUT, StateFile
 
 # What a configuration says of where the backbone comes from, not of what it computes.
 NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
@@ -24,99 +29,277 @@ class CapsuleCollator(DataCollatorWithPadding):
 
     Args:
         tokenizer: the backbone's; pads texts, on its own side.
-        n_depths: number of depths in cached hidden states.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, n_depths: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
-        self.n_depths = n_depths
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Returns what the model takes: `input_ids ...`, or `hidden_states` and `attention_mask`; and `labels`."""
         if "hidden_states" not in features[0]:
             return super().__call__(features)
-        lengths = [len(feature["attention_mask"]) for feature in features]
-        states = [torch.from_numpy(np.asarray(feature["hidden_states"], dtype=np.float16)) for feature in features]
-        states = [x.view(length, self.n_depths, -1) for x, length in zip(states, lengths)]
-        return {
-            "hidden_states": torch.nn.utils.rnn.pad_sequence(states, batch_first=True),
-            "attention_mask": (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
-            "labels": torch.from_numpy(np.asarray([feature["labels"] for feature in features])),
-        }
+        states = [feature["hidden_states"] for feature in features]
+        lengths = torch.tensor([len(x) for x in states])
+        hidden_states = torch.zeros(len(states), int(lengths.max()), *states[0].shape[1:], dtype=torch.float16)
+        for padded, x in zip(hidden_states.numpy(), states):  # read from disk straight to where they stay
+            padded[: len(x)] = x
+        mask = torch.arange(hidden_states.shape[1]) < lengths[:, None]
+        batch = {"hidden_states": hidden_states, "attention_mask": mask.long()}
+        if "labels" in features[0]:
+            batch["labels"] = torch.from_numpy(np.asarray([feature["labels"] for feature in features]))
+        return batch
 
 
-def cache_hidden_states(
-    dataset: Dataset, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
-) -> Dataset:
-    """Computes a frozen backbone's hidden states for a tokenized dataset, in half precision, on disk.
+class HiddenStateCache(Dataset):
+    """The hidden states of a tokenized dataset under a frozen backbone, on disk, as a dataset to train on.
 
-    They are stored in `datasets`' cache folder, in one file that any later run on the same tokens, labels and backbone
-    finds and maps into memory. It takes `2 * n_depths * width` bytes a token.
+    They are computed once, and any later run on the same texts and the same backbone, at the same depths, finds them,
+    whatever its head and labels are. A folder is keyed on the backbone's weights (not on their name or revision: those
+    may move) and configuration, their dtype, the depths, and the tokens. Texts with the same tokens are computed and
+    stored once. When the computation is killed, the next one goes on where it was. Several processes may ask for the
+    same states at once: one computes, the others wait.
+
+    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, depths, width]` (float16, without
+    padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of them. States are read
+    when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in memory.
+    `CapsuleTrainer` groups them by length; transformers' own Trainer does that with its own datasets only, and needs
+    `train_sampling_strategy="random"` here.
+
+    It takes `2 * depths * width` bytes of disk a token: see `estimate`. To have a cache of several datasets at once
+    (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
 
     Args:
-        dataset: tokenized, with `length` and `labels`.
-        model: a capsule-head model with a frozen backbone.
-        tokenizer: its tokenizer.
-        batch_size: texts per batch.
+        dataset: tokenized, as `tokenize` returns it.
+        model: a capsule-head model with a frozen backbone. It is not kept.
+        tokenizer: the backbone's.
+        cache_dir: where the folders are. Default: `capsule_heads` in the cache folder of `datasets`.
+        batch_tokens: tokens, with padding, to run the backbone on at once; a longer text is a batch of its own.
 
-    Returns:
-        A dataset with `hidden_states` (flat), `attention_mask`, `length` and `labels`, in order of length.
+    Attributes:
+        folder: where the states are.
+        n_bytes: what they take on disk.
+        n_unique: number of different texts.
 
     Raises:
-        ValueError: if the backbone is not frozen.
+        ValueError: if the backbone is not frozen, or its states exceed half precision or differ in width or tokens by
+            depth; or for a cache that was cut short, or is of something else: says what to delete.
+        OSError: if there is not enough disk; says how much there is, and how much it takes.
+
+    Example:
+        >>> train = HiddenStateCache(tokenized["train"], model, tokenizer)
+        >>> CapsuleTrainer(model, arguments, train_dataset=train, data_collator=CapsuleCollator(tokenizer))
     """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        cache_dir: str | os.PathLike[str] | None = None,
+        batch_tokens: int = 2048,
+    ) -> None:
+        _check_arguments(model, tokenizer)
+        names = _input_names(dataset, tokenizer)
+        texts = _find_texts(dataset, names)
+        if cache_dir is None:
+            cache_dir = Path(datasets.config.HF_DATASETS_CACHE, "capsule_heads")
+        key = _key(model, tokenizer, names, texts)
+        file = StateFile(Path(cache_dir).expanduser(), key, texts.ends, _token_shape(model))
+        if not file.is_complete():
+            rows = dataset.with_format(None).select_columns(names).select(texts.rows)
+            _compute(file, rows, model, CapsuleCollator(tokenizer), batch_tokens)
+        self.folder, self.n_bytes, self.n_unique = file.folder, file.n_bytes, len(texts.rows)
+        self._file, self._states = file, None
+        self._ends, self._lengths = texts.ends[texts.indices], texts.lengths
+        self._labels = dataset.with_format("numpy")["labels"][:] if "labels" in dataset.column_names else None
+
+    @staticmethod
+    def estimate(dataset: datasets.Dataset, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Bytes of disk that the cache takes, found out from the lengths of texts alone.
+
+        Raises:
+            ValueError: if the hidden states differ in width.
+        """
+        texts = _find_texts(dataset, _input_names(dataset, tokenizer))
+        return StateFile(Path(), {}, texts.ends, _token_shape(model)).n_bytes
+
+    @property
+    def column_names(self) -> list[str]:
+        """What a row has."""
+        return ["hidden_states", "length"] + ["labels"] * (self._labels is not None)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int | str) -> Any:
+        """A row by its number; or `length` or `labels` of all rows by that name, as a list."""
+        if isinstance(index, str):
+            columns = {"length": self._lengths, "labels": self._labels}
+            if columns.get(index) is None:
+                raise KeyError(f"No column {index!r} in memory; there are {', '.join(self.column_names[1:])}.")
+            return columns[index].tolist()
+        if self._states is None:
+            self._states = self._file.open()
+        end, length = self._ends[index], self._lengths[index]
+        row = {"hidden_states": self._states[end - length : end], "length": int(length)}
+        if self._labels is not None:
+            row["labels"] = self._labels[index]
+        return row
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_states": None}  # the process that gets it maps the file anew
+
+
+def _check_arguments(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"{type(tokenizer).__name__} is no tokenizer; the cache of hidden states is for texts.")
+    if model.backbone is None:
+        raise ValueError("This model has no backbone to compute hidden states with; load it with load_backbone=True.")
     if not model.config.freeze_backbone:
         raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
-    collator = DataCollatorWithPadding(tokenizer)
-    dataset = dataset.select(np.argsort(dataset.with_format(None)["length"][:], kind="stable"))
 
-    @torch.no_grad()
-    def compute(batch: dict) -> dict:
-        inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())]).to(model.device)
-        lengths, labels = inputs["length"], inputs["labels"]
-        inputs = {name: inputs[name] for name in tokenizer.model_input_names if name in inputs}
-        states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states, dim=2).half()
-        if not states.isfinite().all():
-            raise ValueError("The backbone's hidden states exceed half precision (65,504); train without the cache.")
-        masks = inputs["attention_mask"].bool()
-        return {
-            "hidden_states": [x[mask].flatten().cpu().numpy() for x, mask in zip(states, masks)],
-            "attention_mask": [[1] * int(length) for length in lengths],
-            "length": lengths.tolist(),
-            "labels": labels.tolist(),
-        }
 
-    features = Features(
-        hidden_states=ListFeature(Value("float16")),
-        attention_mask=ListFeature(Value("int8")),
-        length=Value("int64"),
-        labels=dataset.features["labels"],
+def _input_names(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The columns that the backbone gets."""
+    names = [name for name in tokenizer.model_input_names if name in dataset.column_names]
+    if not names:
+        raise ValueError(
+            f"The dataset has the columns {', '.join(dataset.column_names)}; expected a tokenized one, with "
+            f"{', '.join(tokenizer.model_input_names)}."
+        )
+    return names
+
+
+def _token_shape(model: torch.nn.Module) -> tuple[int, int]:
+    """Depths and width of a token's states."""
+    widths = [model.config.hidden_sizes[depth] for depth in model.config.depths]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"The hidden states at the depths in use have the widths {widths}; the cache expects one width. Train "
+            "without it."
+        )
+    return len(widths), widths[0]
+
+
+class _Texts(NamedTuple):
+    """What is different to the backbone among a dataset's rows.
+
+    Attributes:
+        rows: `[texts]`, the first row with each text, shortest first, in an order that follows from the texts alone.
+        lengths: `[rows]`, in tokens.
+        indices: `[rows]`, which of the texts each row has.
+        digest: of the texts.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    indices: np.ndarray
+    digest: str
+
+    @property
+    def ends(self) -> np.ndarray:
+        """`[texts]`, the token at which each text ends, counted through all of them."""
+        return np.cumsum(self.lengths[self.rows])
+
+
+def _find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> _Texts:
+    first_rows: dict[tuple[int, bytes], int] = {}
+    texts = []
+    for batch in dataset.with_format(None).select_columns(list(names)).iter(1000):
+        for values in zip(*(batch[name] for name in names)):
+            inputs = dict(zip(names, values))
+            digest = hashlib.blake2b(digest_size=16)
+            for name, value in inputs.items():
+                digest.update(f"{name} {len(value)} ".encode())
+                digest.update(np.asarray(value).tobytes())
+            length = sum(inputs["attention_mask"]) if "attention_mask" in inputs else len(values[0])
+            text = (length, digest.digest())
+            first_rows.setdefault(text, len(texts))
+            texts.append(text)
+    ordered = sorted(first_rows)
+    indices = {text: index for index, text in enumerate(ordered)}
+    return _Texts(
+        rows=np.array([first_rows[text] for text in ordered], dtype=np.int64),
+        lengths=np.array([length for length, _ in texts], dtype=np.int64),
+        indices=np.array([indices[text] for text in texts], dtype=np.int64),
+        digest=hashlib.sha256(b"".join(digest for _, digest in ordered)).hexdigest(),
     )
-    digest = _digest(dataset, model)
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "capsule_heads")
-    folder.mkdir(parents=True, exist_ok=True)
-    return dataset.map(
-        compute,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=dataset.column_names,
-        features=features,
-        cache_file_name=str(folder / f"hidden_states_{digest}.arrow"),
-        new_fingerprint=digest,
-        desc="Computing hidden states",
-    ).with_format("numpy")
 
 
-def _digest(dataset: Dataset, model: torch.nn.Module) -> str:
-    """Of all that the hidden states, and what is stored with them, depend on."""
-    config = model.config.base_config.to_dict()  # weights alone say nothing of, for example, the number of heads
-    config = {name: value for name, value in config.items() if name not in NAMES_OF_BACKBONE}
-    digest = hashlib.sha256(json.dumps([model.config.depths, config], sort_keys=True, default=str).encode())
+def _key(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], texts: _Texts
+) -> dict[str, Any]:
+    """All that the hidden states depend on; of the tokenizer, that is the tokens."""
+    base_config = model.config.base_config
+    config = {name: value for name, value in base_config.to_dict().items() if name not in NAMES_OF_BACKBONE}
+    weights = hashlib.sha256()  # they alone say nothing of, for example, the number of heads
     for name, tensor in model.backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    columns = dataset.with_format("numpy")
-    for name in sorted(dataset.column_names):
-        digest.update(name.encode())
-        digest.update(np.concatenate([np.atleast_1d(value) for value in columns[name][:]]).tobytes())
-    return digest.hexdigest()[:16]
+        weights.update(f"{name} {tensor.dtype} ".encode())
+        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "backbone_type": base_config.model_type,
+        "backbone_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "backbone_weights": weights.hexdigest(),
+        "backbone_dtype": str(model.backbone.dtype),
+        "depths": list(model.config.depths),
+        "width": _token_shape(model)[1],
+        "dtype": "float16",
+        "inputs": list(names),
+        "texts": texts.digest,
+        "n_texts": len(texts.rows),
+        "n_tokens": int(texts.lengths[texts.rows].sum()),
+        ABOUT: {
+            "backbone": model.config.base_model_name_or_path,
+            "revision": model.config.base_model_revision,
+            "tokenizer": tokenizer.name_or_path,
+        },
+    }
+
+
+def _compute(
+    file: StateFile, texts: datasets.Dataset, model: torch.nn.Module, collator: CapsuleCollator, batch_tokens: int
+) -> None:
+    """Computes what is not in the file yet, of texts in order of length."""
+    with file.writing() as unfinished:
+        if unfinished is None:
+            return
+        target, start = unfinished
+        lengths = np.diff(file.ends, prepend=0)
+        with transformers_logging.tqdm(
+            desc="Computing hidden states",
+            total=file.shape[0],
+            initial=int(lengths[:start].sum()),
+            unit=" tokens",
+            unit_scale=True,
+        ) as progress:
+            while start < len(texts):
+                ahead = lengths[start : start + batch_tokens]
+                padded = ahead * np.arange(1, len(ahead) + 1)  # tokens in a batch that ends there
+                stop = start + max(1, int(np.searchsorted(padded, batch_tokens, side="right")))
+                batch = texts[start:stop]
+                inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())])
+                try:
+                    states = _half_states(model, inputs.to(model.device), int(lengths[start:stop].sum()))
+                except ValueError:
+                    target.truncate(0)  # nobody will ever finish it
+                    raise
+                target.write(memoryview(states).cast("B"))
+                target.flush()  # to the system, which keeps it when this process is killed
+                progress.update(len(states))
+                start = stop
+
+
+@torch.inference_mode()  # what it makes never meets autograd: it goes to disk
+def _half_states(model: torch.nn.Module, inputs: dict[str, Tensor], n_tokens: int) -> np.ndarray:
+    """A batch's states `[tokens, depths, width]`, in half precision, without padding, one text after another."""
+    states, masks = model.compute_hidden_states(**inputs)
+    mask = masks[0].bool()
+    if any(not torch.equal(other.bool(), mask) for other in masks[1:]) or mask.sum() != n_tokens:
+        raise ValueError(
+            f"The backbone made hidden states of {', '.join(str(int(m.sum())) for m in masks)} tokens, by depth, of "
+            f"{n_tokens} tokens; the cache expects one each. Train without it."
+        )
+    half = torch.stack([x[mask].half() for x in states], dim=1)
+    if not half.isfinite().all():
+        raise ValueError("The backbone's hidden states exceed half precision (65,504); train without the cache.")
+    return half.cpu().numpy()

@@ -118,25 +118,27 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
         return lambda tensor: mix(tensor, ratio.to(tensor.device), partner.to(tensor.device))
 
-    def _mixed(
-        self, states: list[Tensor], masks: list[Tensor], targets: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Hidden states, masks and targets, mixed within the batch if this is training with mixup."""
+    def _mixup(
+        self, masks: list[Tensor], targets: Tensor | None
+    ) -> tuple[Callable[[Tensor], Tensor] | None, list[Tensor], Tensor | None]:
+        """What mixes the samples' hidden states, if this is training with mixup; masks and targets, mixed with it."""
         mix_samples = self._draw_mixup(targets)
         if mix_samples is None:
-            return states, masks, targets
-        return [mix_samples(x) for x in states], [mix_samples(mask) for mask in masks], mix_samples(targets)
+            return None, masks, targets
+        mixed = {id(mask): mix_samples(mask) for mask in masks}  # most often all depths have one
+        return mix_samples, [mixed[id(mask)] for mask in masks], mix_samples(targets)
 
     def _classify(
         self,
         states: list[Tensor],
         masks: list[Tensor],
         targets: Tensor | None,
+        mix_samples: Callable[[Tensor], Tensor] | None,
         output_hidden_states: bool | None,
         output_capsules: bool | None,
         output_routing: bool | None,
     ) -> CapsuleHeadClassifierOutput:
-        capsules = self.head(states, masks, bool(output_routing))
+        capsules = self.head(states, masks, bool(output_routing), mix_samples)
         logits = self._logits(capsules)
         loss = None if targets is None else problem_loss(self.config, logits, targets.to(logits.device))
         if output_hidden_states is None:
@@ -222,8 +224,11 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        states, masks, targets = self._mixed(*self._hidden_states(hidden_states, inputs), targets)
-        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
+        states, masks = self._hidden_states(hidden_states, inputs)
+        mix_samples, masks, targets = self._mixup(masks, targets)
+        return self._classify(
+            states, masks, targets, mix_samples, output_hidden_states, output_capsules, output_routing
+        )
 
 
 class CapsuleHeadForAudioClassification(CapsuleHeadClassifier):
@@ -272,8 +277,11 @@ class CapsuleHeadForAudioClassification(CapsuleHeadClassifier):
         """
         targets = self._targets(labels)
         inputs = {"input_values": input_values, "input_features": input_features, "attention_mask": attention_mask}
-        states, masks, targets = self._mixed(*self._hidden_states(hidden_states, inputs), targets)
-        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
+        states, masks = self._hidden_states(hidden_states, inputs)
+        mix_samples, masks, targets = self._mixup(masks, targets)
+        return self._classify(
+            states, masks, targets, mix_samples, output_hidden_states, output_capsules, output_routing
+        )
 
 
 class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
@@ -343,6 +351,7 @@ class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
             pixel_values, targets = mix_samples(pixel_values), mix_samples(targets)
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding, **patches}
         states, masks = self._hidden_states(hidden_states, inputs)
-        if not mix_pixels:
-            states, masks, targets = self._mixed(states, masks, targets)
-        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
+        mix_samples, masks, targets = (None, masks, targets) if mix_pixels else self._mixup(masks, targets)
+        return self._classify(
+            states, masks, targets, mix_samples, output_hidden_states, output_capsules, output_routing
+        )

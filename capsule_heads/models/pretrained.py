@@ -298,10 +298,29 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         """False: transformers would leave containers without parameters of their own uninitialised otherwise."""
         return False
 
+    def compute_hidden_states(
+        self, *, attention_mask: Tensor | None = None, **inputs: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The backbone's hidden states at the depths in use, without running the head.
+
+        Args:
+            attention_mask: as in `forward`.
+            **inputs: the other inputs of `forward` that go to the backbone.
+
+        Returns:
+            Per depth `[batch, tokens, width]`, which `forward` takes as `hidden_states`; and per depth `[batch,
+            tokens]`, 1 for a token and 0 for padding. Without a graph where the backbone is frozen.
+
+        Raises:
+            ValueError: for inputs that do not fit the model, or a model without a backbone.
+        """
+        known = dict.fromkeys((*self.backbone_inputs, "inputs_embeds"))
+        return self._hidden_states(None, {**known, "attention_mask": attention_mask, **inputs})
+
     def _hidden_states(
         self, hidden_states: Tensor | Sequence[Tensor] | None, inputs: dict[str, Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The hidden states at the depths in use, given or computed, in the head's dtype and on its device; masks."""
+        """The hidden states at the depths in use, given or computed, and their masks, on the head's device."""
         if hidden_states is not None:
             states = self._check_hidden_states(hidden_states)
             masks = token_masks(inputs.get("attention_mask"), states)
@@ -312,13 +331,12 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 names = [name for name in inputs if name in (*self.backbone_inputs, "inputs_embeds")]
                 raise ValueError(f"Pass one of {', '.join(names)} (or hidden_states, in the place of them).")
             config = self.config
+            # Not inference_mode: the head's affine map keeps its input for the gradient of its weight, and autograd
+            # takes no inference tensors. A clone of every state would cost more than the mode saves.
             with torch.no_grad() if config.freeze_backbone else nullcontext():
                 states, masks = run_backbone(self.backbone, config.depths, config.hidden_sizes, config.stack, **inputs)
-        weight = next(self.head.parameters())
-        return (
-            [x.to(device=weight.device, dtype=weight.dtype) for x in states],
-            [mask.to(device=weight.device) for mask in masks],
-        )
+        device = next(self.head.parameters()).device
+        return [x.to(device) for x in states], [mask.to(device) for mask in masks]  # the head sees to the dtype
 
     def _check_hidden_states(self, hidden_states: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
         """Hidden states that a user gave, one per depth."""

@@ -68,7 +68,8 @@ class DataArguments:
         default=False,
         metadata={
             "help": "Compute the frozen backbone's hidden states of the training texts once, on disk in half "
-            "precision, rather than in every epoch."
+            "precision, rather than in every epoch. They are in capsule_heads in the cache folder of datasets "
+            "(HF_DATASETS_CACHE), which nothing empties."
         },
     )
     early_stopping_patience: int | None = field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -71,7 +72,9 @@ class CapsuleTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         if args.length_column_name not in columns:  # images have none; nor do texts tokenized elsewhere
             return super()._get_train_sampler(train_dataset) if "input_ids" in columns else RandomSampler(dataset)
-        lengths = dataset.with_format(None)[args.length_column_name][:]
+        if isinstance(dataset, datasets.Dataset):  # else a HiddenStateCache
+            dataset = dataset.with_format(None)
+        lengths = dataset[args.length_column_name][:]
         batch_size = args.train_batch_size * args.gradient_accumulation_steps
         return _SeededSampler(batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)
 

@@ -1,13 +1,28 @@
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
 from transformers import AutoModel, BertConfig, DataCollatorWithPadding, GPT2Config, PreTrainedTokenizerFast
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data.hidden_states import CapsuleCollator, cache_hidden_states
+from capsule_heads import (
+    CapsuleHeadForSequenceClassification,
+    CapsuleTrainer,
+    CapsuleTrainingArguments,
+    StereoImageProcessor,
+)
+from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.data.tokenization import tokenize
 
 WORDS = [f"w{i}" for i in range(20)]
@@ -69,22 +84,52 @@ def texts(n=20, first=0, label=lambda i: i % 2, feature=None):
     return tokenize(DatasetDict(train=dataset), make_tokenizer())["train"]
 
 
-def rows_of(dataset):
-    """What identifies each row: its length and label."""
-    return list(zip(dataset["length"], dataset["labels"]))
+@pytest.fixture
+def count(monkeypatch):
+    """count(model): a list to which the model adds the number of texts and tokens of each batch it computes."""
+
+    def counting(model):
+        batches = []
+        compute = model.compute_hidden_states
+
+        def counted(**inputs):
+            batches.append(tuple(inputs["input_ids"].shape))
+            return compute(**inputs)
+
+        monkeypatch.setattr(model, "compute_hidden_states", counted)
+        return batches
+
+    return counting
 
 
-def test_what_is_stored(make_model):
+def folders_in(folder):
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def assert_same_states(cached, expected):
+    assert len(cached) == len(expected)
+    for k in range(len(cached)):
+        assert np.array_equal(cached[k]["hidden_states"], expected[k]["hidden_states"])
+
+
+def test_what_is_stored(make_model, folder):
     train = texts()
-    cached = cache_hidden_states(train, make_model(), make_tokenizer())
-    assert cached.column_names == ["hidden_states", "attention_mask", "length", "labels"]
-    assert cached["length"][:].tolist() == sorted(train["length"][:])
-    assert sorted(rows_of(cached)) == sorted(rows_of(train))
-    assert cached.features["labels"] == train.features["labels"]
-    for row in cached:
-        assert np.array_equal(row["hidden_states"], row["hidden_states"].astype(np.float16))
-        assert row["hidden_states"].shape == (row["length"] * 3 * 16,)
-        assert row["attention_mask"].tolist() == [1] * row["length"]
+    cached = HiddenStateCache(train, make_model(), make_tokenizer())
+    assert cached.column_names == ["hidden_states", "length", "labels"]
+    assert len(cached) == 20
+    assert cached["length"] == train["length"][:]
+    assert cached["labels"] == train["labels"][:]
+    for row, length, label in zip(cached, train["length"], train["labels"], strict=True):
+        assert row.keys() == set(cached.column_names)
+        assert row["hidden_states"].shape == (length, 3, 16)
+        assert row["hidden_states"].dtype == np.float16
+        assert (row["length"], row["labels"]) == (length, label)
+    assert folders_in(folder) == [cached.folder]
+    assert [path.name for path in sorted(cached.folder.iterdir())] == ["key.json", "lock", "states.f16"]
+    assert cached.n_bytes == (cached.folder / "states.f16").stat().st_size == sum(train["length"]) * 3 * 16 * 2
+    assert json.loads((cached.folder / "key.json").read_text())["about"]["backbone"].startswith("/")
+    with pytest.raises(KeyError, match="No column 'input_ids' in memory; there are length, labels"):
+        cached["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -92,46 +137,45 @@ def test_what_is_stored(make_model):
 @pytest.mark.parametrize("depths", [None, [0, -1]])
 def test_batches_of_cached_states_are_those_of_the_texts(make_model, name, side, depths):
     model, tokenizer = make_model(name, depths=depths), make_tokenizer(side)
-    # Lengths 1 to 11, each once: the longest is in a batch with the shortest, and rows are found again.
+    # Lengths 1 to 11, each once: the longest is in a batch with shorter ones, and rows are found again.
     train = texts(11)
     assert sorted(train["length"]) == list(range(1, 12))
-    cached = cache_hidden_states(train, model, tokenizer, batch_size=4)
-    order = np.argsort(train["length"][:])
-    collator = CapsuleCollator(tokenizer, len(model.config.depths))
+    cached = HiddenStateCache(train, model, tokenizer, batch_tokens=30)
+    collator = CapsuleCollator(tokenizer)
     batch = collator([cached[i] for i in range(11)])
     assert set(batch) == {"hidden_states", "attention_mask", "labels"}
     assert batch["hidden_states"].shape == (11, 11, len(model.config.depths), 16)
-    assert batch["attention_mask"].sum(1).tolist() == list(range(1, 12))
-    assert batch["labels"].tolist() == [train["labels"][i] for i in order]
-    assert batch["labels"].dtype == torch.long
+    assert batch["attention_mask"].sum(1).tolist() == train["length"][:]
+    assert batch["labels"].tolist() == train["labels"][:]
+    assert batch["labels"].dtype == batch["attention_mask"].dtype == torch.long
 
     columns = ["input_ids", "attention_mask", "labels"]
-    features = [{name: train[int(i)][name] for name in columns} for i in order]
+    features = [{name: row[name] for name in columns} for row in train]
     tokens = collator(features)
     assert torch.equal(tokens["input_ids"], DataCollatorWithPadding(tokenizer)(features)["input_ids"])
     with torch.no_grad():
         for k, feature in enumerate(features):  # against the backbone itself, one text at a time, without padding
             states = model.backbone(torch.tensor([feature["input_ids"]]), output_hidden_states=True).hidden_states
             states = torch.stack(states, dim=2)[0, :, model.config.depths].half()
-            torch.testing.assert_close(batch["hidden_states"][k, : k + 1], states, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(batch["hidden_states"][k, : len(states)], states, rtol=2e-3, atol=2e-3)
+            assert not batch["hidden_states"][k, len(states) :].any()
         from_cache, from_texts = model(**batch), model(**tokens)
     assert from_texts.logits.std() > 0.01
+    # The states are rounded to half precision, 5e-4 of each.
     torch.testing.assert_close(from_cache.logits, from_texts.logits, rtol=5e-3, atol=5e-3)
     torch.testing.assert_close(from_cache.loss, from_texts.loss, rtol=5e-3, atol=5e-3)
 
 
-def test_a_second_call_reads_the_file(make_model, folder):
-    first = cache_hidden_states(texts(), make_model(), make_tokenizer())
-    (file,) = folder.iterdir()
-    written = file.stat().st_mtime_ns
+def test_a_second_call_reads_the_file(make_model, folder, count):
+    first = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    written = (first.folder / "states.f16").stat().st_mtime_ns
     model = make_model(seed=0)
-    model.forward = None  # it would fail if it was called
-    second = cache_hidden_states(texts(), model, make_tokenizer())
-    assert [file] == list(folder.iterdir())
-    assert file.stat().st_mtime_ns == written
-    for one, other in zip(first, second, strict=True):
-        assert np.array_equal(one["hidden_states"], other["hidden_states"])
-        assert one["labels"] == other["labels"]
+    batches = count(model)
+    second = HiddenStateCache(texts(), model, make_tokenizer())
+    assert batches == []
+    assert folders_in(folder) == [first.folder]
+    assert (second.folder / "states.f16").stat().st_mtime_ns == written
+    assert_same_states(second, first)
 
 
 @pytest.mark.parametrize(
@@ -139,30 +183,357 @@ def test_a_second_call_reads_the_file(make_model, folder):
     [
         ({"seed": 1}, {}),
         ({"changes": {"num_attention_heads": 1}.items()}, {}),  # the same weights at another computation
+        ({"dtype": torch.bfloat16}, {}),
         ({"depths": [0, 1]}, {}),
         ({}, {"first": 1}),
         ({}, {"n": 19}),
-        ({}, {"label": lambda i: 1 - i % 2}),
     ],
-    ids=["weights", "configuration", "depths", "texts", "number of texts", "labels"],
+    ids=["weights", "configuration", "dtype", "depths", "texts", "number of texts"],
 )
 def test_what_else_does_not_hit_the_file(make_model, folder, model, data):
-    cache_hidden_states(texts(), make_model(), make_tokenizer())
-    cached = cache_hidden_states(texts(**data), make_model(**model), make_tokenizer())
-    assert len(list(folder.iterdir())) == 2
-    assert sorted(rows_of(cached)) == sorted(rows_of(texts(**data)))
+    HiddenStateCache(texts(), make_model(), make_tokenizer())
+    cached = HiddenStateCache(texts(**data), make_model(**model), make_tokenizer())
+    assert len(folders_in(folder)) == 2
+    assert cached["length"] == texts(**data)["length"][:]
 
 
-def test_the_head_has_no_part_in_it(make_model, folder):
-    for fields in {}, {"d_inp": 4}, {"mixup_alpha": 0.0, "n_iters": 1}:
-        cache_hidden_states(texts(), make_model(**fields), make_tokenizer())
-    assert len(list(folder.iterdir())) == 1
+def test_head_labels_and_order_have_no_part_in_it(make_model, folder):
+    expected = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    for fields in {"d_inp": 4}, {"mixup_alpha": 0.0, "n_iters": 1}:
+        HiddenStateCache(texts(), make_model(**fields), make_tokenizer())
+    other = HiddenStateCache(texts(label=lambda i: 1 - i % 2), make_model(), make_tokenizer())
+    assert other["labels"] == [1 - label for label in expected["labels"]]
+    order = np.random.default_rng(0).permutation(20)
+    shuffled = HiddenStateCache(texts().select(order), make_model(), make_tokenizer())
+    assert shuffled["labels"] == [expected["labels"][i] for i in order]
+    assert_same_states(shuffled, [expected[int(i)] for i in order])
+    assert folders_in(folder) == [expected.folder]
 
 
-def test_an_unfrozen_backbone_is_refused(make_model, folder):
-    with pytest.raises(ValueError, match="The backbone is not frozen: its hidden states change in training"):
-        cache_hidden_states(texts(), make_model(freeze_backbone=False), make_tokenizer())
+def test_texts_with_the_same_tokens_are_computed_and_stored_once(make_model, count):
+    train = texts(11)
+    order = [3, 0, 3, 10, 0, 3, *range(11)]
+    repeated = train.select(order)
+    repeated = repeated.remove_columns("labels").add_column("labels", list(range(17)))
+    model = make_model()
+    batches = count(model)
+    cached = HiddenStateCache(repeated, model, make_tokenizer())
+    assert sum(n for n, _ in batches) == cached.n_unique == 11
+    assert cached.n_bytes == HiddenStateCache.estimate(train, model, make_tokenizer()) == 66 * 3 * 16 * 2
+    assert cached["labels"] == list(range(17))
+    expected = HiddenStateCache(train, make_model(), make_tokenizer())
+    assert_same_states(cached, [expected[i] for i in order])
+    assert expected.folder == cached.folder
+
+
+def test_the_same_tokens_in_other_inputs_are_another_text(make_model):
+    train = texts(2).select([1, 1]).add_column("token_type_ids", [[0] * 8, [0] * 4 + [1] * 4])
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    cached = HiddenStateCache(train, make_model(), tokenizer)
+    assert cached.n_unique == 2
+    assert not np.array_equal(cached[0]["hidden_states"], cached[1]["hidden_states"])
+
+
+def test_batches_are_of_like_length_and_limited_in_tokens(make_model, count):
+    model = make_model()
+    batches = count(model)
+    HiddenStateCache(texts(20), model, make_tokenizer(), batch_tokens=24)
+    assert [length for _, length in batches] == sorted(length for _, length in batches)
+    assert all(n * length <= 24 for n, length in batches)
+    assert len(batches) < 12
+    model = make_model(seed=1)
+    batches = count(model)
+    HiddenStateCache(texts(11), model, make_tokenizer(), batch_tokens=1)  # one text at least
+    assert batches == [(1, length) for length in range(1, 12)]
+
+
+def test_states_are_computed_without_a_graph_or_the_head(make_model):
+    model = make_model()
+    model.head.forward = None  # it would fail if it was called
+    modes = []
+    hook = model.backbone.register_forward_pre_hook(
+        lambda *_: modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled(), model.backbone.training))
+    )
+    HiddenStateCache(texts(), model.train(), make_tokenizer())
+    hook.remove()
+    assert set(modes) == {(True, False, False)}
+
+
+PROGRAM = """
+import os, signal, sys
+import datasets
+from transformers import AutoTokenizer
+from capsule_heads import CapsuleHeadForSequenceClassification
+from capsule_heads.data import HiddenStateCache
+
+backbone, data, cache_dir, kill_at = sys.argv[1:]
+model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=4)
+compute, calls = model.compute_hidden_states, []
+
+def counted(**inputs):
+    calls.append(len(inputs["input_ids"]))
+    if len(calls) == int(kill_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute(**inputs)
+
+model.compute_hidden_states = counted
+tokenizer = AutoTokenizer.from_pretrained(backbone)
+if kill_at == "0":
+    input()  # all begin at once
+cached = HiddenStateCache(datasets.load_from_disk(data), model, tokenizer, cache_dir, batch_tokens=24)
+print(len(cached), sum(calls), float(sum(row["hidden_states"].astype("float64").sum() for row in cached)))
+"""
+
+
+@pytest.fixture
+def program(saved, tmp_path):
+    """program(kill_at, **options): a process that caches `texts()`, and dies at the batch `kill_at`."""
+    backbone = saved("bert")
+    make_tokenizer().save_pretrained(backbone)
+    texts().save_to_disk(tmp_path / "data")
+
+    def start(kill_at=0, **options):
+        command = [sys.executable, "-c", PROGRAM, backbone, tmp_path / "data", tmp_path / "shared", kill_at]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [str(part) for part in command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_killed(program, make_model, count, tmp_path, caplog):
+    process = program(kill_at=4)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, err
+    (folder,) = folders_in(tmp_path / "shared")
+    assert {path.name for path in folder.iterdir()} == {"key.json", "lock", "states.f16.part"}
+
+    whole = make_model()
+    batches = count(whole)
+    expected = HiddenStateCache(texts(), whole, make_tokenizer(), batch_tokens=24)
+    rest = make_model()
+    batches_of_rest = count(rest)
+    with open(folder / "states.f16.part", "ab") as file:
+        file.write(b"half a token")  # as if it had died while it wrote
+    caplog.clear()
+    cached = HiddenStateCache(texts(), rest, make_tokenizer(), tmp_path / "shared", batch_tokens=24)
+    assert batches_of_rest == batches[3:]  # the batch that it died in, and those after it
+    n_done = sum(n for n, _ in batches[:3])
+    assert f"hidden states of 20 texts ({n_done} are done)" in caplog.text
+    assert_same_states(cached, expected)
+    assert cached.folder == folder
+    assert not (folder / "states.f16.part").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_begin_at_once_compute_it_once(program, make_model, tmp_path):
+    processes = [program(), program()]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    results = [out.split() for out, _ in outputs]
+    assert [n for n, _, _ in results] == ["20", "20"]
+    assert sorted(int(computed) for _, computed, _ in results) == [0, 20]
+    assert results[0][2] == results[1][2]
+    expected = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    total = sum(row["hidden_states"].astype("float64").sum() for row in expected)
+    assert float(results[0][2]) == pytest.approx(total, rel=1e-3)
+
+
+def test_others_wait_for_the_process_that_computes(make_model, caplog):
+    """In one process and two threads: the second finds the lock taken, says so, and then the finished file."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Event
+
+    computing, waiting = Event(), Event()
+    first, second = make_model(), make_model()
+    compute = first.compute_hidden_states
+
+    def slow(**inputs):
+        computing.set()
+        assert waiting.wait(30)
+        return compute(**inputs)
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            if "waiting for it" in record.getMessage():
+                waiting.set()
+
+    listener = Listener()
+    logging.getLogger("capsule_heads").addHandler(listener)
+    first.compute_hidden_states = slow
+    second.compute_hidden_states = None  # it would fail if it was called
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(HiddenStateCache, texts(), first, make_tokenizer())
+            assert computing.wait(30)
+            other = pool.submit(HiddenStateCache, texts(), second, make_tokenizer())
+            assert_same_states(other.result(60), one.result(60))
+    finally:
+        logging.getLogger("capsule_heads").removeHandler(listener)
+
+
+@pytest.mark.parametrize("change, what", [(-2, "cut short"), (2, "written to by something else")])
+def test_a_file_of_another_size_is_refused(make_model, change, what):
+    cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    file = cached.folder / "states.f16"
+    os.truncate(file, cached.n_bytes + change)
+    expected = (
+        rf"states\.f16 has {cached.n_bytes + change:,} bytes, expected {cached.n_bytes:,}: it was {what}\. "
+        rf"Delete the folder {cached.folder} to have them computed anew"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=expected):
+            HiddenStateCache(texts(), make_model(), make_tokenizer())
+    assert file.stat().st_size == cached.n_bytes + change  # nothing is deleted behind the user's back
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (
+            {"depths": [0, 1]},
+            r"of something else: depths is \[0, 1\] in its key.json, expected \[0, 1, 2\]\. Delete the",
+        ),
+        (
+            {"backbone_weights": "00"},
+            "of something else: backbone_weights is '00' in its key.json, expected '[0-9a-f]{64}'",
+        ),
+        ({"format": 0}, "format is 0 in its key.json, expected 1"),
+        ({"more": 1}, "more is 1 in its key.json, expected None"),
+        ("{", r"key.json is not JSON .*Delete the folder"),
+        ("[]", "key.json holds a list, not keys and values"),
+        (None, r"has states without a key\.json\. Delete the folder .* to have them computed anew"),
+    ],
+)
+def test_a_foreign_folder_is_refused(make_model, finished, content, expected):
+    cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    key = cached.folder / "key.json"
+    if content is None:
+        key.unlink()
+    else:
+        key.write_text(json.dumps(json.loads(key.read_text()) | content) if isinstance(content, dict) else content)
+    if not finished:
+        os.rename(cached.folder / "states.f16", cached.folder / "states.f16.part")
+    with pytest.raises(ValueError, match=expected):
+        HiddenStateCache(texts(), make_model(), make_tokenizer())
+
+
+def test_what_is_only_for_people_is_not_compared(make_model):
+    cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    key = cached.folder / "key.json"
+    key.write_text(json.dumps(json.loads(key.read_text()) | {"about": {"backbone": "elsewhere"}}))
+    assert_same_states(HiddenStateCache(texts(), make_model(), make_tokenizer()), cached)
+
+
+def test_it_says_beforehand_what_it_takes_and_refuses_where_there_is_not_enough(
+    make_model, folder, monkeypatch, caplog, count
+):
+    model, train = make_model(), texts()
+    needed = sum(train["length"]) * 3 * 16 * 2
+    assert HiddenStateCache.estimate(train, model, make_tokenizer()) == needed
     assert not folder.exists()
+
+    def disk(free):
+        usage = namedtuple("usage", "total used free")(10**12, 0, free)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+
+    disk(needed - 1)
+    batches = count(model)
+    megabytes = f"{needed / 1e6:.1f} MB"
+    expected = (
+        rf"hidden states of 20 texts take {megabytes} more on disk, and there are {megabytes} free; free some, give"
+    )
+    with pytest.raises(OSError, match=expected):
+        HiddenStateCache(train, model, make_tokenizer())
+    assert batches == []
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+
+    disk(needed)
+    caplog.clear()
+    cached = HiddenStateCache(train, model, make_tokenizer())
+    assert f"they take {megabytes} more of the {megabytes} of disk that are free, in {cached.folder}" in caplog.text
+    # What is done needs no more.
+    part = cached.folder / "states.f16.part"
+    os.rename(cached.folder / "states.f16", part)
+    os.truncate(part, needed // 2)
+    disk(needed - needed // 2)
+    assert_same_states(HiddenStateCache(train, model, make_tokenizer()), cached)
+
+
+def test_a_worker_maps_the_file_itself(make_model):
+    cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    expected = [row["hidden_states"].copy() for row in cached]
+    blob = pickle.dumps(cached)
+    assert len(blob) < cached.n_bytes  # not with the states
+    assert_same_states(pickle.loads(blob), cached)
+    loader = DataLoader(cached, batch_size=5, num_workers=2, collate_fn=CapsuleCollator(make_tokenizer()))
+    for k, batch in enumerate(loader):
+        for x, states in zip(batch["hidden_states"], expected[5 * k : 5 * k + 5], strict=True):
+            assert np.array_equal(x[: len(states)], states)
+
+
+def test_without_labels_and_without_texts(make_model):
+    cached = HiddenStateCache(texts().remove_columns("labels"), make_model(), make_tokenizer())
+    assert cached.column_names == ["hidden_states", "length"]
+    assert set(CapsuleCollator(make_tokenizer())([cached[0], cached[1]])) == {"hidden_states", "attention_mask"}
+    assert len(HiddenStateCache(texts().select([]), make_model(), make_tokenizer())) == 0
+
+
+def test_texts_that_were_padded_are_stored_without_padding(make_model):
+    train = texts(6)
+    padded = make_tokenizer().pad(train[:], padding="max_length", max_length=16)
+    padded = Dataset.from_dict({name: padded[name] for name in ("input_ids", "attention_mask", "labels")})
+    cached = HiddenStateCache(padded, make_model(), make_tokenizer())
+    assert cached["length"] == train["length"][:]
+    for row, expected in zip(cached, HiddenStateCache(train, make_model(), make_tokenizer()), strict=True):
+        np.testing.assert_allclose(row["hidden_states"], expected["hidden_states"], atol=2e-3)
+
+
+def test_what_is_refused(make_model, folder):
+    with pytest.raises(ValueError, match="The backbone is not frozen: its hidden states change in training"):
+        HiddenStateCache(texts(), make_model(freeze_backbone=False), make_tokenizer())
+    with pytest.raises(
+        ValueError, match="The dataset has the columns labels; expected a tokenized one, with input_ids"
+    ):
+        HiddenStateCache(texts().select_columns("labels"), make_model(), make_tokenizer())
+    with pytest.raises(
+        ValueError, match="StereoImageProcessor is no tokenizer; the cache of hidden states is for texts"
+    ):
+        HiddenStateCache(texts(), make_model(), StereoImageProcessor())
+    model = make_model()
+    model.config.hidden_sizes = [16, 8, 16]
+    with pytest.raises(ValueError, match=r"have the widths \[16, 8, 16\]; the cache expects one width"):
+        HiddenStateCache(texts(), model, make_tokenizer())
+    model = make_model()
+    model.backbone = None
+    with pytest.raises(ValueError, match="no backbone to compute hidden states with; load it with load_backbone=True"):
+        HiddenStateCache(texts(), model, make_tokenizer())
+    assert not folder.exists()
+
+
+def test_a_backbone_with_other_tokens_by_depth_is_refused(make_model, monkeypatch):
+    model = make_model()
+    compute = model.compute_hidden_states
+
+    def pooled(**inputs):
+        states, masks = compute(**inputs)
+        return states, [*masks[:2], masks[2].roll(1, 0) * 0]
+
+    monkeypatch.setattr(model, "compute_hidden_states", pooled)
+    with pytest.raises(ValueError, match=r"hidden states of 15, 15, 0 tokens, by depth, of 15 tokens"):
+        HiddenStateCache(texts(11), model, make_tokenizer(), batch_tokens=28)
 
 
 def test_states_beyond_half_precision_are_refused_and_leave_nothing(make_model, folder):
@@ -171,14 +542,8 @@ def test_states_beyond_half_precision_are_refused_and_leave_nothing(make_model, 
         model.backbone.wte.weight[WORDS.index("w19") + 1] = 1e5  # a word of the last batches
     for _ in range(2):
         with pytest.raises(ValueError, match=r"exceed half precision \(65,504\); train without the cache"):
-            cache_hidden_states(texts(), model, make_tokenizer(), batch_size=2)
-        assert not list(folder.iterdir())
-
-
-def test_other_columns_do_not_disturb(make_model):
-    train = texts()
-    cached = cache_hidden_states(train.add_column("index", list(range(20))), make_model(), make_tokenizer())
-    assert cached.column_names == ["hidden_states", "attention_mask", "length", "labels"]
+            HiddenStateCache(texts(), model, make_tokenizer(), batch_tokens=10)
+        assert sum(path.stat().st_size for path in folder.rglob("states*")) == 0
 
 
 @pytest.mark.parametrize(
@@ -196,22 +561,18 @@ def test_other_columns_do_not_disturb(make_model):
 def test_other_labels(make_model, feature, label, fields):
     train = texts(feature=feature, label=label)
     model, tokenizer = make_model(**fields), make_tokenizer()
-    cached = cache_hidden_states(train, model, tokenizer)
-    batch = CapsuleCollator(tokenizer, 3)([cached[i] for i in range(20)])
-    order = np.argsort(train["length"][:], kind="stable")
-    assert torch.equal(batch["labels"], torch.tensor([train["labels"][i] for i in order], dtype=torch.float32))
+    cached = HiddenStateCache(train, model, tokenizer)
+    batch = CapsuleCollator(tokenizer)([cached[i] for i in range(20)])
+    assert torch.equal(batch["labels"], torch.tensor(train["labels"][:], dtype=torch.float32))
     assert model(**batch).loss.isfinite()
 
 
-def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path, workers):
     tokenizer, train = make_tokenizer(), texts()
 
     def losses(cached):
         model = make_model(mixup_alpha=0.0)
-        # Rows in the same order: then the batches are the same.
-        data = train.select(np.argsort(train["length"][:], kind="stable"))
-        if cached:
-            data = cache_hidden_states(train, model, tokenizer)
         arguments = CapsuleTrainingArguments(
             str(tmp_path / "run"),
             use_cpu=True,
@@ -221,17 +582,20 @@ def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path
             logging_steps=1,
             save_strategy="no",
             disable_tqdm=True,
+            dataloader_num_workers=workers * cached,
         )
         trainer = CapsuleTrainer(
             model,
             arguments,
-            train_dataset=data,
+            train_dataset=HiddenStateCache(train, model, tokenizer) if cached else train,
             processing_class=tokenizer,
-            data_collator=CapsuleCollator(tokenizer, 3),
+            data_collator=CapsuleCollator(tokenizer),
         )
         trainer.train()
         return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
     from_texts = losses(False)
     assert len(from_texts) == 8
+    assert max(from_texts) > 1.02 * min(from_texts)
+    # The batches are the same, in the same order; the states are rounded to half precision.
     np.testing.assert_allclose(losses(True), from_texts, rtol=5e-3)
