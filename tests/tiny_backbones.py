@@ -120,8 +120,7 @@ def tiny_config(model_type: str, keep_widths: bool = False) -> PreTrainedConfig:
 def _arguments(default: PreTrainedConfig, keep_widths: bool) -> dict[str, Any]:
     fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
     # Where widths grow with depth, they stay as they are too.
-    staged = any(isinstance(fields.get(name), list | tuple) for name in STAGES)
-    sizes = SHALLOW if keep_widths or staged else SIZES
+    sizes = SHALLOW if keep_widths or _staged(fields) else SIZES
     layers = {v for k, v in fields.items() if LAYER_COUNT.fullmatch(k) and isinstance(v, int) and v > LAYERS}
     arguments = {}
     for name, value in fields.items():
@@ -135,6 +134,10 @@ def _arguments(default: PreTrainedConfig, keep_widths: bool) -> dict[str, Any]:
         if small is not None and small != value:
             arguments[name] = small
     return {**arguments, **SPECIAL.get(default.model_type, {})}
+
+
+def _staged(fields: dict[str, Any]) -> bool:
+    return any(isinstance(fields.get(name), list | tuple) for name in STAGES)
 
 
 def _own_values(config: PreTrainedConfig) -> dict[str, Any]:
@@ -164,7 +167,12 @@ def _small(name: str, value: Any, fields: dict[str, Any], sizes: tuple[tuple[str
             return [LISTS[name]] * len(value)
         if name in ("depths", "stage_numb_of_layers", "layers"):
             return [min(item, 2) for item in value]
-        if re.search(r"index|indices|idxs|(?<!proj_)layers", name) and max(value) >= LAYERS and layers:
+        if (
+            re.search(r"index|indices|idxs|(?<!proj_)layers", name)
+            and max(value) >= LAYERS
+            and layers
+            and not _staged(fields)
+        ):
             return sorted({min(item, LAYERS - 1) for item in value})
     if isinstance(value, list | tuple) and len(value) in layers and sizes is SIZES and not isinstance(value[0], dict):
         return [*value[: LAYERS - 1], value[-1]]

@@ -33,7 +33,7 @@ MORE_TOKENS = 64  # for backbones that need whole blocks of tokens
 IMAGE_SIZE = 64  # where the configuration does not say for which size the backbone was made
 LARGER_IMAGE_SIZE = 224  # for backbones that need more
 N_SAMPLES = 9600  # of sound; a multiple of the blocks that codecs take
-N_FRAMES = 128  # of a spectrum
+N_FRAMES = 400  # of a spectrum; a multiple of the windows that some models take
 # Fields that say how many bins a spectrum has, or features a frame.
 BINS = (
     "input_size",

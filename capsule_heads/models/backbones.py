@@ -195,6 +195,8 @@ def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tens
             arguments[name] = ~value.bool() if name in INVERTED_MASKS else value
     if "position_ids" in accepted and "position_ids" not in arguments and "attention_mask" in arguments:
         arguments["position_ids"] = _positions(backbone, arguments["attention_mask"].long())
+    if "merge_sizes" in accepted and "image_grid_thw" in inputs:  # images are not shrunk; clips would be
+        arguments["merge_sizes"] = torch.ones_like(inputs["image_grid_thw"][:, 0])
     if "use_cache" in accepted:
         arguments["use_cache"] = False
     if "decoder_input_ids" in accepted and "input_ids" in inputs:
