@@ -23,7 +23,7 @@ SAMPLE = {
         "canine",
         "funnel",
     ],
-    "image": ["vit", "convnextv2", "segformer", "hiera", "swin", "detr", "qwen2_vl_vision", "siglip2_vision_model"],
+    "image": ["vit", "convnextv2", "segformer", "hiera", "swin", "detr", "qwen2_5_vl_vision", "siglip2_vision_model"],
     "audio": ["wav2vec2", "whisper", "audio-spectrogram-transformer", "wav2vec2-bert", "speech_to_text"],
 }
 
