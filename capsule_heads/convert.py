@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from .models import (
     CapsuleHeadForSequenceClassification,
     StereoConvConfig,
 )
+from .models.configuration_capsule_head import label_fields
 from .models.image_processing_stereo import StereoImageProcessor
 from .models.pretrained import CapsuleHeadPreTrainedModel
 
@@ -59,7 +59,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
             head_type="spatial_pose",
             freeze_backbone=False,
             strategy=strategy,
-            **_labels(CATEGORIES),
+            **label_fields(CATEGORIES),
         )
         return CapsuleHeadForImageClassification(config).eval()
     config = CapsuleHeadConfig(
@@ -67,7 +67,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
         base_model_name_or_path=GPT2_LARGE,
         head_only=True,
         strategy=strategy,
-        **_labels(FINE_GRAINED_NAMES if network == "sst5_root" else BINARY_NAMES),
+        **label_fields(FINE_GRAINED_NAMES if network == "sst5_root" else BINARY_NAMES),
     )
     return CapsuleHeadForSequenceClassification(config, build=False).eval()
 
@@ -148,10 +148,6 @@ def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.P
     model.save_pretrained(output)
     if network == "smallnorb":
         StereoImageProcessor().save_pretrained(output)
-
-
-def _labels(names: Sequence[str]) -> dict[str, dict]:
-    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def _original_name(key: str, names: tuple) -> str:

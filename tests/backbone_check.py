@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import tempfile
@@ -141,6 +142,7 @@ def _second_alone(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _reason(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}".replace("; expected a backbone for text, images or audio.", ":")
+    text = re.sub(r"/\S*/", "", text)  # where things are on this machine is nobody's business
     return " ".join(text.removeprefix("ValueError: ").split())[:LONGEST_REASON]
 
 

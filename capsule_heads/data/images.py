@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import datasets
+from torch import Tensor
 from transformers import BaseImageProcessor
 
 # Where a task's images are on the Hub (None: only where the caller says), and its columns of images and labels.
@@ -68,11 +71,29 @@ def prepare_images(splits: datasets.DatasetDict, processor: BaseImageProcessor) 
         processor: The backbone's image processor, which resizes and normalizes.
     """
 
-    def process(batch: dict[str, Any]) -> dict[str, Any]:
-        if "pixel_values" not in batch:  # a column read by itself
-            return batch
-        images = [image.convert("RGB") for image in batch["pixel_values"]]
-        return {**batch, "pixel_values": list(processor(images, return_tensors="pt")["pixel_values"])}
+    process = functools.partial(_process_images, processor)
+    return datasets.DatasetDict({name: with_pixel_values(split, process) for name, split in splits.items()})
 
-    splits = splits.rename_columns({"image": "pixel_values", "label": "labels"})
-    return datasets.DatasetDict({name: split.with_transform(process) for name, split in splits.items()})
+
+def with_pixel_values(split: datasets.Dataset, process: Callable[[list], list[Tensor]]) -> datasets.Dataset:
+    """Gives a split with `image` and `label` the columns `pixel_values` and `labels`.
+
+    They have these names at once, so that `remove_unused_columns` may be on or off; what is in the first is made when
+    it is read.
+
+    Args:
+        split: With `image` and `label`.
+        process: Makes pixel values of a batch of images.
+    """
+    split = split.rename_columns({"image": "pixel_values", "label": "labels"})
+    return split.with_transform(functools.partial(_process_batch, process))  # not a closure: workers pickle it
+
+
+def _process_batch(process: Callable[[list], list[Tensor]], batch: dict[str, Any]) -> dict[str, Any]:
+    if "pixel_values" not in batch:  # a column read by itself
+        return batch
+    return {**batch, "pixel_values": process(batch["pixel_values"])}
+
+
+def _process_images(processor: BaseImageProcessor, images: list) -> list[Tensor]:
+    return list(processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"])

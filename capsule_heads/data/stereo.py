@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .images import with_pixel_values
+
 CATEGORIES = ("animal", "human", "airplane", "truck", "car")  # smallNORB's, in its order
 
 PADDING = 16
@@ -57,10 +59,12 @@ def prepare_stereo(pairs: datasets.DatasetDict) -> datasets.DatasetDict:
                 f"The split {name} has the columns {', '.join(split.column_names)}; expected image and label, as "
                 "load_smallnorb and load_toy_norb give them."
             )
-    pairs = pairs.rename_columns({"image": "pixel_values", "label": "labels"})
-    pairs = pairs.select_columns(["pixel_values", "labels"])
+    pairs = pairs.select_columns(["image", "label"])
     return datasets.DatasetDict(
-        {name: split.with_transform(_crop_and_scale if name == "train" else _scale) for name, split in pairs.items()}
+        {
+            name: with_pixel_values(split, _crop_and_scale if name == "train" else _scale)
+            for name, split in pairs.items()
+        }
     )
 
 
@@ -83,14 +87,13 @@ def crop_randomly(images: Tensor, padding: int = PADDING) -> Tensor:
     return crops.movedim(-1, 1).contiguous()
 
 
-def _crop_and_scale(batch: dict) -> dict:
-    return _scale(batch, cropped=True)
+def _crop_and_scale(images: list) -> list[Tensor]:
+    return list(crop_randomly(_as_tensor(images)).float() / 255)
 
 
-def _scale(batch: dict, cropped: bool = False) -> dict:
-    if "pixel_values" not in batch:  # a column read by itself
-        return batch
-    images = torch.from_numpy(np.asarray(batch["pixel_values"], dtype=np.uint8))
-    if cropped:
-        images = crop_randomly(images)
-    return {**batch, "pixel_values": list(images.float() / 255)}
+def _scale(images: list) -> list[Tensor]:
+    return list(_as_tensor(images).float() / 255)
+
+
+def _as_tensor(images: list) -> Tensor:
+    return torch.from_numpy(np.asarray(images, dtype=np.uint8))

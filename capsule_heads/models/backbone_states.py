@@ -78,13 +78,16 @@ def arrange(states: Sequence[Tensor], layout: Layout, backbone: nn.Module) -> tu
     Raises:
         ValueError: for a shape that is none of these.
     """
-    arranged, masks = [], []
+    arranged, masks, given = [], [], None
     for depth, x in enumerate(states):
         width = layout.widths[depth] if layout.widths is not None and depth < len(layout.widths) else None
         x, mask = _arrange_one(x, width, layout, backbone)
         arranged.append(x)
-        # Mixup makes fractions of a mask, which bfloat16 would round to two digits.
-        masks.append(mask.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)))
+        dtype = torch.promote_types(x.dtype, torch.float32)  # mixup makes fractions, which bfloat16 would round
+        # Depths mostly have the very same mask: it is converted once, and what is done with it later done once.
+        same = mask is given and (masks[-1].device, masks[-1].dtype) == (x.device, dtype)
+        masks.append(masks[-1] if same else mask.to(device=x.device, dtype=dtype))
+        given = mask
     return arranged, masks
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,7 +113,7 @@ def main_input_name(backbone: PreTrainedModel) -> str:
     name = backbone.main_input_name
     name = name if isinstance(name, str) and name in accepted else accepted[0]
     if name == "hidden_states":
-        return "pixel_values" if _name_in(backbone, "image_grid_thw") else name
+        return "pixel_values" if _name_in(accepted, "image_grid_thw") else name
     return next((ours for ours, names in NAMES.items() if name in names), name)
 
 
@@ -161,7 +161,9 @@ def all_hidden_states(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The hidden states at all depths, and their masks, as in `run_backbone`; `widths` may be unknown."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    _check_mask(inputs)
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if tokens is not None and "attention_mask" in inputs:
+        check_mask(inputs["attention_mask"], tokens.shape[:2])
     arguments = call_arguments(backbone, stack, inputs)
     outputs = backbone(**arguments, output_hidden_states=True, return_dict=True)
     states = hidden_states_of(outputs, stack, backbone.config.model_type)
@@ -172,16 +174,19 @@ def all_hidden_states(
         mask = (places >= 0).all(-1)
         grids = torch.cat([torch.ones_like(places[:, 0, :1]), places.amax(1) + 1], -1)  # some pack their last state
     n_samples = len(grids) if grids is not None else len(next(iter(inputs.values())))
-    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
     n_tokens = None if tokens is None else tokens.shape[1]
     return arrange(states, Layout(n_samples, mask, grids, widths, n_tokens), backbone)
 
 
-def _check_mask(inputs: dict[str, Tensor]) -> None:
-    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
+def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
+    """Checks that a mask is of as many samples and tokens as there are.
+
+    Raises:
+        ValueError: if not.
+    """
+    if attention_mask.shape != shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected [batch, tokens], here {tuple(tokens.shape[:2])}."
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here {tuple(shape)}."
         )
 
 
@@ -190,7 +195,7 @@ def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tens
     accepted = inspect.signature(backbone.forward).parameters
     arguments = {}
     for ours, value in inputs.items():
-        name = _name_in(backbone, ours)
+        name = _name_in(accepted, ours)
         if name is not None:
             arguments[name] = ~value.bool() if name in INVERTED_MASKS else value
     if "position_ids" in accepted and "position_ids" not in arguments and "attention_mask" in arguments:
@@ -204,9 +209,8 @@ def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tens
     return arguments
 
 
-def _name_in(backbone: PreTrainedModel, ours: str) -> str | None:
-    """A backbone's name for an input of ours, or None if it takes no such input."""
-    accepted = inspect.signature(backbone.forward).parameters
+def _name_in(accepted: Container[str], ours: str) -> str | None:
+    """The name, among those that a backbone accepts, for an input of ours; None if it takes no such input."""
     return next((name for name in NAMES.get(ours, (ours,)) if name in accepted), None)
 
 

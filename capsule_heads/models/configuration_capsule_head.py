@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig
@@ -204,6 +205,11 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if self.tower == "text":
             return tower_config(self.base_config, "text")
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def label_fields(names: Sequence[str]) -> dict[str, dict]:
+    """The fields of a configuration that name its classes, from their names in order."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

@@ -118,26 +118,22 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
         return lambda tensor: mix(tensor, ratio.to(tensor.device), partner.to(tensor.device))
 
-    def _mixup(
-        self, masks: list[Tensor], targets: Tensor | None
-    ) -> tuple[Callable[[Tensor], Tensor] | None, list[Tensor], Tensor | None]:
-        """What mixes the samples' hidden states, if this is training with mixup; masks and targets, mixed with it."""
-        mix_samples = self._draw_mixup(targets)
-        if mix_samples is None:
-            return None, masks, targets
-        mixed = {id(mask): mix_samples(mask) for mask in masks}  # most often all depths have one
-        return mix_samples, [mixed[id(mask)] for mask in masks], mix_samples(targets)
-
     def _classify(
         self,
         states: list[Tensor],
         masks: list[Tensor],
         targets: Tensor | None,
-        mix_samples: Callable[[Tensor], Tensor] | None,
         output_hidden_states: bool | None,
         output_capsules: bool | None,
         output_routing: bool | None,
+        is_mixed: bool = False,
     ) -> CapsuleHeadClassifierOutput:
+        """From hidden states on. In training with mixup it mixes them, masks and targets, unless inputs were mixed."""
+        mix_samples = None if is_mixed else self._draw_mixup(targets)
+        if mix_samples is not None:
+            different = {id(mask): mask for mask in masks}  # most often all depths have one
+            mixed = {key: mix_samples(mask) for key, mask in different.items()}
+            masks, targets = [mixed[id(mask)] for mask in masks], mix_samples(targets)
         capsules = self.head(states, masks, bool(output_routing), mix_samples)
         logits = self._logits(capsules)
         loss = None if targets is None else problem_loss(self.config, logits, targets.to(logits.device))
@@ -225,10 +221,7 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
             "inputs_embeds": inputs_embeds,
         }
         states, masks = self._hidden_states(hidden_states, inputs)
-        mix_samples, masks, targets = self._mixup(masks, targets)
-        return self._classify(
-            states, masks, targets, mix_samples, output_hidden_states, output_capsules, output_routing
-        )
+        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
 
 
 class CapsuleHeadForAudioClassification(CapsuleHeadClassifier):
@@ -278,10 +271,7 @@ class CapsuleHeadForAudioClassification(CapsuleHeadClassifier):
         targets = self._targets(labels)
         inputs = {"input_values": input_values, "input_features": input_features, "attention_mask": attention_mask}
         states, masks = self._hidden_states(hidden_states, inputs)
-        mix_samples, masks, targets = self._mixup(masks, targets)
-        return self._classify(
-            states, masks, targets, mix_samples, output_hidden_states, output_capsules, output_routing
-        )
+        return self._classify(states, masks, targets, output_hidden_states, output_capsules, output_routing)
 
 
 class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
@@ -351,7 +341,6 @@ class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
             pixel_values, targets = mix_samples(pixel_values), mix_samples(targets)
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding, **patches}
         states, masks = self._hidden_states(hidden_states, inputs)
-        mix_samples, masks, targets = (None, masks, targets) if mix_pixels else self._mixup(masks, targets)
         return self._classify(
-            states, masks, targets, mix_samples, output_hidden_states, output_capsules, output_routing
+            states, masks, targets, output_hidden_states, output_capsules, output_routing, is_mixed=mix_pixels
         )

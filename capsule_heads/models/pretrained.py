@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..heads import LinearHead, PartDetector, PlaceConv, SpatialPoseHead, TokenDepthHead
 from ..layers import Routing
 from .backbone_probe import probe_hidden_sizes
-from .backbones import TEXT_INPUTS, Part, build_backbone, describe, main_input_name, run_backbone
+from .backbones import TEXT_INPUTS, Part, build_backbone, check_mask, describe, main_input_name, run_backbone
 from .configuration_capsule_head import CapsuleHeadConfig
 from .loading import (
     BACKBONE_KWARGS,
@@ -382,9 +382,5 @@ def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) 
     dtype = torch.promote_types(hidden_states[0].dtype, torch.float32)
     if attention_mask is None:
         return [torch.ones(x.shape[:2], dtype=dtype, device=x.device) for x in hidden_states]
-    shape = hidden_states[0].shape[:2]
-    if attention_mask.shape != shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here {tuple(shape)}."
-        )
+    check_mask(attention_mask, hidden_states[0].shape[:2])
     return [attention_mask.to(device=hidden_states[0].device, dtype=dtype)] * len(hidden_states)

@@ -28,9 +28,8 @@ from .passes import EStep, Inputs, Statistics, UseGradient, workspace
 
 _N_CHUNKS = 16  # shares of the work, whatever the number of threads: sums depend on it
 _MAX_KEPT = 2**25  # bytes of votes
-_MAX_TILE = (
-    512  # inputs; of more, less fits in the first-level cache, and of fewer, vectors are short beside their loops
-)
+# Inputs in a tile: of more, less fits in the first-level cache, and of fewer, vectors are short beside their loops.
+_MAX_TILE = 512
 _TILE_BYTES = 2**20  # half of a second-level cache
 _NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
 

@@ -169,9 +169,8 @@ def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
     n_h = n_p // n_c
     group = 4 if n_h % 4 == 0 else 2 if n_h % 2 == 0 else 1  # of planes of one output
     for j in range(n_out):
-        for i in range(
-            width
-        ):  # the same for all outputs, so no matter: near zero, where an energy often is, least is lost
+        # The same for all outputs, so no matter: near zero, where an energy often is, least is lost.
+        for i in range(width):
             weights[j, i] = -0.5 * n_p
         if len(d_use):
             for i in range(width):

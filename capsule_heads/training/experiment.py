@@ -30,7 +30,7 @@ from ..models import (
     CapsuleHeadForSequenceClassification,
     StereoImageProcessor,
 )
-from ..models.configuration_capsule_head import HEAD_TYPES
+from ..models.configuration_capsule_head import HEAD_TYPES, label_fields
 from ..models.loading import resolve_backbone
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 
@@ -188,8 +188,7 @@ def build_model(arguments: ModelArguments, train: Dataset) -> CapsuleHeadClassif
     head = {f.name: getattr(arguments, f.name) for f in fields(arguments) if not f.name.startswith("backbone")}
     label = train.features["label"]
     if isinstance(label, ClassLabel):
-        head["id2label"] = dict(enumerate(label.names))
-        head["label2id"] = {name: index for index, name in enumerate(label.names)}
+        head |= label_fields(label.names)
     else:
         values = train.with_format("numpy")["label"][:]
         head |= {"num_labels": 1, "label_mean": float(values.mean()), "label_std": float(values.std())}
