@@ -41,22 +41,35 @@ def n_kept(d_cov: int, d_inp: int) -> int:
 
 def uniform_statistics(inputs: Inputs) -> tuple[Statistics, Tensor]:
     """See `passes.Passes`."""
-    if _Call.of(inputs).keeps_votes:  # nothing to make: a pass over them is less work than second moments
-        return statistics(inputs, _uniform(inputs), None), uniform.no_moments(inputs)
+    call = _Call.of(inputs)
+    if call.keeps_votes:  # nothing to make: a pass over them is less work than second moments
+        return _statistics(inputs, None, None), uniform.no_moments(inputs)
+    if call.is_narrow:
+        moments = call.uniform_moments()
+        return uniform.statistics_of(inputs, moments), moments
     return uniform.uniform_statistics(inputs)
 
 
 def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
     """See `passes.Passes`."""
     call = _Call.of(inputs)
-    if not call.keeps_votes:
-        return uniform.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
-    call.gradients(_uniform(inputs), d_use, None, d_mu_inp, d_f_inp)
-    return call.gradients_of_votes(d_mu_inp)  # of all iterations: this one is the last to be differentiated
+    if call.keeps_votes:
+        call.gradients(None, d_use, None, d_mu_inp, d_f_inp)
+        return call.gradients_of_votes(d_mu_inp)  # of all iterations: this one is the last to be differentiated
+    if call.is_narrow:
+        constant, half, d_W = uniform.quadratic_form(inputs, moments, d_use)
+        call.uniform_gradients(constant, half, d_mu_inp, d_f_inp)
+        return d_W
+    return uniform.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
 
 
 def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
     """See `passes.Passes`."""
+    return _statistics(inputs, e_step, R)
+
+
+def _statistics(inputs: Inputs, e_step: EStep | None, R: Tensor | None) -> Statistics:
+    """The same; without an `e_step`, those of the first iteration."""
     call = _Call.of(inputs)
     sums = call.statistics(e_step, R)
     counts, means, scatters = sums[:, :1], *sums[:, 1:].chunk(2, dim=1)
@@ -65,7 +78,8 @@ def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
         mean = call.per_sample(counts * means) / n_used.clamp_min(torch.finfo(n_used.dtype).tiny)
         scatters = call.per_sample(scatters + counts * (means - mean[call.plan.samples]).square())
         counts, means = n_used, mean
-    return Statistics(counts[:, 0], means.reshape(e_step.mean.shape), scatters.reshape(e_step.mean.shape))
+    means, scatters = (x.unflatten(1, (inputs.mu_inp.shape[2], -1)) for x in (means, scatters))  # [nchj]
+    return Statistics(counts[:, 0], means, scatters)
 
 
 def gradients(
@@ -83,14 +97,6 @@ def gradients(
     sums, scale = call.per_sample(sums), e_step.scale
     first, second = (x.reshape(scale.shape) for x in sums[:, 1:].chunk(2, dim=1))
     return EStep(sums[:, 0], 2.0 * scale.square() * first, -2.0 * scale * second), d_W
-
-
-def _uniform(inputs: Inputs) -> EStep:
-    """All logits are 0."""
-    n, _, c, _ = inputs.mu_inp.shape
-    h, j, _ = inputs.W.shape
-    zeros = inputs.total.new_zeros(n, c, h, j)
-    return EStep(zeros[:, 0, 0], zeros, zeros)
 
 
 class _Plan(NamedTuple):
@@ -126,6 +132,7 @@ class _Call:
     """What the passes of one direction of a call share.
 
     Attributes:
+        is_narrow: whether votes are cheaper to make than to keep.
         keeps_votes: whether they share the votes.
         plan: how the work is cut.
     """
@@ -135,21 +142,21 @@ class _Call:
         h, j, _ = inputs.W.shape
         self._dtype = inputs.mu_inp.dtype
         n_rows = -(-h * j // 4) * 4  # of weights, padded; and so are their columns
-        is_narrow = d <= _NARROW
-        n_planes = 4 if is_narrow else c * n_rows
+        self.is_narrow = d <= _NARROW
+        n_planes = 4 if self.is_narrow else c * n_rows
         n_bytes = (n_planes + 2 * j + 2 * c * d) * inputs.mu_inp.element_size()
         tile_size = min(_MAX_TILE, max(16, _TILE_BYTES // n_bytes // 16 * 16))
         self.plan = _plan(n, i, tile_size)
         lanes = (-(-int(self.plan.tiles[:, 2].max(initial=0)) // 16) + 1) * 16
 
-        self._sizes = (h, j, d)
+        self._sizes = (n, c, h, j, d)
         self._weights = inputs.W.new_zeros(n_rows, -(-d // 4) * 4)
         self._weights[: h * j, :d] = inputs.W.transpose(0, 1).flatten(0, 1)
         tensors = (inputs.mu_inp.contiguous(), inputs.f_inp.contiguous(), inputs.centre[:, 0].contiguous())
         self._inputs = (*(x.numpy() for x in tensors), self._weights.numpy())
         self._scratch = (lanes, n_planes)
         votes_shape = (len(self.plan.tiles), c * n_rows, lanes)
-        self.keeps_votes = not is_narrow and math.prod(votes_shape) * inputs.mu_inp.element_size() <= _MAX_KEPT
+        self.keeps_votes = not self.is_narrow and math.prod(votes_shape) * inputs.mu_inp.element_size() <= _MAX_KEPT
         nothing = np.empty((0, 0, 0), self._inputs[0].dtype)
         self._nothing = self._votes = self._d_votes = nothing
         if self.keeps_votes:
@@ -163,25 +170,45 @@ class _Call:
             inputs.memo["call"] = cls(inputs)
         return inputs.memo["call"]
 
-    def statistics(self, e_step: EStep, R: Tensor | None) -> Tensor:
-        """`[segments,1+2p,j]`, float64: counts, means and scatters. Writes `R [n,i,j]` where it is given."""
-        sums = self._new_sums(e_step)
-        R_ = self._nothing if R is None else R.numpy()
-        fill = not self._has_votes
-        terms = self._e_step(e_step)
-        self._run(kernels.statistics, self._votes, self._scratch[1], terms, fill, R_, sums.numpy())
+    def uniform_moments(self) -> Tensor:
+        """`[n,c,d,d+1]`, float64, see `numba_kernels.uniform_moments`."""
+        _, c, _, _, d = self._sizes
+        moments = torch.zeros(len(self.plan.samples), c, d, d + 1, dtype=torch.float64)
+        self._run(kernels.uniform_moments, moments.numpy())
+        return self.per_sample(moments)
+
+    def uniform_gradients(self, constant: Tensor, half: Tensor, d_mu_inp: Tensor, d_f_inp: Tensor) -> None:
+        """See `numba_kernels.uniform_gradients`."""
+        self._run(kernels.uniform_gradients, *(x.numpy() for x in (constant, half, d_mu_inp, d_f_inp)))
+
+    def statistics(self, e_step: EStep | None, R: Tensor | None) -> Tensor:
+        """`[segments,1+2p,j]`, float64: counts, means and scatters. Writes `R [n,i,j]` where it is given.
+
+        Without an `e_step`, those of the first iteration.
+        """
+        sums = self._new_sums()
+        self._run(
+            kernels.statistics,
+            self._votes,
+            self._scratch[1],
+            e_step is None,
+            self._e_step(e_step),
+            not self._has_votes,
+            self._nothing if R is None else R.numpy(),
+            sums.numpy(),
+        )
         self._has_votes = self.keeps_votes
         return sums
 
     def gradients(
-        self, e_step: EStep, d_use: UseGradient, d_R: Tensor | None, d_mu_inp: Tensor, d_f_inp: Tensor
+        self, e_step: EStep | None, d_use: UseGradient, d_R: Tensor | None, d_mu_inp: Tensor, d_f_inp: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds to `d_mu_inp` (unless it keeps votes, and so their gradient) and to `d_f_inp`.
 
         Returns:
             `[segments,1+2p,j]`, float64, see `numba_kernels.gradients`; and the gradient of `W`, but for what it keeps.
         """
-        sums = self._new_sums(e_step)
+        sums = self._new_sums()
         d_W = torch.zeros(0, 0, 0, dtype=torch.float64) if self.keeps_votes else self._new_d_W()
         if self.keeps_votes and not len(self._d_votes):
             self._d_votes = workspace.like("d_votes", self._weights, self._votes.shape).numpy()
@@ -191,6 +218,7 @@ class _Call:
             kernels.gradients,
             self._votes,
             self._scratch[1],
+            e_step is None,
             self._e_step(e_step),
             not self._has_votes,
             self._packed(constant, mean, linear, square),
@@ -230,8 +258,11 @@ class _Call:
         for other in others:
             other.result()
 
-    def _e_step(self, e_step: EStep) -> np.ndarray:
+    def _e_step(self, e_step: EStep | None) -> np.ndarray:
         """As `[n,2+3p,j]`, see `numba_kernels`; priors relative to the largest: far from zero, logits lose digits."""
+        if e_step is None:
+            n, c, h, j, _ = self._sizes
+            return torch.zeros(n, 2 + 3 * c * h, j, dtype=self._dtype).numpy()
         log_prior, mean, scale = e_step
         log_prior = log_prior - log_prior.amax(1, keepdim=True)
         return self._packed(
@@ -242,8 +273,8 @@ class _Call:
         """`[n,j]` and `[n,c,h,j]` as `[n,rows,j]`, of the dtype of the inputs."""
         return torch.cat([x[:, None] if x.ndim == 2 else x.flatten(1, 2) for x in terms], dim=1).to(self._dtype).numpy()
 
-    def _new_sums(self, e_step: EStep) -> Tensor:
-        _, c, h, j = e_step.mean.shape
+    def _new_sums(self) -> Tensor:
+        _, c, h, j, _ = self._sizes
         return torch.zeros(len(self.plan.samples), 1 + 2 * c * h, j, dtype=torch.float64)
 
     def _new_d_W(self) -> Tensor:
@@ -251,7 +282,7 @@ class _Call:
 
     def _unpadded(self, d_W: Tensor) -> Tensor:
         """`[chunks,q,d]` as `[h,j,d]`."""
-        h, j, d = self._sizes
+        _, _, h, j, d = self._sizes
         return d_W.sum(0)[: h * j, :d].unflatten(0, (j, h)).transpose(0, 1)
 
 

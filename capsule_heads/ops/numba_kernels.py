@@ -121,23 +121,18 @@ def _product_backward(d_planes, at, W, q, x, c, d_W, d_x, width):
             d_x[c, d + 1, i] += w01 * b0 + w11 * b1 + w21 * b2 + w31 * b3
             d_x[c, d + 2, i] += w02 * b0 + w12 * b1 + w22 * b2 + w32 * b3
             d_x[c, d + 3, i] += w03 * b0 + w13 * b1 + w23 * b2 + w33 * b3
-        s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
-        s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero
-        for i in range(width):
-            a0, a1, a2, a3 = x[c, d, i], x[c, d + 1, i], x[c, d + 2, i], x[c, d + 3, i]
-            b0, b1, b2, b3 = d_planes[at, i], d_planes[at + 1, i], d_planes[at + 2, i], d_planes[at + 3, i]
-            s00, s01, s02, s03 = s00 + b0 * a0, s01 + b0 * a1, s02 + b0 * a2, s03 + b0 * a3
-            s10, s11, s12, s13 = s10 + b1 * a0, s11 + b1 * a1, s12 + b1 * a2, s13 + b1 * a3
-            s20, s21, s22, s23 = s20 + b2 * a0, s21 + b2 * a1, s22 + b2 * a2, s23 + b2 * a3
-            s30, s31, s32, s33 = s30 + b3 * a0, s31 + b3 * a1, s32 + b3 * a2, s33 + b3 * a3
-        d_W[q, d], d_W[q, d + 1] = d_W[q, d] + s00, d_W[q, d + 1] + s01
-        d_W[q, d + 2], d_W[q, d + 3] = d_W[q, d + 2] + s02, d_W[q, d + 3] + s03
-        d_W[q + 1, d], d_W[q + 1, d + 1] = d_W[q + 1, d] + s10, d_W[q + 1, d + 1] + s11
-        d_W[q + 1, d + 2], d_W[q + 1, d + 3] = d_W[q + 1, d + 2] + s12, d_W[q + 1, d + 3] + s13
-        d_W[q + 2, d], d_W[q + 2, d + 1] = d_W[q + 2, d] + s20, d_W[q + 2, d + 1] + s21
-        d_W[q + 2, d + 2], d_W[q + 2, d + 3] = d_W[q + 2, d + 2] + s22, d_W[q + 2, d + 3] + s23
-        d_W[q + 3, d], d_W[q + 3, d + 1] = d_W[q + 3, d] + s30, d_W[q + 3, d + 1] + s31
-        d_W[q + 3, d + 2], d_W[q + 3, d + 3] = d_W[q + 3, d + 2] + s32, d_W[q + 3, d + 3] + s33
+        for k in range(0, 4, 2):  # two rows at a time: their sums are as many as AVX2 has registers for
+            s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
+            for i in range(width):
+                a0, a1, a2, a3 = x[c, d, i], x[c, d + 1, i], x[c, d + 2, i], x[c, d + 3, i]
+                b0, b1 = d_planes[at + k, i], d_planes[at + k + 1, i]
+                s00, s01, s02, s03 = s00 + b0 * a0, s01 + b0 * a1, s02 + b0 * a2, s03 + b0 * a3
+                s10, s11, s12, s13 = s10 + b1 * a0, s11 + b1 * a1, s12 + b1 * a2, s13 + b1 * a3
+            p = q + k
+            d_W[p, d], d_W[p, d + 1] = d_W[p, d] + s00, d_W[p, d + 1] + s01
+            d_W[p, d + 2], d_W[p, d + 3] = d_W[p, d + 2] + s02, d_W[p, d + 3] + s03
+            d_W[p + 1, d], d_W[p + 1, d + 1] = d_W[p + 1, d] + s10, d_W[p + 1, d + 1] + s11
+            d_W[p + 1, d + 2], d_W[p + 1, d + 3] = d_W[p + 1, d + 2] + s12, d_W[p + 1, d + 3] + s13
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +157,7 @@ def _load(x, f_tile, mu_inp, f_inp, centre, first, count, width):
 
 
 @_jit
-def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
+def _e_step(weights, d_D, planes, x, W, uniform, e_step, d_use, compute, width):
     """`R`, as `weights [j,T]`; if `d_use` has rows, also the gradient of `D`, `d_D [j,T]`; if `compute`, the planes."""
     n_c, n_q, n_out = x.shape[0], W.shape[0], weights.shape[0]
     n_p = e_step.shape[0] // 3
@@ -180,9 +175,10 @@ def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
             at = c * n_q + q if len(planes) == n_c * n_q else 0
             if compute:
                 _product(planes, at, W, q, x, c, width)
-            for k in range(0, min(4, n_out * n_h - q), group):
-                j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
-                _add_energy(weights, j, planes, at + k, group, e_step, p, n_p, width)
+            if not uniform:
+                for k in range(0, min(4, n_out * n_h - q), group):
+                    j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
+                    _add_energy(weights, j, planes, at + k, group, e_step, p, n_p, width)
             if len(d_use):
                 for k in range(min(4, n_out * n_h - q)):
                     j, p = (q + k) // n_h, 1 + c * n_h + (q + k) % n_h
@@ -190,7 +186,10 @@ def _e_step(weights, d_D, planes, x, W, e_step, d_use, compute, width):
                     for i in range(width):
                         v = planes[at + k, i] - mean
                         d_D[j, i] += v * (linear + square * v)
-    _softmax(weights, e_step, width)
+    if uniform:
+        weights[:, :width] = weights.dtype.type(1) / n_out
+    else:
+        _softmax(weights, e_step, width)
 
 
 @_jit(fastmath=("contract",))
@@ -275,13 +274,14 @@ def _moments(D, j, planes, at, middle, n_used, width):
 #     share: which chunks are this call's, the first, and how far it is from each to the next.
 #     kept: `[tiles,c*q,T]`, the planes of all tiles; or of no tiles.
 #     n_scratch: otherwise, how many planes there is room for: all, or four, which are then computed twice.
+#     uniform: whether it is the first iteration, in which all logits are 0.
 #     e_step: `[n,2+3p,j]`: `log_prior`, means, scales, what scales lose to rounding, and what `log_prior` loses: that
 #         would be the same for all inputs, and not average out.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @_jit
-def statistics(inputs, plan, share, kept, n_scratch, e_step, fill, R, sums):
+def statistics(inputs, plan, share, kept, n_scratch, uniform, e_step, fill, R, sums):
     """A pass for the M-step.
 
     Args:
@@ -301,7 +301,7 @@ def statistics(inputs, plan, share, kept, n_scratch, e_step, fill, R, sums):
             width = (count + 15) // 16 * 16
             planes = kept[tile] if len(kept) else scratch
             _load(x, f, mu_inp[n], f_inp[n], centre[n], first, count, width)
-            _e_step(D, D, planes, x, W, e_step[n], e_step[n, :0], fill or len(kept) == 0, width)
+            _e_step(D, D, planes, x, W, uniform, e_step[n], e_step[n, :0], fill or len(kept) == 0, width)
             if len(R):
                 for i in range(count):
                     for j in range(n_out):
@@ -336,7 +336,9 @@ def _merge(sums, segment, p, n_p, j, n_used, mean, scatter):
 
 
 @_jit
-def gradients(inputs, plan, share, kept, n_scratch, e_step, fill, d_use, d_R, d_kept, d_mu_inp, d_f_inp, d_W, sums):
+def gradients(
+    inputs, plan, share, kept, n_scratch, uniform, e_step, fill, d_use, d_R, d_kept, d_mu_inp, d_f_inp, d_W, sums
+):
     """The backward pass of `statistics`.
 
     Args:
@@ -361,7 +363,7 @@ def gradients(inputs, plan, share, kept, n_scratch, e_step, fill, d_use, d_R, d_
             width = (count + 15) // 16 * 16
             planes = kept[tile] if len(kept) else scratch
             _load(x, f, mu_inp[n], f_inp[n], centre[n], first, count, width)
-            _e_step(D, d_D, planes, x, W, e_step[n], d_use[n], fill or len(kept) == 0, width)
+            _e_step(D, d_D, planes, x, W, uniform, e_step[n], d_use[n], fill or len(kept) == 0, width)
             _softmax_backward(D, d_D, f, d_f_inp[n], d_R[n] if len(d_R) else d_R[:0, 0], first, count, width)
             for j in range(n_out):
                 total = mu_inp.dtype.type(0)
@@ -402,6 +404,72 @@ def gradients_of_kept(inputs, plan, share, d_kept, d_mu_inp, d_W):
                 d_x[c, :, :width] = 0
                 for q in range(0, n_q, 4):
                     _product_backward(d_kept[tile], c * n_q + q, W, q, x, c, d_W[chunk], d_x, width)
+            _store(d_mu_inp[n], d_x, first, count)
+
+
+@_jit
+def uniform_moments(inputs, plan, share, moments):
+    """Adds `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic` in the last column, to `moments [segments,c,d,d+1]`, float64.
+
+    For narrow inputs: it makes one pass over a tile for each of these sums.
+    """
+    mu_inp, f_inp, centre, W = inputs
+    tiles, chunks, T = plan
+    n_c, n_d = mu_inp.shape[2:]
+    x, f, f_x = np.zeros((n_c, n_d, T), mu_inp.dtype), np.empty(T, mu_inp.dtype), np.empty(T)
+    for chunk in range(share[0], len(chunks) - 1, share[1]):
+        for tile in range(chunks[chunk], chunks[chunk + 1]):
+            n, first, count, segment = tiles[tile]
+            _load(x, f, mu_inp[n], f_inp[n], centre[n], first, count, count)
+            for c in range(n_c):
+                for d in range(n_d):
+                    total = 0.0
+                    for i in range(count):
+                        f_x[i] = np.float64(f[i]) * np.float64(x[c, d, i])
+                        total += f_x[i]
+                    moments[segment, c, d, n_d] += total
+                    for e in range(d + 1):
+                        total = 0.0
+                        for i in range(count):
+                            total += f_x[i] * np.float64(x[c, e, i])
+                        moments[segment, c, d, e] += total
+                        if e < d:
+                            moments[segment, c, e, d] += total
+
+
+@_jit
+def uniform_gradients(inputs, plan, share, constant, half, d_mu_inp, d_f_inp):
+    """The backward pass of the first iteration, in which `D_ij` has the same gradient for all `j`, quadratic in `x_i`.
+
+    Args:
+        constant: `[n]`, its constant term.
+        half: `[n,c,d+1,d]`: the matrix of the quadratic form and, in the last row, half its linear term.
+        d_mu_inp: `[n,i,c,d]`, added to.
+        d_f_inp: `[n,i]`, added to.
+    """
+    mu_inp, f_inp, centre, W = inputs
+    tiles, chunks, T = plan
+    n_c, n_d = mu_inp.shape[2:]
+    x, d_x = np.zeros((n_c, n_d, T), mu_inp.dtype), np.zeros((n_c, n_d, T), mu_inp.dtype)
+    f, d_f = np.empty(T, mu_inp.dtype), np.empty(T, mu_inp.dtype)
+    for chunk in range(share[0], len(chunks) - 1, share[1]):
+        for tile in range(chunks[chunk], chunks[chunk + 1]):
+            n, first, count, _ = tiles[tile]
+            _load(x, f, mu_inp[n], f_inp[n], centre[n], first, count, count)
+            d_f[:count] = constant[n]
+            for c in range(n_c):
+                for d in range(n_d):
+                    linear = half[n, c, n_d, d]
+                    d_x[c, d, :count] = linear
+                    for e in range(n_d):
+                        factor = half[n, c, e, d]
+                        for i in range(count):
+                            d_x[c, d, i] += factor * x[c, e, i]
+                    for i in range(count):
+                        d_f[i] += (d_x[c, d, i] + linear) * x[c, d, i]
+                        d_x[c, d, i] *= f[i] + f[i]
+            for i in range(count):
+                d_f_inp[n, first + i] += d_f[i]
             _store(d_mu_inp[n], d_x, first, count)
 
 

@@ -15,37 +15,52 @@ from .passes import Inputs, Statistics, UseGradient, block_size, blocks, workspa
 def uniform_statistics(inputs: Inputs) -> tuple[Statistics, Tensor]:
     """See `passes.Passes`."""
     moments = _moments(inputs)
+    return statistics_of(inputs, moments), moments
+
+
+def statistics_of(inputs: Inputs, moments: Tensor) -> Statistics:
+    """The statistics of the first iteration, from the moments of the inputs, `[n,c,d,d+1]`."""
     total, W, n_out = inputs.total, inputs.W.double(), inputs.W.shape[1]
     mean_x = moments[..., -1] / total[..., None].clamp_min(torch.finfo(total.dtype).tiny)  # [ncd]
     covariance = moments[..., :-1] - total[..., None, None] * mean_x[..., :, None] * mean_x[..., None, :]
     mean = torch.einsum("ncd,hjd->nchj", mean_x, W)
     W_covariance = W.flatten(0, 1) @ covariance  # [n,c,hj,d]
     scatter = (W_covariance * W.flatten(0, 1)).sum(-1).unflatten(2, W.shape[:2]) / n_out
-    return Statistics((total / n_out).expand(-1, n_out), mean, scatter), moments
+    return Statistics((total / n_out).expand(-1, n_out), mean, scatter)
 
 
 def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
     """See `passes.Passes`."""
+    constant, half, d_W = quadratic_form(inputs, moments, d_use)
     n, i, c, d = inputs.mu_inp.shape
-    W, n_out = inputs.W.double(), inputs.W.shape[1]
-    # The gradient of D_ij summed over j is a quadratic form in x: constant + x linear + x square x^T.
-    constant, linear_u, square_u = (x / n_out for x in d_use.in_u())
-    square_W = (square_u[..., None] * W).flatten(2, 3)  # [n,c,hj,d]
-    square = square_W.mT @ W.flatten(0, 1)  # [n,c,d,d]
-    linear = torch.einsum("nchj,hjd->ncd", linear_u, W)
-    constant = constant.sum(-1)
-    # f (2 x square + linear), as a product with x and its column of ones
-    half = torch.cat([square, linear[:, :, None] / 2.0], dim=2).to(inputs.mu_inp.dtype)  # [n,c,d+1,d]
     for samples, part in blocks(n, i, block_size(inputs.mu_inp, 8 * c * (d + 1))):
         x = inputs.centred(samples, part)  # [n,c,i,d+1]
         d_x = torch.matmul(x, half[samples], out=workspace.like("d_x", x[..., :d]))
-        d_f = (x[..., :d] @ half[samples, :, d, :, None]).sum((1, 3)) + constant[samples, None].to(x.dtype)
+        d_f = (x[..., :d] @ half[samples, :, d, :, None]).sum((1, 3)) + constant[samples, None]
         f_x = torch.mul(d_x, x[..., :d], out=workspace.like("f_x", d_x))
         d_f_inp[samples, part] += d_f + f_x.sum((1, 3))
         d_x.mul_(inputs.f_inp[samples, None, part, None])
         d_mu_inp[samples, part].add_(d_x.transpose(1, 2), alpha=2.0)
+    return d_W
+
+
+def quadratic_form(inputs: Inputs, moments: Tensor, d_use: UseGradient) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of `D_ij` in the first iteration, summed over `j`: `constant + x linear + x square x^T`.
+
+    Returns:
+        `constant [n]`; `[n,c,d+1,d]`, `square` and below it half of `linear`, so that a product with `x` and a column
+        of ones is half the gradient of `x`, but for `f`; both of the dtype of the inputs. And the gradient of `W`.
+    """
+    W, n_out = inputs.W.double(), inputs.W.shape[1]
+    constant, linear_u, square_u = (x / n_out for x in d_use.in_u())
+    square_W = (square_u[..., None] * W).flatten(2, 3)  # [n,c,hj,d]
+    square = square_W.mT @ W.flatten(0, 1)  # [n,c,d,d]
+    linear = torch.einsum("nchj,hjd->ncd", linear_u, W)
+    half = torch.cat([square, linear[:, :, None] / 2.0], dim=2)
     d_W = 2.0 * (square_W @ moments[..., :-1]).sum((0, 1)).view_as(W)
-    return d_W + torch.einsum("ncd,nchj->hjd", moments[..., -1], linear_u)
+    d_W += torch.einsum("ncd,nchj->hjd", moments[..., -1], linear_u)
+    dtype = inputs.mu_inp.dtype
+    return constant.sum(-1).to(dtype), half.to(dtype), d_W
 
 
 def no_moments(inputs: Inputs) -> Tensor:
