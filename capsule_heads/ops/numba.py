@@ -27,11 +27,11 @@ from . import uniform
 from .passes import EStep, Inputs, Statistics, UseGradient, workspace
 
 _N_CHUNKS = 16  # shares of the work, whatever the number of threads: sums depend on it
-_MAX_KEPT = 2**25  # bytes of votes
+MAX_KEPT = 2**25  # bytes of votes
 # Inputs in a tile: of more, less fits in the first-level cache, and of fewer, vectors are short beside their loops.
 _MAX_TILE = 512
 _TILE_BYTES = 2**20  # half of a second-level cache
-_NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
+NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
 
 
 def n_kept(d_cov: int, d_inp: int) -> int:
@@ -142,7 +142,7 @@ class _Call:
         h, j, _ = inputs.W.shape
         self._dtype = inputs.mu_inp.dtype
         n_rows = -(-h * j // 4) * 4  # of weights, padded; and so are their columns
-        self.is_narrow = d <= _NARROW
+        self.is_narrow = d <= NARROW
         n_planes = 4 if self.is_narrow else c * n_rows
         n_bytes = (n_planes + 2 * j + 2 * c * d) * inputs.mu_inp.element_size()
         tile_size = min(_MAX_TILE, max(16, _TILE_BYTES // n_bytes // 16 * 16))
@@ -156,7 +156,7 @@ class _Call:
         self._inputs = (*(x.numpy() for x in tensors), self._weights.numpy())
         self._scratch = (lanes, n_planes)
         votes_shape = (len(self.plan.tiles), c * n_rows, lanes)
-        self.keeps_votes = not self.is_narrow and math.prod(votes_shape) * inputs.mu_inp.element_size() <= _MAX_KEPT
+        self.keeps_votes = not self.is_narrow and math.prod(votes_shape) * inputs.mu_inp.element_size() <= MAX_KEPT
         nothing = np.empty((0, 0, 0), self._inputs[0].dtype)
         self._nothing = self._votes = self._d_votes = nothing
         if self.keeps_votes:
@@ -210,9 +210,9 @@ class _Call:
         """
         sums = self._new_sums()
         d_W = torch.zeros(0, 0, 0, dtype=torch.float64) if self.keeps_votes else self._new_d_W()
-        if self.keeps_votes and not len(self._d_votes):
+        has_d_votes = len(self._d_votes) > 0
+        if self.keeps_votes and not has_d_votes:
             self._d_votes = workspace.like("d_votes", self._weights, self._votes.shape).numpy()
-            self._d_votes.fill(0)
         constant, linear, square, mean = d_use
         self._run(
             kernels.gradients,
@@ -224,6 +224,7 @@ class _Call:
             self._packed(constant, mean, linear, square),
             self._nothing if d_R is None else d_R.contiguous().numpy(),
             self._d_votes,
+            has_d_votes,
             d_mu_inp.numpy(),
             d_f_inp.numpy(),
             d_W.numpy(),
@@ -253,10 +254,11 @@ class _Call:
         def run(thread: int) -> None:
             kernel(self._inputs, plan, (thread, n_threads), *arguments)
 
-        others = [_pool().submit(run, thread) for thread in range(1, n_threads)]
-        run(0)
-        for other in others:
-            other.result()
+        with torch.profiler.record_function(f"capsule_heads::{kernel.__name__}"):  # torch would not see it
+            others = [_pool().submit(run, thread) for thread in range(1, n_threads)]
+            run(0)
+            for other in others:
+                other.result()
 
     def _e_step(self, e_step: EStep | None) -> np.ndarray:
         """As `[n,2+3p,j]`, see `numba_kernels`; priors relative to the largest: far from zero, logits lose digits."""

@@ -337,14 +337,15 @@ def _merge(sums, segment, p, n_p, j, n_used, mean, scatter):
 
 @_jit
 def gradients(
-    inputs, plan, share, kept, n_scratch, uniform, e_step, fill, d_use, d_R, d_kept, d_mu_inp, d_f_inp, d_W, sums
+    inputs, plan, share, kept, n_scratch, uniform, e_step, fill, d_use, d_R, d_kept, add, d_mu_inp, d_f_inp, d_W, sums
 ):
     """The backward pass of `statistics`.
 
     Args:
         d_use: `[n,1+3p,j]`: constant, means, `linear` and `square`.
         d_R: `[n,i,j]`, or of no samples.
-        d_kept: like `kept`: what is added to instead of `d_mu_inp` and `d_W`.
+        d_kept: like `kept`: the gradient of what is kept, in the place of those of the inputs and `W`.
+        add: whether to add to `d_kept`, rather than write it.
         d_mu_inp: `[n,i,c,d]`, added to.
         d_f_inp: `[n,i]`, added to.
         d_W: `[chunks,q,d]`, float64, added to.
@@ -377,10 +378,12 @@ def gradients(
                     if len(planes) < n_c * n_q:
                         _product(planes, at, W, q, x, c, width)
                     _block_backward(d_block, planes, at, D, d_D, e_step, d_use, n, n_c, c, q, sums, segment, width)
-                    if len(kept):
+                    if len(kept) and add:
                         for k in range(4):
                             for i in range(width):
                                 d_kept[tile, at + k, i] += d_block[k, i]
+                    elif len(kept):
+                        d_kept[tile, at : at + 4, :width] = d_block[:, :width]
                     else:
                         _product_backward(d_block, 0, W, q, x, c, d_W[chunk], d_x, width)
             if len(kept) == 0:
@@ -413,7 +416,7 @@ def uniform_moments(inputs, plan, share, moments):
 
     For narrow inputs: it makes one pass over a tile for each of these sums.
     """
-    mu_inp, f_inp, centre, W = inputs
+    mu_inp, f_inp, centre, _ = inputs
     tiles, chunks, T = plan
     n_c, n_d = mu_inp.shape[2:]
     x, f, f_x = np.zeros((n_c, n_d, T), mu_inp.dtype), np.empty(T, mu_inp.dtype), np.empty(T)
@@ -447,7 +450,7 @@ def uniform_gradients(inputs, plan, share, constant, half, d_mu_inp, d_f_inp):
         d_mu_inp: `[n,i,c,d]`, added to.
         d_f_inp: `[n,i]`, added to.
     """
-    mu_inp, f_inp, centre, W = inputs
+    mu_inp, f_inp, centre, _ = inputs
     tiles, chunks, T = plan
     n_c, n_d = mu_inp.shape[2:]
     x, d_x = np.zeros((n_c, n_d, T), mu_inp.dtype), np.zeros((n_c, n_d, T), mu_inp.dtype)

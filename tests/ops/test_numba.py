@@ -28,7 +28,7 @@ def values_and_gradients(tensors, name="numba", **options):
 def test_odd_sizes(monkeypatch, n_inp, n_out, d_cov, d_inp, d_out, kept):
     monkeypatch.setattr(strategy, "_MAX_TILE", 48)
     if not kept:
-        monkeypatch.setattr(strategy, "_MAX_KEPT", 0)
+        monkeypatch.setattr(strategy, "MAX_KEPT", 0)
     sizes = {"n_inp": n_inp, "n_out": n_out, "d_cov": d_cov, "d_inp": d_inp, "d_out": d_out}
     tensors = as_torch(draw(batch=(2,), **sizes, **SHARED))
     actual, expected = (values_and_gradients(tensors, s, n_out=n_out, return_R=True) for s in ("numba", "reference"))

@@ -52,7 +52,7 @@ def small_blocks(monkeypatch):
     for module in (uniform, moments, votes):
         monkeypatch.setattr(module, "block_size", lambda tensor, floats_per_input: 4)
     monkeypatch.setattr(numba, "_MAX_TILE", 5)
-    monkeypatch.setattr(numba, "_MAX_KEPT", 0)
+    monkeypatch.setattr(numba, "MAX_KEPT", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class LargestResult(TorchDispatchMode):
 def test_nothing_is_larger_than_the_inputs(module, monkeypatch):
     for user in (uniform, moments, votes):
         monkeypatch.setattr(user, "block_size", lambda tensor, floats_per_input: 8)
-    monkeypatch.setattr(numba, "_MAX_KEPT", 0)
+    monkeypatch.setattr(numba, "MAX_KEPT", 0)
     n_inp, n_out = 5000, 16
     a_inp, mu_inp, W, B, beta_use, beta_ign = as_torch(
         draw(n_inp=n_inp, n_out=n_out, d_cov=1, d_inp=3, d_out=2, **SHARED), torch.float32

@@ -65,7 +65,17 @@ def test_it_profiles(benchmark, monkeypatch, capsys):
     run(benchmark, monkeypatch, "--profile")
     profile = capsys.readouterr().out
     assert "| a small case | `moments` |" in profile
-    assert re.search(r"\| a small case \| `numba` \| [\d,]+ \| - \| - \| - \| - \| [\d,]+ \|", profile)
+    assert re.search(
+        r"\| a small case \| `numba` \| [\d,]+ \| [\d,]+ \| \d+\.\d \| [\d,]+ \| [\d,]+ \| [\d,]+ \|", profile
+    )
+
+
+def test_the_products_of_numba(benchmark):
+    """Of 2 x 50 inputs of 4x4 to 6: votes twice in each of two forward and two backward passes, and gradients."""
+    run, _ = benchmark.CASES["small"][1]("numba", "cpu")
+    assert benchmark.numba_product_flops(*run.args) == 2 * (4 + 4 + 2 + 2) * (100 * 6 * 16) * 4
+    run, _ = benchmark.routing_case((), 10, 1, 64, 2)("numba", "cpu")
+    assert benchmark.numba_product_flops(*run.args) == 2 * 4 * (10 * 64 * 2) * 64
 
 
 def test_memory_that_cannot_be_measured_has_no_ratio(benchmark, monkeypatch, capsys):
