@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -135,19 +136,23 @@ def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.P
     Args:
         path: the state dict.
         network: one of `NETWORKS`.
-        output: directory to write; it must not hold a model yet.
+        output: directory to write; it must be new, or empty.
 
     Raises:
         OSError: if the file cannot be read, or the directory not written.
-        ValueError: as `read_state_dict` and `convert_state_dict`, or if there is a model in the directory.
+        ValueError: as `read_state_dict` and `convert_state_dict`, or if there is something in the directory.
     """
     output = Path(output)
-    if (output / "config.json").exists():
-        raise ValueError(f"{output} already holds a model; name another directory.")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; name another directory.")
     model = convert_state_dict(read_state_dict(path), network)
-    model.save_pretrained(output)
-    if network == "smallnorb":
-        StereoImageProcessor().save_pretrained(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+        whole = Path(folder, "model")  # what is half-written never has the name of the output
+        model.save_pretrained(whole)
+        if network == "smallnorb":
+            StereoImageProcessor().save_pretrained(whole)
+        whole.replace(output)
 
 
 def _original_name(key: str, names: tuple) -> str:

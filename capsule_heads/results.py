@@ -153,7 +153,15 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
             raise ValueError(f"The runs of {record['task']} do not say which backbone they had; give its name.")
         measured[tuple(record[key] for key in ("task", "backbone", "head_type", "freeze_backbone", "metric"))] = record
     content = [measured[key] for key in sorted(measured)]
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all: under another name first."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def read_published(path: str | Path) -> list[dict[str, Any]]:

@@ -30,6 +30,9 @@ def main() -> None:
         inputs = options.inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if isinstance(model, CapsuleHeadForImageClassification):
             processor = AutoImageProcessor.from_pretrained(options.model)
+            missing = [name for name in inputs if not Path(name).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} is no file; the model classifies images, expected their files.")
             classify = ImageClassificationPipeline(model=model, image_processor=processor)
             predictions = [best[0] for best in classify(inputs, batch_size=options.batch_size, top_k=1)]
         else:

@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
+from capsule_heads.results import write_json
 from capsule_heads.training.command_line import fail, parse_config_and_options
 from capsule_heads.training.experiment import (
     DataArguments,
@@ -83,9 +84,8 @@ def main() -> None:
     for name in [*validation, *evaluation_splits(datasets, "test")]:
         results |= trainer.evaluate(prepared[name], metric_key_prefix=name)
     if trainer.is_world_process_zero():
-        text = json.dumps(results, indent=2)
-        Path(arguments.output_dir, "results.json").write_text(text + "\n", encoding="utf-8")
-        print(text)
+        write_json(Path(arguments.output_dir, "results.json"), results)
+        print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from transformers import (
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
 from capsule_heads.convert import NETWORKS, build_network, convert_checkpoint, convert_state_dict, read_state_dict
 from capsule_heads.data.stereo import CATEGORIES
-from capsule_heads.models.image_processing_stereo import side_by_side
+from capsule_heads.models.image_processing_stereo import StereoImageProcessor, side_by_side
 
 SHARED = Path(__file__).parents[2] / "shared"
 FILES = {"sst2_root": ("SST2R", "sst2"), "sst5_root": ("SST5R", "sst5"), "smallnorb": ("smallNORB", "smallnorb")}
-STRATEGIES = ("auto", "reference", "moments", "votes")
+STRATEGIES = ("auto", "reference", "moments", "votes", "numba")
 PARAMETERS = {"sst2_root": 138_944, "sst5_root": 140_480, "smallnorb": 271_688}
 
 
@@ -220,6 +220,20 @@ def test_files_that_are_no_state_dicts(tmp_path):
 
 def test_a_model_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="already holds a model; name another directory"):
+    with pytest.raises(ValueError, match="is not empty; name another directory"):
         convert_checkpoint(tmp_path / "weights.pt", "smallnorb", tmp_path)
     assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_model_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(self, folder):
+        raise OSError("No space left on device")
+
+    torch.save(original_state_dict("smallnorb"), tmp_path / "weights.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(StereoImageProcessor, "save_pretrained", fail)
+        with pytest.raises(OSError, match="No space left"):
+            convert_checkpoint(tmp_path / "weights.pt", "smallnorb", tmp_path / "models" / "norb")
+    assert not list((tmp_path / "models").iterdir())
+    convert_checkpoint(tmp_path / "weights.pt", "smallnorb", tmp_path / "models" / "norb")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["norb"]

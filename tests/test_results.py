@@ -8,7 +8,8 @@ import capsule_heads
 from capsule_heads.results import collect_results, read_published, read_runs, summarize_runs, write_measured
 
 DOCS = Path(capsule_heads.__file__).parents[1] / "docs" / "results"
-TASKS = {"sst5", "sst2_root", "smallnorb"}
+PUBLISHED_TASKS = {"sst5", "sst2_root", "smallnorb"}
+MEASURED_TASKS = {"sst5", "sst2_root", "toy_norb"}
 
 
 def run(seed=0, **keys):
@@ -79,6 +80,29 @@ def test_measured_results_are_replaced_by_those_of_the_same_task_backbone_and_me
         ("sst5", "a", 0.5, "bbb", "2026-03-04"),
         ("sst5", "b", 0.75, "bbb", "2026-03-04"),
     ]
+
+
+def test_measured_results_of_different_heads_stand_beside_each_other(tmp_path):
+    path = tmp_path / "measured.json"
+    write_measured(path, summarize_runs([run(head_type="linear"), run(head_type="spatial_pose")]), "a", "2026-01-02")
+    write_measured(path, summarize_runs([run(head_type="linear", test_accuracy=0.25)]), "b", "2026-01-02")
+    found = [(record["head_type"], record["test"]["mean"]) for record in json.loads(path.read_text())]
+    assert found == [("linear", 0.25), ("spatial_pose", 0.5)]
+
+
+def test_measured_results_are_not_lost_where_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "measured.json"
+    write_measured(path, summarize_runs([run()]), "aaa", "2026-01-02")
+    before = path.read_text()
+
+    def write_half(self, text, encoding):
+        self.write_bytes(text[:99].encode(encoding))
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        write_measured(path, summarize_runs([run(test_accuracy=0.75)]), "bbb", "2026-03-04")
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -165,7 +189,7 @@ def test_other_metrics_and_splits_without_labels_are_no_accuracies(published, tm
 
 def test_the_published_numbers_of_this_repository():
     records = read_published(DOCS / "published.yaml")
-    assert {record["task"] for record in records} == TASKS
+    assert {record["task"] for record in records} == PUBLISHED_TASKS
     for record in records:
         trained, total = record["trained_parameters"], record["total_parameters"]
         assert trained is None or total is None or trained <= total
@@ -174,7 +198,7 @@ def test_the_published_numbers_of_this_repository():
 
 def test_the_measured_numbers_of_this_repository():
     records = json.loads((DOCS / "measured.json").read_text(encoding="utf-8"))
-    assert {record["task"] for record in records} <= TASKS
+    assert {record["task"] for record in records} <= MEASURED_TASKS
     for record in records:
         assert len(record["seeds"]) == len(set(record["seeds"])) and record["commit"] and record["date"]
         assert 0 < record["test"]["mean"] < 1

@@ -14,8 +14,8 @@ class CapsuleHeadModelOutput(ModelOutput):
 
     Attributes:
         scores: `[batch, n_parts]`, scores of the parts, as logits.
-        poses: `[batch, n_parts, 1, d_cap]`, their poses.
-        variances: `[batch, n_parts, 1, d_cap]`, of the votes for each pose.
+        poses: `[batch, n_parts, d_cov, d_cap]`, their poses.
+        variances: `[batch, n_parts, d_cov, d_cap]`, of the votes for each pose.
         hidden_states: on request, per depth used `[batch, tokens, width]`.
         routing_probabilities: on request, one tensor `[batch, tokens * depths, n_parts]`.
     """
@@ -36,8 +36,8 @@ class CapsuleHeadClassifierOutput(ModelOutput):
         logits: `[batch, num_labels]`, float32: the scores of the class capsules; for regression, values in the labels'
             unit.
         hidden_states: on request, per depth used `[batch, tokens, width]`.
-        poses: on request, `[batch, n_capsules, 1, d_cap]`, poses of the class capsules.
-        variances: on request, `[batch, n_capsules, 1, d_cap]`, of the votes for each pose.
+        poses: on request, `[batch, n_capsules, d_cov, d_cap]`, poses of the class capsules.
+        variances: on request, `[batch, n_capsules, d_cov, d_cap]`, of the votes for each pose.
         routing_probabilities: on request, per routing `[batch, n_inp, n_out]`: from tokens and depths to parts (input
             `token * n_depths + depth index`), and from parts to classes.
     """

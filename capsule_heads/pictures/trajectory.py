@@ -101,6 +101,9 @@ def compute_capsules(
 
     Returns:
         Scores `[images, n_classes]`, logits, and poses `[images, n_classes, d_cov, d_out]`.
+
+    Raises:
+        ValueError: if the model's head has no capsules.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -109,6 +112,8 @@ def compute_capsules(
         inputs = processor(images[start : start + batch_size], return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             outputs = model(pixel_values=inputs.to(device), output_capsules=True)
+        if outputs.poses is None:
+            raise ValueError("The model has a head without capsules, so there are no poses; expected a capsule head.")
         logits.append(outputs.logits.float().cpu())
         poses.append(outputs.poses.float().cpu())
     return torch.cat(logits).numpy(), torch.cat(poses).numpy()

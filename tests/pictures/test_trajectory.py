@@ -194,6 +194,13 @@ def test_capsules_of_all_images_batch_by_batch():
     np.testing.assert_allclose(poses[:, 0, 2, 3], np.arange(5) * 0.2, atol=1e-6)
 
 
+def test_a_head_without_capsules_has_no_poses():
+    model = MeanClassifier()
+    model.forward = lambda pixel_values, output_capsules: ModelOutput(logits=pixel_values.mean((2, 3)), poses=None)
+    with pytest.raises(ValueError, match="a head without capsules, so there are no poses; expected a capsule head"):
+        compute_capsules(model, process, [np.zeros((2, 6, 6), np.uint8)])
+
+
 def test_the_picture():
     rng = np.random.default_rng(0)
     trajectory = pose_trajectory(rng.normal(size=(6, 4, 4)))

@@ -93,6 +93,8 @@ def test_stereo_pairs_are_classified(call, fails, stereo_model, tmp_path):
     assert "expected both views of a stereo pair side by side" in fails(
         "predict.py", stereo_model, tmp_path / "single.png"
     )
+    line = fails("predict.py", stereo_model, tmp_path / "none.png")
+    assert "none.png is no file; the model classifies images, expected their files" in line
 
 
 @pytest.mark.slow
