@@ -44,7 +44,7 @@ def main() -> None:
         model = load_classifier(options.model)
         check_labels_match(model, next(iter(splits.values())))
         processor = load_processor(options.task, options.model)
-        prepared = prepare(DatasetDict(splits), processor)
+        prepared = prepare(DatasetDict(splits), processor, in_windows=model.config.windowing is not None)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 

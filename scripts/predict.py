@@ -38,7 +38,9 @@ def main() -> None:
         else:
             classify = TextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(options.model))
             predictions = classify(
-                [split_pair(text) for text in inputs], batch_size=options.batch_size, truncation=True
+                [split_pair(text) for text in inputs],
+                batch_size=options.batch_size,
+                truncation=model.config.windowing is None,
             )
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)

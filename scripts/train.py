@@ -26,6 +26,7 @@ from capsule_heads.training.experiment import (
     load_processor,
     load_task,
     prepare,
+    windows_for,
 )
 
 
@@ -45,8 +46,8 @@ def main() -> None:
             processor = load_processor(
                 data.task, model_arguments.backbone, model_arguments.backbone_revision, data.pad_token
             )
-            model = build_model(model_arguments, datasets["train"])
-            prepared = prepare(datasets, processor, data.max_length)
+            model = build_model(model_arguments, datasets["train"], **windows_for(data, processor))
+            prepared = prepare(datasets, processor, data.max_length, model.config.windowing is not None)
             train = prepared["train"]
         if data.cache_hidden_states:  # the processes see to it among themselves
             train = HiddenStateCache(train, model.to(arguments.device), processor)

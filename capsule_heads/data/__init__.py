@@ -6,7 +6,7 @@ from .reviews import load_reviews
 from .smallnorb import load_smallnorb
 from .sst import load_sst
 from .stereo import prepare_stereo
-from .tokenization import tokenize
+from .tokenization import tokenize, window_fields
 from .toy_norb import load_toy_norb
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "load_toy_norb",
     "prepare_stereo",
     "tokenize",
+    "window_fields",
 ]

@@ -245,6 +245,7 @@ def _key(
         "width": _token_shape(model)[1],
         "dtype": "float16",
         "inputs": list(names),
+        **({} if model.config.windowing is None else {"windows": list(model.config.windowing)}),
         "texts": texts.digest,
         "n_texts": len(texts.rows),
         "n_tokens": int(texts.lengths[texts.rows].sum()),

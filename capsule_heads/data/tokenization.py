@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 
 def check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -19,13 +22,49 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def tokenize(datasets: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> DatasetDict:
+def window_fields(
+    tokenizer: PreTrainedTokenizerBase, overlap: int, length: int | None = None
+) -> dict[str, int | list[int]]:
+    """The fields of a model's configuration for texts longer than its backbone takes, which it then cuts into windows.
+
+    Args:
+        tokenizer: the backbone's; it says which special tokens every window needs.
+        overlap: tokens that neighbouring windows share.
+        length: tokens of a window, special ones included; None for as many as the backbone takes.
+
+    Raises:
+        ValueError: if the length is not given, and the tokenizer does not say how many tokens the backbone takes.
+
+    Example:
+        >>> fields = window_fields(tokenizer, overlap=128)
+        >>> model = CapsuleHeadForSequenceClassification.from_backbone(name, **fields)
+        >>> data = tokenize(load_reviews(), tokenizer, in_windows=True)
+    """
+    if length is None:
+        length = tokenizer.model_max_length
+        if length >= LARGE_INTEGER:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not say how many tokens its backbone takes, so give the length of a "
+                "window: window_fields(tokenizer, overlap, length=...), or window_length in a YAML file."
+            )
+    is_special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    n_special = [len(list(takewhile(bool, side))) for side in (is_special, reversed(is_special))]
+    return {"window_length": length, "window_overlap": overlap, "window_special_tokens": n_special}
+
+
+def tokenize(
+    datasets: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    in_windows: bool = False,
+) -> DatasetDict:
     """Tokenizes the columns `text` and, if there is one, `text_pair`.
 
     Args:
         datasets: splits with `text`, perhaps `text_pair`, and `label`.
         tokenizer: the backbone's.
         max_length: tokens to cut texts to; None for as many as the backbone takes.
+        in_windows: whether the model takes texts of any length (see `window_fields`): `max_length=None` then cuts none.
 
     Returns:
         Splits with the model's inputs, `labels`, and `length`, in tokens, by which batches are grouped.
@@ -38,8 +77,12 @@ def tokenize(datasets: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_leng
     if "text" not in columns:
         raise ValueError(f"The dataset has the columns {', '.join(columns)}; expected text (and text_pair for pairs).")
 
+    is_cut = max_length is not None or not in_windows
+
     def tokenize_batch(batch: dict) -> dict:
-        encoding = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+        # verbose: it would warn of texts that are longer than the backbone takes.
+        texts = batch["text"], batch.get("text_pair")
+        encoding = tokenizer(*texts, truncation=is_cut, max_length=max_length, verbose=is_cut)
         encoding["length"] = [len(ids) for ids in encoding["input_ids"]]
         return encoding
 

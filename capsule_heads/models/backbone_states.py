@@ -40,10 +40,16 @@ class Layout(NamedTuple):
     n_tokens: int | None = None
 
 
-def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str) -> list[Tensor]:
+def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str, with_last: bool = True) -> list[Tensor]:
     """All hidden states of one stack, the last one after the final norm, in the shapes the backbone gives them.
 
     Some models' own tuple ends before that norm, which would then be left out.
+
+    Args:
+        outputs: of the backbone.
+        stack: "encoder" or "decoder", of an encoder-decoder.
+        model_type: for the message.
+        with_last: whether the last one is among them.
 
     Raises:
         ValueError: if there are none; says what there is.
@@ -52,7 +58,7 @@ def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str) -> list[
         states = _flat(outputs.get(states_name))
         if states:
             last = outputs.get(last_name)
-            if isinstance(last, Tensor) and last.shape == states[-1].shape:
+            if with_last and isinstance(last, Tensor) and last.shape == states[-1].shape:
                 states[-1] = last
             return states
     raise ValueError(

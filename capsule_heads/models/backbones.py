@@ -140,7 +140,10 @@ def run_backbone(
     Raises:
         ValueError: if the backbone yields another number of hidden states or other widths, or none.
     """
-    states, masks = all_hidden_states(backbone, stack, inputs, hidden_sizes)
+    selected = depths if _selects(backbone, depths, hidden_sizes) else None
+    states, masks = all_hidden_states(backbone, stack, inputs, hidden_sizes, selected)
+    if selected is not None and len(states) == len(depths):
+        return states, masks
     found = [x.shape[-1] for x in states]
     if found != list(hidden_sizes):
         raise ValueError(
@@ -151,22 +154,41 @@ def run_backbone(
     return [states[depth] for depth in depths], [masks[depth] for depth in depths]
 
 
+def _selects(backbone: PreTrainedModel, depths: Sequence[int], hidden_sizes: Sequence[int]) -> bool:
+    """Whether a backbone can be asked for some hidden states, to drop the others as it goes on.
+
+    Those can that have transformers' hooks on each of their layers keep them, in order.
+    """
+    by_hooks = "hidden_states" in (getattr(type(backbone), "_can_record_outputs", None) or {})
+    n_layers = getattr(backbone.config, "num_hidden_layers", None)
+    return by_hooks and len(depths) < len(hidden_sizes) == (n_layers or 0) + 1 and len(set(hidden_sizes)) == 1
+
+
 def describe(widths: Sequence[int]) -> str:
     """Widths for a message: the one that all have, or each."""
     return str(widths[0]) if len(set(widths)) == 1 else str(list(widths))
 
 
 def all_hidden_states(
-    backbone: PreTrainedModel, stack: str, inputs: dict[str, Tensor | None], widths: Sequence[int] | None = None
+    backbone: PreTrainedModel,
+    stack: str,
+    inputs: dict[str, Tensor | None],
+    widths: Sequence[int] | None = None,
+    selected: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The hidden states at all depths, and their masks, as in `run_backbone`; `widths` may be unknown."""
+    """The hidden states at all depths, and their masks, as in `run_backbone`; `widths` may be unknown.
+
+    With `selected` those at these depths alone, unless transformers is too old to drop the others.
+    """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if tokens is not None and "attention_mask" in inputs:
         check_mask(inputs["attention_mask"], tokens.shape[:2])
     arguments = call_arguments(backbone, stack, inputs)
-    outputs = backbone(**arguments, output_hidden_states=True, return_dict=True)
-    states = hidden_states_of(outputs, stack, backbone.config.model_type)
+    asked = True if selected is None else list(selected)
+    outputs = backbone(**arguments, output_hidden_states=asked, return_dict=True)
+    with_last = selected is None or len(widths) - 1 in selected
+    states = hidden_states_of(outputs, stack, backbone.config.model_type, with_last)
     grids = inputs.get("image_grid_thw")
     mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
     if "image_position_ids" in inputs:
@@ -188,6 +210,40 @@ def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here {tuple(shape)}."
         )
+
+
+def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], widths: Sequence[int]) -> Sequence[Tensor]:
+    """Hidden states that a user gave, one `[batch, tokens, width]` per depth.
+
+    Args:
+        hidden_states: these, or `[batch, tokens, depths, width]`.
+        widths: of each depth in use.
+
+    Raises:
+        ValueError: for other shapes.
+    """
+    stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
+    states = hidden_states.unbind(2) if stacked else hidden_states
+    shapes = [tuple(x.shape) for x in states]
+    if len(shapes) != len(widths) or any(len(s) != 3 or s[-1] != w for s, w in zip(shapes, widths)):
+        given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
+        raise ValueError(
+            f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, width] "
+            f"per depth, with {len(widths)} depths of width {describe(widths)}."
+        )
+    return states
+
+
+def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) -> list[Tensor]:
+    """Per depth, `[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
+
+    In float32 or wider, whatever the states are: mixup makes fractions of it, which bfloat16 would round to two digits.
+    """
+    dtype = torch.promote_types(hidden_states[0].dtype, torch.float32)
+    if attention_mask is None:
+        return [torch.ones(x.shape[:2], dtype=dtype, device=x.device) for x in hidden_states]
+    check_mask(attention_mask, hidden_states[0].shape[:2])
+    return [attention_mask.to(device=hidden_states[0].device, dtype=dtype)] * len(hidden_states)
 
 
 def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tensor]) -> dict[str, Tensor | bool]:

@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops import check_routing_options
 from .backbone_probe import probe_hidden_sizes_without_weights
 from .backbones import STACKS, TOWERS, Part, tower_config
+from .windows import Windowing
 
 HEAD_TYPES = ("token_depth", "spatial_pose", "linear")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -35,6 +36,13 @@ class CapsuleHeadConfig(PreTrainedConfig):
         stack: of an encoder-decoder, whose hidden states to use: "encoder" (its decoder is left out), or "decoder".
         tower: of a model of several towers without a class of its own for one, which of them is the backbone: "text",
             "vision" or "audio"; None for the whole model.
+        window_length: tokens of a text, special ones included, that the backbone runs on at a time. A longer text is
+            cut into overlapping windows, and each of its tokens is routed once, with its hidden states from the window
+            whose middle is nearer. None to run on whole texts, whatever their length. `capsule_heads.data` has
+            `window_fields`, which gives these three for a tokenizer.
+        window_overlap: tokens that neighbouring windows share, special ones aside.
+        window_special_tokens: how many special tokens the tokenizer puts before and after every text. Every window has
+            them; they too are routed once, those before from the first window, those after from the last.
         hidden_sizes: width of each hidden state that the backbone yields, the embedding output included; None to find
             out, by running a backbone without weights (on the meta device).
         head_type: "token_depth", the paper's text head, on all tokens at several depths; "spatial_pose", its vision
@@ -74,6 +82,9 @@ class CapsuleHeadConfig(PreTrainedConfig):
         freeze_backbone: bool = True,
         stack: str = "encoder",
         tower: str | None = None,
+        window_length: int | None = None,
+        window_overlap: int = 0,
+        window_special_tokens: Sequence[int] = (0, 0),
         hidden_sizes: list[int] | None = None,
         head_type: str = "token_depth",
         depths: list[int] | None = None,
@@ -99,6 +110,9 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.freeze_backbone = freeze_backbone
         self.check_part(Part(stack, tower), self.base_config)
         self.stack, self.tower = stack, tower
+        self.window_length, self.window_overlap = window_length, window_overlap
+        self.window_special_tokens = list(window_special_tokens)
+        self._check_windows()
         if head_type not in HEAD_TYPES:
             raise ValueError(f"head_type is {head_type!r}; expected one of {', '.join(HEAD_TYPES)}.")
         self.head_type = head_type
@@ -136,6 +150,14 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.")
         self._check_labels()
+
+    def _check_windows(self) -> None:
+        length, n_special, overlap = self.window_length, sum(self.window_special_tokens), self.window_overlap
+        if length is not None and (overlap < 0 or length <= n_special + overlap):
+            raise ValueError(
+                f"window_length is {length} and window_overlap {overlap}; expected an overlap of 0 or more, and "
+                f"windows longer than it and the {n_special} special tokens of each together."
+            )
 
     def _check_labels(self) -> None:
         if not self.label_std > 0:
@@ -199,6 +221,13 @@ class CapsuleHeadConfig(PreTrainedConfig):
     def part(self) -> Part:
         """Which part of the model that `base_config` describes is the backbone."""
         return Part(self.stack, self.tower)
+
+    @property
+    def windowing(self) -> Windowing | None:
+        """How texts are cut into windows; None if they are not."""
+        if self.window_length is None:
+            return None
+        return Windowing(self.window_length, self.window_overlap, *self.window_special_tokens)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's text configuration: vocabulary size, hidden size and the like are its."""

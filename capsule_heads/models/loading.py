@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from ..heads import LinearHead, SpatialPoseHead, TokenDepthHead
 from .backbones import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, Part, part_of, tower_config
 from .configuration_capsule_head import CapsuleHeadConfig
 
@@ -27,10 +30,13 @@ BACKBONE_KWARGS = (
     "device_map",
     "dtype",
     "max_memory",
+    "quantization_config",
     "torch_dtype",
     "trust_remote_code",
     "use_safetensors",
 )
+ROUTING_OPTIONS = ("n_parts", "d_cap", "n_iters", "p_model", "single_beta", "eps", "strategy")
+N_SAMPLED = 64  # numbers of each weight
 # Fields of the configuration that the model knows better, and what the signature of __init__ has beside fields.
 SET_BY_MODEL = {"base_config", "base_model_name_or_path", "base_model_revision", "head_only", "kwargs", "self"}
 
@@ -144,6 +150,10 @@ def load_pretrained_backbone(
     """
     own_config, commit = load_backbone_config(name_or_path, revision, **kwargs)
     name_or_path = resolve_backbone(name_or_path)
+    if config is not None and not hasattr(own_config, "quantization_config"):
+        # A configuration that has one would say that the checkpoint is quantised: here that is done as it is loaded.
+        quantization_config = vars(config).pop("quantization_config", None)
+        kwargs.setdefault("quantization_config", quantization_config)
     whole, loading_info = AutoModel.from_pretrained(
         name_or_path, config=config or own_config, revision=commit or revision, output_loading_info=True, **kwargs
     )
@@ -219,3 +229,39 @@ def check_config_kwargs(kwargs: dict[str, Any]) -> None:
     unknown = sorted(set(kwargs) - (known - SET_BY_MODEL))
     if unknown:
         raise TypeError(f"Unknown arguments {', '.join(unknown)}; expected fields of CapsuleHeadConfig.")
+
+
+def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:
+    """The head that a configuration describes.
+
+    Args:
+        config: its `head_type` chooses.
+        n_out: number of output capsules, or scores; None for a head that stops at the parts.
+
+    Raises:
+        ValueError: for a head without parts that would have to stop at them.
+    """
+    d_emb = [config.hidden_sizes[depth] for depth in config.depths]
+    if config.head_type == "linear":
+        if n_out is None:
+            raise ValueError('A head of head_type="linear" has no parts; load it as a classifier.')
+        return LinearHead(d_emb=d_emb, n_out=n_out)
+    options = {name: getattr(config, name) for name in ROUTING_OPTIONS}
+    if config.head_type == "spatial_pose":
+        return SpatialPoseHead(d_emb=d_emb, n_out=n_out, d_cov=config.d_cov, **options)
+    return TokenDepthHead(d_emb=d_emb, n_out=n_out, d_inp=config.d_inp, **options)
+
+
+@torch.no_grad()
+def sample_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Some numbers out of every weight and buffer: copies, that tell whether training or merging changed any since."""
+    weights = {name: x for name, x in module.state_dict().items() if x.device.type != "meta"}
+    return {name: x.flatten()[:: max(1, x.numel() // N_SAMPLED)].cpu().clone() for name, x in weights.items()}
+
+
+def same_weights(module: nn.Module, sample: dict[str, Tensor]) -> bool:
+    """Whether a module has the weights that a sample is of, up to a cast to another dtype."""
+    found = sample_weights(module)
+    return found.keys() == sample.keys() and all(
+        x.shape == sample[name].shape and torch.equal(x, sample[name].to(x.dtype)) for name, x in found.items()
+    )

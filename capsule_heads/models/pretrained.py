@@ -5,20 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from ..heads import LinearHead, PartDetector, PlaceConv, SpatialPoseHead, TokenDepthHead
+from ..heads import LinearHead, PartDetector, PlaceConv
 from ..layers import Routing
 from .backbone_probe import probe_hidden_sizes
-from .backbones import TEXT_INPUTS, Part, build_backbone, check_mask, describe, main_input_name, run_backbone
+from .backbones import (
+    TEXT_INPUTS,
+    Part,
+    build_backbone,
+    check_hidden_states,
+    main_input_name,
+    run_backbone,
+    token_masks,
+)
 from .configuration_capsule_head import CapsuleHeadConfig
 from .loading import (
     BACKBONE_KWARGS,
     REPOSITORY_KWARGS,
+    build_head,
     candidates,
     check_backbone_weights,
     check_config_kwargs,
@@ -26,9 +36,10 @@ from .loading import (
     load_config,
     load_pretrained_backbone,
     reference_of,
+    same_weights,
+    sample_weights,
 )
-
-ROUTING_OPTIONS = ("n_parts", "d_cap", "n_iters", "p_model", "single_beta", "eps", "strategy")
+from .windows import run_in_windows
 
 
 class CapsuleHeadPreTrainedModel(PreTrainedModel):
@@ -63,8 +74,19 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         if backbone is None and build:
             config.head_only = False  # the backbone made here is random, not the one that the reference names
             backbone = build_backbone(config.base_config, backbone_dtype, config.part)
+        if config.windowing is not None and not set(TEXT_INPUTS) & set(self.backbone_inputs):
+            raise ValueError("window_length is for texts, and this model takes none; leave it out.")
+        self._set_backbone(backbone)
+
+    def _set_backbone(self, backbone: PreTrainedModel | None) -> None:
         if backbone is not None:
             self.check_backbone(backbone)
+            if getattr(backbone, "hf_quantizer", None) is not None and not self.config.freeze_backbone:
+                raise ValueError(
+                    "A quantised backbone cannot be trained: leave it frozen (freeze_backbone=True), with or without "
+                    "adapters of PEFT in it."
+                )
+            self._weights_as_loaded = sample_weights(backbone)
         self.backbone = backbone
         self._freeze()
 
@@ -185,6 +207,11 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)
         backbone_kwargs = {name: loading_kwargs[name] for name in BACKBONE_KWARGS if name in loading_kwargs}
+        if loading_kwargs.pop("quantization_config", None) is not None and not config.head_only:
+            raise ValueError(
+                f"quantization_config is for the backbone alone, and {source} has the weights of backbone and head in "
+                "one; expected a checkpoint saved with head_only=True."
+            )
         dtype = backbone_kwargs.setdefault("dtype", backbone_kwargs.pop("torch_dtype", config.base_config.dtype))
         model, loading_info = super().from_pretrained(
             source,
@@ -220,9 +247,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 f"be loaded: {error} Pass base_model_name_or_path=... (and base_model_revision=...) if it is elsewhere "
                 "now, or load_backbone=False."
             ) from error
-        self.check_backbone(backbone)
         config.base_config = base_config
-        self.backbone = backbone
+        self._set_backbone(backbone)
         self.post_init()  # again, now that there is a backbone: it collects the backbone's tied weights and the like
         self._refer_to_backbone(config.freeze_backbone)
 
@@ -237,11 +263,16 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             **kwargs: as in transformers.
 
         Raises:
-            ValueError: for `head_only=True` where the backbone's weights are not those of its reference, and for
-                `head_only=False` where there is no backbone.
+            ValueError: for `head_only=True` where the backbone's weights are not those of its reference, for
+                `head_only=False` where there is no backbone, and for a model with adapters of PEFT.
         """
         config = self.config
-        refers = config.head_only and (config.freeze_backbone or self.backbone is None)
+        if self._has_adapters:
+            raise ValueError(
+                "This model has adapters of PEFT in it. To save them and the head, save the PeftModel, with "
+                'modules_to_save=["head"] in its configuration; to save a model without, call merge_and_unload() first.'
+            )
+        refers = config.head_only and (self.backbone is None or (config.freeze_backbone and self._is_as_loaded()))
         if head_only and not refers:
             raise ValueError(
                 "head_only=True would lose the backbone: its weights were trained here, or are not from a checkpoint "
@@ -264,6 +295,10 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         # Trainer, too, goes by this list: it then expects a checkpoint without these weights.
         self._keys_to_ignore_on_save = {f"backbone.{key}" for key in left_out}
 
+    def _is_as_loaded(self) -> bool:
+        # Adapters, for one, may have been merged into it.
+        return same_weights(self.backbone, self._weights_as_loaded)
+
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As in transformers; the backbone is then no longer the one of its reference, and is saved with the head."""
         before = self.get_input_embeddings().weight.shape
@@ -278,10 +313,23 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             self.backbone.requires_grad_(False)
             self.backbone.eval()
 
+    @property
+    def _has_adapters(self) -> bool:
+        # PEFT sets this on the model that it puts adapters into, and takes it off when it takes them out.
+        return any(hasattr(module, "peft_config") for module in (self, self.backbone))
+
+    @property
+    def _backbone_trains(self) -> bool:
+        """Whether anything in the backbone trains: its own weights, or adapters in a frozen one."""
+        if not self.config.freeze_backbone:
+            return True
+        return self._has_adapters and any(parameter.requires_grad for parameter in self.backbone.parameters())
+
     def train(self, mode: bool = True):
-        """Sets training mode; a frozen backbone stays in evaluation mode, without dropout."""
+        """Sets training mode; a frozen backbone stays in evaluation mode, without dropout, unless it has adapters."""
         super().train(mode)
-        self._freeze()
+        if not self._has_adapters:  # of which PEFT has frozen all else
+            self._freeze()
         return self
 
     @torch.no_grad()
@@ -322,7 +370,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The hidden states at the depths in use, given or computed, and their masks, on the head's device."""
         if hidden_states is not None:
-            states = self._check_hidden_states(hidden_states)
+            states = check_hidden_states(hidden_states, self.head.d_emb)
             masks = token_masks(inputs.get("attention_mask"), states)
         else:
             if self.backbone is None:
@@ -333,54 +381,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             config = self.config
             # Not inference_mode: the head's affine map keeps its input for the gradient of its weight, and autograd
             # takes no inference tensors. A clone of every state would cost more than the mode saves.
-            with torch.no_grad() if config.freeze_backbone else nullcontext():
-                states, masks = run_backbone(self.backbone, config.depths, config.hidden_sizes, config.stack, **inputs)
+            with nullcontext() if self._backbone_trains else torch.no_grad():
+                run = partial(run_backbone, self.backbone, config.depths, config.hidden_sizes, config.stack)
+                states, masks = run_in_windows(run, config.windowing, inputs)
         device = next(self.head.parameters()).device
         return [x.to(device) for x in states], [mask.to(device) for mask in masks]  # the head sees to the dtype
-
-    def _check_hidden_states(self, hidden_states: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-        """Hidden states that a user gave, one per depth."""
-        widths = self.head.d_emb
-        stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
-        states = hidden_states.unbind(2) if stacked else hidden_states
-        shapes = [tuple(x.shape) for x in states]
-        if len(shapes) != len(widths) or any(len(s) != 3 or s[-1] != w for s, w in zip(shapes, widths)):
-            given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
-            raise ValueError(
-                f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, "
-                f"width] per depth, with {len(widths)} depths of width {describe(widths)}."
-            )
-        return states
-
-
-def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:
-    """The head that a configuration describes.
-
-    Args:
-        config: its `head_type` chooses.
-        n_out: number of output capsules, or scores; None for a head that stops at the parts.
-
-    Raises:
-        ValueError: for a head without parts that would have to stop at them.
-    """
-    d_emb = [config.hidden_sizes[depth] for depth in config.depths]
-    if config.head_type == "linear":
-        if n_out is None:
-            raise ValueError('A head of head_type="linear" has no parts; load it as a classifier.')
-        return LinearHead(d_emb=d_emb, n_out=n_out)
-    options = {name: getattr(config, name) for name in ROUTING_OPTIONS}
-    if config.head_type == "spatial_pose":
-        return SpatialPoseHead(d_emb=d_emb, n_out=n_out, d_cov=config.d_cov, **options)
-    return TokenDepthHead(d_emb=d_emb, n_out=n_out, d_inp=config.d_inp, **options)
-
-
-def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) -> list[Tensor]:
-    """Per depth, `[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
-
-    In float32 or wider, whatever the states are: mixup makes fractions of it, which bfloat16 would round to two digits.
-    """
-    dtype = torch.promote_types(hidden_states[0].dtype, torch.float32)
-    if attention_mask is None:
-        return [torch.ones(x.shape[:2], dtype=dtype, device=x.device) for x in hidden_states]
-    check_mask(attention_mask, hidden_states[0].shape[:2])
-    return [attention_mask.to(device=hidden_states[0].device, dtype=dtype)] * len(hidden_states)

@@ -21,7 +21,7 @@ from ..data.reviews import load_reviews
 from ..data.smallnorb import load_smallnorb
 from ..data.sst import STANFORD_URL, load_sst
 from ..data.stereo import prepare_stereo
-from ..data.tokenization import tokenize
+from ..data.tokenization import tokenize, window_fields
 from ..data.toy_norb import load_toy_norb
 from ..metrics import compute_metrics_for
 from ..models import (
@@ -59,7 +59,18 @@ class DataArguments:
         default=True, metadata={"help": "Train on all distinct phrases of the trees, not on whole sentences only."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens to cut texts to. Default: as many as the backbone takes."}
+        default=None,
+        metadata={"help": "Tokens to cut texts to. Default: as many as the backbone takes; all with window_overlap."},
+    )
+    window_overlap: int | None = field(
+        default=None,
+        metadata={
+            "help": "Run the backbone on windows of longer texts, which share so many tokens, and route the tokens of "
+            "all windows together."
+        },
+    )
+    window_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a window. Default: as many as the backbone takes."}
     )
     pad_token: str | None = field(
         default=None, metadata={"help": "Padding token, for a tokenizer that has none (such as GPT-2's)."}
@@ -156,15 +167,35 @@ def load_processor(
     return load_tokenizer(backbone, revision, pad_token)
 
 
+def windows_for(
+    arguments: DataArguments, processor: PreTrainedTokenizerBase | BaseImageProcessor
+) -> dict[str, int | list[int]]:
+    """The fields of a model's configuration that say how texts are cut into windows; none if they are not.
+
+    Raises:
+        ValueError: for a length without an overlap, or windows of images.
+    """
+    if arguments.window_overlap is None:
+        if arguments.window_length is not None:
+            raise ValueError("window_length needs window_overlap: the tokens that neighbouring windows share.")
+        return {}
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        raise ValueError(f"window_overlap is for texts, and {arguments.task} is of images; leave it out.")
+    return window_fields(processor, arguments.window_overlap, arguments.window_length)
+
+
 def prepare(
-    datasets: DatasetDict, processor: PreTrainedTokenizerBase | BaseImageProcessor, max_length: int | None = None
+    datasets: DatasetDict,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    max_length: int | None = None,
+    in_windows: bool = False,
 ) -> DatasetDict:
-    """Texts as tokens, images as pixel values: what the model takes, and `labels`."""
+    """Texts as tokens, images as pixel values: what the model takes, and `labels`. Arguments as in `tokenize`."""
     if isinstance(processor, StereoImageProcessor):
         return prepare_stereo(datasets)
     if isinstance(processor, BaseImageProcessor):
         return prepare_images(datasets, processor)
-    return tokenize(datasets, processor, max_length)
+    return tokenize(datasets, processor, max_length, in_windows)
 
 
 def load_tokenizer(backbone: str, revision: str | None = None, pad_token: str | None = None) -> PreTrainedTokenizerBase:
@@ -177,15 +208,17 @@ def load_tokenizer(backbone: str, revision: str | None = None, pad_token: str | 
     return tokenizer
 
 
-def build_model(arguments: ModelArguments, train: Dataset) -> CapsuleHeadClassifier:
+def build_model(arguments: ModelArguments, train: Dataset, **more_fields) -> CapsuleHeadClassifier:
     """Puts a new head for a dataset's labels on a backbone.
 
     Args:
         arguments: backbone and sizes.
         train: its columns say whether texts or images are classified; its `label` column gives the classes' names or,
             where it holds numbers, mean and unit of a regression.
+        **more_fields: of `CapsuleHeadConfig`.
     """
     head = {f.name: getattr(arguments, f.name) for f in fields(arguments) if not f.name.startswith("backbone")}
+    head |= more_fields
     label = train.features["label"]
     if isinstance(label, ClassLabel):
         head |= label_fields(label.names)

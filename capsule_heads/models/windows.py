@@ -1,0 +1,140 @@
+"""Texts longer than a backbone takes: it runs on overlapping windows, and each token's states are from one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backbones import check_mask, token_masks
+
+
+class Windowing(NamedTuple):
+    """How texts are cut into windows.
+
+    Attributes:
+        length: of a window, in tokens, special ones included.
+        overlap: number of tokens that neighbouring windows share at least, special ones aside.
+        n_before: special tokens at the beginning of every text; every window begins with them.
+        n_after: special tokens at the end of every text; every window ends with them.
+    """
+
+    length: int
+    overlap: int
+    n_before: int
+    n_after: int
+
+
+class Windows(NamedTuple):
+    """The windows of a batch of texts.
+
+    Attributes:
+        texts: `[windows]`, which text each window is of.
+        tokens: `[windows, length]`, the places in that text of the window's tokens.
+        mask: `[windows, length]`, True for a token, False for padding.
+        is_kept: `[windows, length]`, True for the tokens whose states are taken from this window.
+    """
+
+    texts: Tensor
+    tokens: Tensor
+    mask: Tensor
+    is_kept: Tensor
+
+
+def cut(mask: Tensor, windowing: Windowing) -> Windows:
+    """Cuts a batch of texts into windows, one text's after another's.
+
+    A text that fits is one window. All windows of one that does not are full: they begin `overlap` tokens before the
+    last one ends, and the last ends with the text. Of two windows that share tokens, each keeps those nearer to its
+    middle; the special tokens are kept once, from the first and the last window.
+
+    Args:
+        mask: `[batch, tokens]`, 1 for a token and 0 for padding, wherever that is.
+        windowing: how.
+    """
+    found = []
+    for text, row in enumerate(mask.bool().cpu()):
+        places = row.nonzero()[:, 0]
+        found += [(text, places[tokens], is_kept) for tokens, is_kept in _windows_of(len(places), windowing)]
+    shape = len(found), windowing.length
+    windows = Windows(
+        texts=torch.tensor([text for text, *_ in found]),
+        tokens=torch.zeros(shape, dtype=torch.long),
+        mask=torch.zeros(shape, dtype=torch.bool),
+        is_kept=torch.zeros(shape, dtype=torch.bool),
+    )
+    for window, (_, places, is_kept) in enumerate(found):
+        windows.tokens[window, : len(places)] = places
+        windows.mask[window, : len(places)] = True
+        windows.is_kept[window, : len(places)] = is_kept
+    return Windows(*(x.to(mask.device) for x in windows))
+
+
+def _windows_of(n_tokens: int, windowing: Windowing) -> list[tuple[Tensor, Tensor]]:
+    """Per window of a text, which of its tokens it has, and which of these it keeps."""
+    length, overlap, n_before, n_after = windowing
+    if n_tokens <= length:
+        return [(torch.arange(n_tokens), torch.ones(n_tokens, dtype=torch.bool))]
+    size = length - n_before - n_after
+    last = n_tokens - n_after - size
+    starts = [*range(n_before, last, size - overlap), last]
+    middles = [(start + size + following) // 2 for start, following in pairwise(starts)]
+    before, after = torch.arange(n_before), torch.arange(n_tokens - n_after, n_tokens)
+    windows = []
+    for start, first, end in zip(starts, [0, *middles], [*middles, n_tokens]):
+        tokens = torch.cat([before, torch.arange(start, start + size), after])
+        windows.append((tokens, (first <= tokens) & (tokens < end)))
+    return windows
+
+
+def run_in_windows(
+    run: Callable[..., tuple[list[Tensor], list[Tensor]]], windowing: Windowing | None, inputs: dict[str, Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Runs a backbone on a batch; on windows of its texts where the batch is longer than one.
+
+    It runs on no more windows at a time than the batch has texts.
+
+    Args:
+        run: from a backbone's inputs, as keywords, to its hidden states and their masks, as in `run_backbone`.
+        windowing: how to cut; None to run on the whole batch, however long.
+        inputs: those of the backbone, `[batch, tokens, ...]` if they are of texts.
+
+    Returns:
+        Per depth `[batch, tokens, width]`, zero where a text has padding, and the masks `[batch, tokens]`; the very
+        same as `run` returns where no text is cut.
+
+    Raises:
+        ValueError: for inputs that cannot be cut, or a backbone that makes other than one state of each token.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
+    first = given.get("input_ids", given.get("inputs_embeds"))
+    if windowing is None or first is None or first.shape[1] <= windowing.length:
+        return run(**inputs)
+    shape = first.shape[:2]
+    mask = given.pop("attention_mask", torch.ones(shape, dtype=torch.long, device=first.device))
+    check_mask(mask, shape)
+    if "position_ids" in given:
+        raise ValueError(
+            f"position_ids were given for texts of {shape[1]} tokens, which are cut into windows of "
+            f"{windowing.length}, each with positions of its own; leave position_ids out."
+        )
+    windows = cut(mask, windowing)
+    states: list[Tensor] = []
+    for part in map(Windows._make, zip(*(x.split(len(mask)) for x in windows))):
+        pieces = {name: value[part.texts[:, None], part.tokens] for name, value in given.items()}
+        of_part, _ = run(**pieces, attention_mask=part.mask.long())
+        if any(x.shape[:2] != part.mask.shape for x in of_part):
+            raise ValueError(
+                f"The backbone made hidden states of {', '.join(str(x.shape[1]) for x in of_part)} tokens, by depth, "
+                f"of windows of {windowing.length} tokens; windows expect one each. Leave window_length out, and cut "
+                "texts to what the backbone takes."
+            )
+        states = states or [x.new_zeros(*shape, x.shape[-1]) for x in of_part]
+        texts = part.texts[:, None].expand_as(part.tokens)
+        for whole, x in zip(states, of_part):
+            kept = part.is_kept.to(x.device)
+            whole[texts.to(x.device)[kept], part.tokens.to(x.device)[kept]] = x[kept]
+    return states, token_masks(mask, states)
