@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from ..weights import plain_weights
 from .state_file import ABOUT, StateFile
 
 # What a configuration says of where the backbone comes from, not of what it computes.
@@ -233,7 +234,7 @@ def _key(
     base_config = model.config.base_config
     config = {name: value for name, value in base_config.to_dict().items() if name not in NAMES_OF_BACKBONE}
     weights = hashlib.sha256()  # they alone say nothing of, for example, the number of heads
-    for name, tensor in model.backbone.state_dict().items():
+    for name, tensor in plain_weights(model.backbone):
         weights.update(f"{name} {tensor.dtype} ".encode())
         weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -36,7 +35,6 @@ BACKBONE_KWARGS = (
     "use_safetensors",
 )
 ROUTING_OPTIONS = ("n_parts", "d_cap", "n_iters", "p_model", "single_beta", "eps", "strategy")
-N_SAMPLED = 64  # numbers of each weight
 # Fields of the configuration that the model knows better, and what the signature of __init__ has beside fields.
 SET_BY_MODEL = {"base_config", "base_model_name_or_path", "base_model_revision", "head_only", "kwargs", "self"}
 
@@ -150,10 +148,8 @@ def load_pretrained_backbone(
     """
     own_config, commit = load_backbone_config(name_or_path, revision, **kwargs)
     name_or_path = resolve_backbone(name_or_path)
-    if config is not None and not hasattr(own_config, "quantization_config"):
-        # A configuration that has one would say that the checkpoint is quantised: here that is done as it is loaded.
-        quantization_config = vars(config).pop("quantization_config", None)
-        kwargs.setdefault("quantization_config", quantization_config)
+    if config is not None and hasattr(own_config, "quantization_config"):
+        config.quantization_config = own_config.quantization_config  # it says that the checkpoint itself is quantised
     whole, loading_info = AutoModel.from_pretrained(
         name_or_path, config=config or own_config, revision=commit or revision, output_loading_info=True, **kwargs
     )
@@ -167,6 +163,11 @@ def load_pretrained_backbone(
             f"{whole.config.model_type} backbone, among them {missing[0]}; expected a checkpoint with all of them."
         )
     return backbone, whole.config
+
+
+def is_quantised(backbone: PreTrainedModel | None) -> bool:
+    """Whether a backbone was quantised as it was loaded, or before."""
+    return getattr(backbone, "hf_quantizer", None) is not None
 
 
 def reference_of(name_or_path: str | os.PathLike) -> str:
@@ -250,18 +251,3 @@ def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:
     if config.head_type == "spatial_pose":
         return SpatialPoseHead(d_emb=d_emb, n_out=n_out, d_cov=config.d_cov, **options)
     return TokenDepthHead(d_emb=d_emb, n_out=n_out, d_inp=config.d_inp, **options)
-
-
-@torch.no_grad()
-def sample_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Some numbers out of every weight and buffer: copies, that tell whether training or merging changed any since."""
-    weights = {name: x for name, x in module.state_dict().items() if x.device.type != "meta"}
-    return {name: x.flatten()[:: max(1, x.numel() // N_SAMPLED)].cpu().clone() for name, x in weights.items()}
-
-
-def same_weights(module: nn.Module, sample: dict[str, Tensor]) -> bool:
-    """Whether a module has the weights that a sample is of, up to a cast to another dtype."""
-    found = sample_weights(module)
-    return found.keys() == sample.keys() and all(
-        x.shape == sample[name].shape and torch.equal(x, sample[name].to(x.dtype)) for name, x in found.items()
-    )

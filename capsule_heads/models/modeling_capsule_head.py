@@ -184,6 +184,7 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         hidden_states: Tensor | Sequence[Tensor] | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_capsules: bool | None = None,
         output_routing: bool | None = None,
@@ -201,6 +202,7 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
                 `[batch, num_labels]` numbers for regression.
             hidden_states: `[batch, tokens, depths, width]`, the backbone's hidden states at the depths in use, in the
                 place of running it; or a sequence with one `[batch, tokens, width]` per depth.
+            output_attentions: not for True: PEFT's models for sequence classification pass it, as None.
             output_hidden_states: whether to return those in use. Default: as in the configuration.
             output_capsules: whether to return poses and variances of the class capsules.
             output_routing: whether to return the probabilities of each routing.
@@ -212,6 +214,10 @@ class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
         Raises:
             ValueError: for inputs or labels that do not fit the model.
         """
+        if output_attentions:
+            raise ValueError(
+                "A capsule head returns no attentions; call model.backbone for them, or output_routing=True."
+            )
         targets = self._targets(labels)
         inputs = {
             "input_ids": input_ids,

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..heads import LinearHead, PartDetector, PlaceConv
 from ..layers import Routing
+from ..weights import same_weights, sample_weights
 from .backbone_probe import probe_hidden_sizes
 from .backbones import (
     TEXT_INPUTS,
@@ -32,12 +33,11 @@ from .loading import (
     candidates,
     check_backbone_weights,
     check_config_kwargs,
+    is_quantised,
     load_backbone_config,
     load_config,
     load_pretrained_backbone,
     reference_of,
-    same_weights,
-    sample_weights,
 )
 from .windows import run_in_windows
 
@@ -81,7 +81,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     def _set_backbone(self, backbone: PreTrainedModel | None) -> None:
         if backbone is not None:
             self.check_backbone(backbone)
-            if getattr(backbone, "hf_quantizer", None) is not None and not self.config.freeze_backbone:
+            if is_quantised(backbone) and not self.config.freeze_backbone:
                 raise ValueError(
                     "A quantised backbone cannot be trained: leave it frozen (freeze_backbone=True), with or without "
                     "adapters of PEFT in it."
@@ -207,6 +207,9 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)
         backbone_kwargs = {name: loading_kwargs[name] for name in BACKBONE_KWARGS if name in loading_kwargs}
+        # transformers would take one in the backbone's configuration to be for the head too.
+        quantization_config = vars(config.base_config).pop("quantization_config", None)
+        backbone_kwargs.setdefault("quantization_config", quantization_config)
         if loading_kwargs.pop("quantization_config", None) is not None and not config.head_only:
             raise ValueError(
                 f"quantization_config is for the backbone alone, and {source} has the weights of backbone and head in "
@@ -227,6 +230,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             check_backbone_weights(source, loading_info)
         elif load_backbone:
             model._load_backbone(source, backbone_kwargs)
+        elif quantization_config is not None:
+            model.config.base_config.quantization_config = quantization_config
         model.eval()  # which freezes the backbone too
         return (model, loading_info) if output_loading_info else model
 
@@ -280,9 +285,15 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             )
         if head_only is False and self.backbone is None:
             raise ValueError("head_only=False needs the backbone, and this model was loaded with load_backbone=False.")
+        refers_now = refers if head_only is None else head_only
+        if not refers_now and is_quantised(self.backbone):
+            raise ValueError(
+                "The weights of a quantised backbone are not saved; save the head alone, or merge adapters into a "
+                "backbone that was loaded without quantization_config."
+            )
         if self.backbone is not None:
             config.base_config.dtype = self.backbone.dtype
-        self._refer_to_backbone(refers if head_only is None else head_only)
+        self._refer_to_backbone(refers_now)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:

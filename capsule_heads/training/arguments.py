@@ -23,6 +23,7 @@ class CapsuleTrainingArguments(TrainingArguments):
     | `lr_scheduler_type`           | "one_cycle"       | "linear"            |
     | `learning_rate` (the peak)    | 5e-4              | 5e-5                |
     | `min_learning_rate`           | 1e-5              | (none)              |
+    | `backbone_learning_rate`      | None (the same)   | (none)              |
     | `min_adam_beta1`              | 0.81              | (none)              |
     | `warmup_steps`                | 0.1 (of all)      | 0                   |
     | `per_device_train_batch_size` | 20                | 8                   |
@@ -42,6 +43,13 @@ class CapsuleTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "The learning rate, at its peak."})
     min_learning_rate: float = field(
         default=1e-5, metadata={"help": "The learning rate at the beginning and the end of the cycle."}
+    )
+    backbone_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The learning rate, at its peak, of what trains in the backbone (all of it with freeze_backbone: "
+            "false, or adapters); at the ends of the cycle it is less by as much as the head's. Default: the head's."
+        },
     )
     min_adam_beta1: float = field(
         default=0.81, metadata={"help": "Adam's beta1 where the learning rate is at its peak; adam_beta1 at the ends."}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,7 +20,7 @@ class OneCycle(LRScheduler):
         optimizer: its learning rates and beta1 are the peaks.
         n_steps: steps of the whole cycle.
         n_warmup_steps: steps of the rise.
-        min_lr: learning rate at both ends.
+        min_lr: learning rate at both ends, of each parameter group.
         min_beta1: beta1 at the learning rate's peak.
         last_epoch: as in torch.
     """
@@ -30,7 +31,7 @@ class OneCycle(LRScheduler):
         *,
         n_steps: int,
         n_warmup_steps: int,
-        min_lr: float,
+        min_lr: Sequence[float],
         min_beta1: float,
         last_epoch: int = -1,
     ) -> None:
@@ -51,7 +52,7 @@ class OneCycle(LRScheduler):
 
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group at the current step."""
-        return [self.min_lr + (peak - self.min_lr) * self.height() for peak in self.base_lrs]
+        return [least + (peak - least) * self.height() for least, peak in zip(self.min_lr, self.base_lrs)]
 
     def step(self, epoch: int | None = None) -> None:
         """Moves on by one step, as in torch, and sets beta1 too."""

@@ -51,15 +51,43 @@ class CapsuleTrainer(Trainer):
             "decoupled_weight_decay": True,
         }
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The optimizer; with `backbone_learning_rate`, what trains in the backbone has parameter groups of its own.
+
+        Raises:
+            ValueError: if nothing in the backbone trains, or the optimizer has no groups of its parameters.
+        """
+        is_given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.backbone_learning_rate
+        if rate is not None and not is_given:
+            named = (self.model if model is None else model).named_parameters()
+            backbone = {id(x) for name, x in named if "backbone" in name.split(".")}
+            groups = {True: [], False: []}  # whether of the backbone
+            for group in optimizer.param_groups:
+                for is_backbone, of_part in groups.items():
+                    parameters = [x for x in group["params"] if (id(x) in backbone) == is_backbone]
+                    if parameters:
+                        of_part.append({**group, "params": parameters} | ({"lr": rate} if is_backbone else {}))
+            if not groups[True]:
+                raise ValueError(
+                    f"backbone_learning_rate is {rate}, but the optimizer ({self.args.optim}) has no parameters of the "
+                    "backbone; train it (freeze_backbone=False, or adapters), or leave backbone_learning_rate out."
+                )
+            optimizer.param_groups[:] = groups[False] + groups[True]  # the rate that is logged is that of the first
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
         """The schedule; as in transformers, but for "one_cycle"."""
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == ONE_CYCLE:
+        args = self.args
+        if self.lr_scheduler is None and args.lr_scheduler_type == ONE_CYCLE:
+            optimizer = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = OneCycle(
-                self.optimizer if optimizer is None else optimizer,
+                optimizer,
                 n_steps=num_training_steps,
-                n_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                min_lr=self.args.min_learning_rate,
-                min_beta1=self.args.min_adam_beta1,
+                n_warmup_steps=args.get_warmup_steps(num_training_steps),
+                min_lr=[args.min_learning_rate * (x["lr"] / args.learning_rate) for x in optimizer.param_groups],
+                min_beta1=args.min_adam_beta1,
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)

@@ -1,0 +1,43 @@
+"""A module's weights as plain tensors, whatever they are kept as, and whether they are still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+N_SAMPLED = 64  # numbers of each weight
+
+
+def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all weights and buffers; of a quantised one, the tensors that it is made of."""
+    for name, x in module.state_dict().items():
+        yield from _plain(name, x)
+
+
+def _plain(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if is_traceable_wrapper_subclass(x):
+        for part in x.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{part}", getattr(x, part))
+    else:
+        yield name, x
+
+
+@torch.no_grad()
+def sample_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of some numbers out of every weight and buffer, which tell whether training or merging changed any since.
+
+    Those on the meta device, which have no numbers, are left out.
+    """
+    weights = {name: x for name, x in plain_weights(module) if x.device.type != "meta"}
+    return {name: x.flatten()[:: max(1, x.numel() // N_SAMPLED)].cpu().clone() for name, x in weights.items()}
+
+
+def same_weights(module: nn.Module, sample: dict[str, Tensor]) -> bool:
+    """Whether a module has the weights that a sample is of, up to a cast to another dtype."""
+    found = sample_weights(module)
+    return found.keys() == sample.keys() and all(
+        x.shape == sample[name].shape and torch.equal(x, sample[name].to(x.dtype)) for name, x in found.items()
+    )
