@@ -20,7 +20,7 @@ class OneCycle(LRScheduler):
         optimizer: its learning rates and beta1 are the peaks.
         n_steps: steps of the whole cycle.
         n_warmup_steps: steps of the rise.
-        min_lr: learning rate at both ends, of each parameter group.
+        min_lr: learning rate at both ends; one for all parameter groups, or one for each.
         min_beta1: beta1 at the learning rate's peak.
         last_epoch: as in torch.
     """
@@ -31,7 +31,7 @@ class OneCycle(LRScheduler):
         *,
         n_steps: int,
         n_warmup_steps: int,
-        min_lr: Sequence[float],
+        min_lr: float | Sequence[float],
         min_beta1: float,
         last_epoch: int = -1,
     ) -> None:
@@ -52,7 +52,8 @@ class OneCycle(LRScheduler):
 
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group at the current step."""
-        return [least + (peak - least) * self.height() for least, peak in zip(self.min_lr, self.base_lrs)]
+        lows = self.min_lr if isinstance(self.min_lr, Sequence) else [self.min_lr] * len(self.base_lrs)
+        return [low + (peak - low) * self.height() for low, peak in zip(lows, self.base_lrs, strict=True)]
 
     def step(self, epoch: int | None = None) -> None:
         """Moves on by one step, as in torch, and sets beta1 too."""

@@ -23,7 +23,7 @@ from capsule_heads import (
     StereoImageProcessor,
 )
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
-from capsule_heads.data.tokenization import tokenize
+from capsule_heads.data.tokenization import tokenize, window_fields
 
 WORDS = [f"w{i}" for i in range(20)]
 SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -565,6 +565,25 @@ def test_other_labels(make_model, feature, label, fields):
     batch = CapsuleCollator(tokenizer)([cached[i] for i in range(20)])
     assert torch.equal(batch["labels"], torch.tensor(train["labels"][:], dtype=torch.float32))
     assert model(**batch).loss.isfinite()
+
+
+def test_long_texts_are_computed_in_windows(make_model, folder):
+    train, tokenizer = texts(), make_tokenizer()
+    windows = window_fields(tokenizer, overlap=2, length=5)
+    model = make_model(**windows)
+    cached = HiddenStateCache(train, model, tokenizer, batch_tokens=30)
+    assert [len(row["hidden_states"]) for row in cached] == train["length"][:]
+    rows = [i for i, length in enumerate(train["length"]) if length in (11, 8, 2)][:3]
+    batch = CapsuleCollator(tokenizer)([cached[i] for i in rows])
+    ids = CapsuleCollator(tokenizer)([{"input_ids": train[i]["input_ids"]} for i in rows])
+    states, (mask, *_) = model.compute_hidden_states(**ids)
+    assert torch.equal(batch["attention_mask"], mask.long())
+    torch.testing.assert_close(batch["hidden_states"].float(), torch.stack(states, dim=2), rtol=1e-2, atol=1e-2)
+    # Other windows are another cache; none is what it was without the option.
+    HiddenStateCache(train, make_model(**{**windows, "window_overlap": 1}), tokenizer)
+    assert len(folders_in(folder)) == 2
+    HiddenStateCache(train, make_model(), tokenizer)
+    assert len(folders_in(folder)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])

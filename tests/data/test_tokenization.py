@@ -1,9 +1,11 @@
+import logging
+
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from capsule_heads.data.tokenization import check_pad_token, tokenize
+from capsule_heads.data.tokenization import check_pad_token, tokenize, window_fields
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "a", "b", "c"]
 PAD, CLS, SEP, A, B, C = range(6)
@@ -52,6 +54,34 @@ def test_texts_are_cut_to_max_length_or_to_what_the_backbone_takes():
     split = tokenize(long, tokenizer(), max_length=5)["train"]
     assert split["input_ids"][0] == [CLS, A, SEP, B, SEP]
     assert split["length"][0] == 5
+
+
+def test_texts_for_windows_are_cut_to_max_length_alone(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # for caplog
+    long = splits(text=["a " * 20], label=[0])
+    split = tokenize(long, tokenizer(), in_windows=True)["train"]
+    assert split["input_ids"][0] == [CLS, *[A] * 20, SEP]
+    assert split["length"][0] == 22
+    assert "longer than the specified maximum" not in caplog.text
+    assert tokenize(long, tokenizer(), max_length=12, in_windows=True)["train"]["length"][0] == 12
+
+
+def test_the_fields_of_a_model_that_takes_windows():
+    expected = {"window_length": 8, "window_overlap": 3, "window_special_tokens": [1, 1]}
+    assert window_fields(tokenizer(), overlap=3) == expected
+    assert window_fields(tokenizer(), overlap=2, length=6) == {**expected, "window_length": 6, "window_overlap": 2}
+    bare = tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP] [CLS]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    assert window_fields(bare, overlap=3)["window_special_tokens"] == [0, 2]
+
+
+def test_a_tokenizer_that_does_not_know_how_many_tokens_the_backbone_takes():
+    unknown = tokenizer(model_max_length=None)
+    with pytest.raises(ValueError, match=r"does not say how many tokens its backbone takes, so give the length"):
+        window_fields(unknown, overlap=2)
+    assert window_fields(unknown, overlap=2, length=6)["window_length"] == 6
 
 
 def test_texts_without_labels():

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import weakref
 
 import pytest
 import torch
@@ -77,6 +78,31 @@ def test_depths_choose_hidden_states(make_model, pad, depths):
     assert all(torch.equal(x, y) for x, y in zip(outputs.hidden_states, chosen))
     expected = model.head(chosen, pad()["attention_mask"].float()).a_out
     assert torch.equal(outputs.logits, expected)
+
+
+def test_depths_choose_hidden_states_of_every_backbone(make_model, pad, backbone_type):
+    everything = make_model(backbone_type).compute_hidden_states(**pad())[0]
+    last = len(everything) - 1
+    for depths in ([0], [1], [last], [0, last]):
+        chosen, masks = make_model(backbone_type, depths=depths).compute_hidden_states(**pad())
+        assert len(chosen) == len(masks) == len(depths)
+        for depth, x in zip(depths, chosen):
+            torch.testing.assert_close(x, everything[depth], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("depths, kept", [([1], 1), ([0, 3], 2), (None, 5)])
+def test_only_states_in_use_are_kept_while_the_backbone_runs(make_model, pad, depths, kept):
+    model = make_model(changes={"num_hidden_layers": 4}, depths=depths)
+    made, alive = [], []
+    model.backbone.embeddings.register_forward_hook(lambda *call: made.append(weakref.ref(call[-1])))
+    for layer in model.backbone.encoder.layer:
+        layer.register_forward_hook(lambda *call: made.append(weakref.ref(call[-1])))
+    model.backbone.register_forward_hook(lambda *_: alive.append(sum(x() is not None for x in made)))
+    model(**pad())
+    model(**pad())
+    assert len(made) == 10
+    # Beside them, the last layer's output is what the backbone returns.
+    assert alive[0] == kept + (depths is not None)
 
 
 def test_hidden_states_in_the_place_of_the_backbone(make_model, pad):

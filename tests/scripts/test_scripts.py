@@ -140,6 +140,27 @@ def test_evaluate(run, call, reviews_model):
         assert evaluated[f"{split}_loss"] == pytest.approx(trained[f"{split}_loss"], rel=1e-5)
 
 
+def test_long_texts_in_windows(call, backbone, tmp_path):
+    folder = tmp_path / "run"
+    keys = {"task": "reviews", "backbone": backbone, "output_dir": str(folder), "max_steps": 3, "learning_rate": 0.1}
+    config = write(tmp_path / "run.yaml", **keys, window_overlap=4, window_length=12)
+    status, *_ = call("train.py", config, "--cache_hidden_states")
+    assert status == 0
+    model = CapsuleHeadForSequenceClassification.from_pretrained(folder)
+    assert model.config.windowing == (12, 4, 1, 1)
+    trained = json.loads((folder / "results.json").read_text())
+    out = call("evaluate.py", folder, *OF_TEST)[1]
+    assert json.loads(out[out.index("{\n") :])["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-5)
+
+    long = " ".join(["the food was good and it was a long film"] * 20)
+    inputs = AutoTokenizer.from_pretrained(folder)(long, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == 202  # the backbone takes 64
+    expected = model(**inputs).logits.softmax(-1).max().item()
+    status, out, _ = call("predict.py", folder, "good", long)
+    assert status == 0
+    assert json.loads(out.splitlines()[1])["score"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_mistake_is_one_line_without_traceback(run, backbone, tmp_path):
     config = write(tmp_path / "run.yaml", task="sst5", backbone=backbone, source=str(tmp_path / "none"))
     done = run("train.py", config)

@@ -8,13 +8,16 @@ from capsule_heads.data.glue import GLUE_TASKS
 from capsule_heads.training import experiment
 from capsule_heads.training.experiment import (
     TASKS,
+    DataArguments,
     ModelArguments,
     build_model,
     check_labels_match,
     compute_metrics_of,
     evaluation_splits,
+    load_processor,
     load_task,
     load_tokenizer,
+    windows_for,
 )
 
 TREES = {
@@ -149,6 +152,24 @@ def test_every_option_of_the_model_reaches_it(bert):
     assert set(vars(arguments)) == {"backbone", "backbone_revision", *options}
     config = build_model(arguments, labelled([0, 1])).config
     assert {name: getattr(config, name) for name in options} == options
+
+
+def test_windows_of_texts(bert):
+    tokenizer = load_tokenizer(bert)  # its BERT takes 32 tokens
+    assert windows_for(DataArguments("reviews"), tokenizer) == {}
+    fields = windows_for(DataArguments("reviews", window_overlap=4), tokenizer)
+    assert fields == {"window_length": 32, "window_overlap": 4, "window_special_tokens": [1, 1]}
+    model = build_model(ModelArguments(bert, d_inp=8, n_parts=4), labelled([0, 1]), **fields)
+    assert model.config.windowing == (32, 4, 1, 1)
+    shorter = windows_for(DataArguments("reviews", window_overlap=4, window_length=16), tokenizer)
+    assert shorter == {**fields, "window_length": 16}
+
+
+def test_windows_that_make_no_sense(bert):
+    with pytest.raises(ValueError, match="window_length needs window_overlap"):
+        windows_for(DataArguments("reviews", window_length=16), load_tokenizer(bert))
+    with pytest.raises(ValueError, match="window_overlap is for texts, and toy_norb is of images"):
+        windows_for(DataArguments("toy_norb", window_overlap=16), load_processor("toy_norb", "new:stereo_conv"))
 
 
 def test_evaluation_splits():

@@ -77,6 +77,17 @@ def test_parameter_groups_have_peaks_of_their_own():
             schedule.step()
 
 
+def test_parameter_groups_have_ends_of_their_own():
+    of = torch.optim.RAdam([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1e-3, 1e-6)])
+    schedule = one_cycle(of, min_lr=[1e-5, 1e-8])
+    for _ in range(N):
+        first, second = (group["lr"] for group in of.param_groups)
+        assert second == pytest.approx(first / 1000)
+        of.step()
+        schedule.step()
+    assert first < 2e-5
+
+
 @pytest.mark.parametrize("at", [5, 20, 90])
 def test_a_saved_state_goes_on_along_the_same_curve(at):
     of = optimizer()

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from capsule_heads import CapsuleTrainer
-from capsule_heads.data.tokenization import tokenize
+from capsule_heads.data.tokenization import tokenize, window_fields
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.training import OneCycle
 from capsule_heads.training.experiment import load_tokenizer
@@ -96,6 +97,89 @@ def test_optimizers_and_schedules_of_transformers(make_model, make_trainer, argu
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
     assert recorder.lrs[1:] == [1e-3] * 3
+
+
+@pytest.mark.parametrize("optim", ["radam", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+@pytest.mark.parametrize("schedule", ["one_cycle", "linear"])
+def test_the_backbone_has_a_learning_rate_of_its_own(make_model, make_trainer, arguments, optim, schedule):
+    args = arguments(
+        max_steps=3,
+        optim=optim,
+        lr_scheduler_type=schedule,
+        learning_rate=1e-3,
+        backbone_learning_rate=1e-6,
+        weight_decay=0.1,
+    )
+    model = make_model(freeze_backbone=False)
+    trainer = make_trainer(model, args=args)
+    optimizer = trainer.create_optimizer()
+    of_part = {True: [], False: []}
+    for group in optimizer.param_groups:
+        for x in group["params"]:
+            of_part[group["lr"] == 1e-6].append(id(x))
+        assert group["lr"] in (1e-3, 1e-6)
+    assert sorted(of_part[True]) == sorted(id(x) for x in model.backbone.parameters())
+    assert sorted(of_part[False]) == sorted(id(x) for x in model.head.parameters())
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        (lr, decay) for lr in (1e-3, 1e-6) for decay in (0.0, 0.1)
+    }
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    before = [x.detach().clone() for x in model.backbone.parameters()]
+    trainer.add_callback(Rates())
+    trainer.train()
+    for head, _, backbone, _ in rates:
+        assert backbone == pytest.approx(head / 1000)
+    assert max(head for head, *_ in rates) > 4e-4
+    changes = [(x - y).abs().max().item() for x, y in zip(model.backbone.parameters(), before)]
+    assert 0 < max(changes) < 1e-5
+
+
+def test_a_learning_rate_for_a_backbone_that_does_not_train(make_model, make_trainer, arguments):
+    trainer = make_trainer(make_model(), args=arguments(backbone_learning_rate=1e-5))
+    with pytest.raises(ValueError, match=r"backbone_learning_rate is 1e-05, but the optimizer \(radam\) has no param"):
+        trainer.create_optimizer()
+
+
+def test_adapters_train_with_the_head(make_model, make_trainer, arguments, tmp_path):
+    config = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["head"])
+    model = get_peft_model(make_model(), config)
+    args = arguments(num_train_epochs=6, learning_rate=2e-2, backbone_learning_rate=5e-3, save_strategy="epoch")
+    trainer = make_trainer(model, args=args, compute_metrics=compute_metrics_for("classification"))
+    assert trainer.model_accepts_loss_kwargs is False  # as without adapters: gradients are divided when accumulated
+    optimizer = trainer.create_optimizer()
+    numbers = {lr: sum(len(g["params"]) for g in optimizer.param_groups if g["lr"] == lr) for lr in (2e-2, 5e-3)}
+    assert numbers == {2e-2: len(list(make_model().head.parameters())), 5e-3: 2 * 2 * 2}
+    trainer.train()
+    results = trainer.evaluate()
+    assert results["eval_accuracy"] >= 0.95
+    checkpoint = tmp_path / "run" / "checkpoint-48"
+    loaded = PeftModel.from_pretrained(make_model(), checkpoint)
+    assert make_trainer(loaded, compute_metrics=trainer.compute_metrics).evaluate()["eval_loss"] == pytest.approx(
+        results["eval_loss"], abs=1e-6
+    )
+
+
+def test_texts_in_windows_learn(make_model, make_trainer, arguments, texts, tokenizer):
+    fields = window_fields(tokenizer, overlap=1, length=6)
+    tokens = tokenize(texts, tokenizer, in_windows=True)
+    assert max(tokens["train"]["length"]) > 12
+    trainer = make_trainer(
+        make_model(**fields),
+        args=arguments(num_train_epochs=12, learning_rate=2e-2, per_device_eval_batch_size=7),
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["validation"],
+        compute_metrics=compute_metrics_for("classification"),
+    )
+    trainer.train()
+    output = trainer.predict(tokens["validation"])
+    assert output.predictions.shape == (64, 2)
+    assert output.label_ids.tolist() == tokens["validation"]["labels"][:]
+    assert output.metrics["test_accuracy"] >= 0.95
 
 
 def batches(trainer, epoch=0):
