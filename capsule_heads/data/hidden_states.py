@@ -156,7 +156,7 @@ def _check_arguments(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
         raise ValueError(f"{type(tokenizer).__name__} is no tokenizer; the cache of hidden states is for texts.")
     if model.backbone is None:
         raise ValueError("This model has no backbone to compute hidden states with; load it with load_backbone=True.")
-    if not model.config.freeze_backbone:
+    if not model.config.freeze_backbone or any(x.requires_grad for x in model.backbone.parameters()):  # adapters
         raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
 
 

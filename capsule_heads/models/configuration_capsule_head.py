@@ -32,7 +32,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         base_model_revision: the commit they are of, where they are from the Hub.
         head_only: whether `save_pretrained` leaves the backbone out by default, because its weights are, unchanged,
             those of `base_model_name_or_path`. Kept by the model; not an option to set by hand.
-        freeze_backbone: whether the backbone is frozen: no gradients, no dropout.
+        freeze_backbone: whether the backbone is frozen: no gradients, no dropout. Adapters of PEFT in it train anyway.
         stack: of an encoder-decoder, whose hidden states to use: "encoder" (its decoder is left out), or "decoder".
         tower: of a model of several towers without a class of its own for one, which of them is the backbone: "text",
             "vision" or "audio"; None for the whole model.

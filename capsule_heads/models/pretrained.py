@@ -122,7 +122,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             num_labels: number of classes; default 2, or that of `id2label`.
             revision: the backbone's branch, tag or commit.
             **kwargs: fields of `CapsuleHeadConfig`, such as `depths` or `freeze_backbone`, and what loading a backbone
-                takes: `dtype`, `device_map`, `attn_implementation`, `token`, `cache_dir`, `trust_remote_code`, ...
+                takes: `dtype`, `device_map`, `attn_implementation`, `quantization_config`, `token`, `cache_dir`,
+                `trust_remote_code`, ... The head is never quantised.
 
         Returns:
             The model, in evaluation mode.
@@ -192,9 +193,10 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
         Args:
             load_backbone: False to leave out the backbone of a head-only checkpoint: the model takes hidden states.
+            quantization_config: of the backbone alone; by default that which it had when the head was saved.
 
         Raises:
-            ValueError: for a checkpoint of another kind of model, or one that lacks the backbone's weights.
+            ValueError: for a checkpoint of another kind, without the backbone's weights, or with those to be quantised.
             OSError: if the checkpoint, or the backbone it refers to, is not found.
         """
         source = pretrained_model_name_or_path
@@ -212,8 +214,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         backbone_kwargs.setdefault("quantization_config", quantization_config)
         if loading_kwargs.pop("quantization_config", None) is not None and not config.head_only:
             raise ValueError(
-                f"quantization_config is for the backbone alone, and {source} has the weights of backbone and head in "
-                "one; expected a checkpoint saved with head_only=True."
+                f"quantization_config is for a backbone, and {source} has the weights of backbone and head in one; "
+                "expected a checkpoint saved with head_only=True."
             )
         dtype = backbone_kwargs.setdefault("dtype", backbone_kwargs.pop("torch_dtype", config.base_config.dtype))
         model, loading_info = super().from_pretrained(
@@ -274,18 +276,20 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         config = self.config
         if self._has_adapters:
             raise ValueError(
-                "This model has adapters of PEFT in it. To save them and the head, save the PeftModel, with "
-                'modules_to_save=["head"] in its configuration; to save a model without, call merge_and_unload() first.'
+                "This model has adapters of PEFT in it, which would be lost: save the PeftModel (with "
+                'modules_to_save=["head"], the head is in it too), or call its merge_and_unload() first.'
             )
-        refers = config.head_only and (self.backbone is None or (config.freeze_backbone and self._is_as_loaded()))
+        refers = config.head_only and (config.freeze_backbone or self.backbone is None)
+        if refers and self.backbone is not None:
+            refers = same_weights(self.backbone, self._weights_as_loaded)  # adapters may have been merged into it
         if head_only and not refers:
             raise ValueError(
                 "head_only=True would lose the backbone: its weights were trained here, or are not from a checkpoint "
                 "that the configuration refers to. Save all weights, with head_only=False."
             )
+        refers_now = refers if head_only is None else head_only
         if head_only is False and self.backbone is None:
             raise ValueError("head_only=False needs the backbone, and this model was loaded with load_backbone=False.")
-        refers_now = refers if head_only is None else head_only
         if not refers_now and is_quantised(self.backbone):
             raise ValueError(
                 "The weights of a quantised backbone are not saved; save the head alone, or merge adapters into a "
@@ -305,10 +309,6 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         left_out = self.backbone.state_dict() if refers and self.backbone is not None else ()
         # Trainer, too, goes by this list: it then expects a checkpoint without these weights.
         self._keys_to_ignore_on_save = {f"backbone.{key}" for key in left_out}
-
-    def _is_as_loaded(self) -> bool:
-        # Adapters, for one, may have been merged into it.
-        return same_weights(self.backbone, self._weights_as_loaded)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As in transformers; the backbone is then no longer the one of its reference, and is saved with the head."""

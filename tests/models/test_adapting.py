@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from capsule_heads import CapsuleHeadForSequenceClassification
+from capsule_heads.data import HiddenStateCache
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -136,6 +138,12 @@ def test_weights_changed_by_hand_are_saved(make_model, pad, tmp_path):
     assert torch.equal(load(tmp_path)(**pad()).logits, model(**pad()).logits)
 
 
+def test_states_that_adapters_change_are_not_cached(make_model, tokenizer, tmp_path):
+    dataset = Dataset.from_dict({"input_ids": [[1, 5, 2]], "attention_mask": [[1, 1, 1]]})
+    with pytest.raises(ValueError, match="The backbone is not frozen: its hidden states change in training"):
+        HiddenStateCache(dataset, adapt(make_model()), tokenizer, cache_dir=tmp_path)
+
+
 def test_attentions_are_not_returned(make_model, pad):
     with pytest.raises(ValueError, match=r"returns no attentions; call model\.backbone"):
         make_model()(**pad(), output_attentions=True)
@@ -248,5 +256,7 @@ def test_what_is_refused_of_a_quantised_backbone(make_model, tmp_path):
     with pytest.raises(ValueError, match="weights of a quantised backbone are not saved; save the head alone"):
         model.save_pretrained(tmp_path, head_only=False)
     make_model().save_pretrained(tmp_path / "whole", head_only=False)
-    with pytest.raises(ValueError, match=r"quantization_config is for the backbone alone, and .* has the weights of"):
+    with pytest.raises(
+        ValueError, match=r"quantization_config is for a backbone, and .* has the weights of backbone and head"
+    ):
         load(tmp_path / "whole", quantization_config=RoundingConfig())
