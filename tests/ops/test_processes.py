@@ -1,5 +1,6 @@
 """One input split over three processes is routed as in one."""
 
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launch import start_processes
 from oracle import INF, NAMES, OUTPUTS, P_MODELS, as_torch, draw, random_cotangents, relative
+from processes import fork_processes, run_program
 from torch import nn
 
 from capsule_heads.layers import Routing
@@ -60,10 +61,10 @@ def share_of(rank, shares):
     return slice(start, start + shares[rank])
 
 
-def main(folder):
+def route_a_share(folder, rank):
     """What each of the processes does."""
     dist.init_process_group("gloo")
-    rank, results = dist.get_rank(), {}
+    results = {}
     for strategy, p_model, shares in CASES:
         part = share_of(rank, SHARES[shares])
         a_inp, mu_inp, *parameters = arguments()
@@ -85,7 +86,7 @@ def main(folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    start_processes(3, __file__, folder)
+    run_program(__file__, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
 
 
@@ -136,4 +137,5 @@ def test_under_ddp_every_parameter_has_the_gradient_of_one_process(results):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.set_num_threads(1)
+    assert fork_processes(3, functools.partial(route_a_share, sys.argv[1])) == [0, 0, 0]
