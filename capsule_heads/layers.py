@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .ops import check_routing_options, route
@@ -79,7 +80,12 @@ class Routing(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, a_inp: Tensor, mu_inp: Tensor, n_out: int | None = None, return_R: bool = False
+        self,
+        a_inp: Tensor,
+        mu_inp: Tensor,
+        n_out: int | None = None,
+        return_R: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, ...]:
         """Routes.
 
@@ -88,6 +94,7 @@ class Routing(nn.Module):
             mu_inp: `[...icd]`, input capsules.
             n_out: number of outputs, only where it was not fixed at construction; default, the number of inputs.
             return_R: whether to return the routing probabilities too.
+            group: processes that each hold a share of the inputs, as in `ops.route`; `n_out` then has no default.
 
         Returns:
             `a_out [...j]` (logits), `mu_out [...jch]` (means), `sig2_out [...jch]` (variances) and, with `return_R`,
@@ -112,6 +119,11 @@ class Routing(nn.Module):
                 f"n_out={n_out} was passed to a layer built for n_out={self.n_out}. Leave it out of the call, or leave "
                 "it out at construction to choose it at each call."
             )
+        if group is not None and self.n_out is None and n_out is None:
+            raise ValueError(
+                "n_out is None; expected the number of outputs, as no process has all the inputs that it would be the "
+                "number of by default."
+            )
         n_out = self.n_out or (n_inp if n_out is None else n_out)
         if n_out < 1:
             raise ValueError(f"n_out is {n_out}; expected at least 1.")
@@ -128,6 +140,7 @@ class Routing(nn.Module):
             eps=self.eps,
             return_R=return_R,
             strategy=self.strategy,
+            group=group,
         )
 
     def _biases(self, n_out: int) -> Tensor:

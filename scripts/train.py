@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.results import write_json
+from capsule_heads.training.checkpoints import resolve_checkpoint
 from capsule_heads.training.command_line import fail, parse_config_and_options
 from capsule_heads.training.experiment import (
     DataArguments,
@@ -35,12 +36,11 @@ def main() -> None:
         (DataArguments, ModelArguments, CapsuleTrainingArguments), sys.argv[1:], __doc__
     )
     set_seed(arguments.seed)
-    patience, checkpoint = data.early_stopping_patience, arguments.resume_from_checkpoint
+    patience = data.early_stopping_patience
     try:
         if patience and not arguments.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end.")
-        if checkpoint and not Path(checkpoint).is_dir():
-            raise ValueError(f"resume_from_checkpoint is {checkpoint}, which is not a directory.")
+        checkpoint = resolve_checkpoint(arguments.resume_from_checkpoint, arguments.output_dir)
         with arguments.main_process_first():
             datasets = load_task(data.task, data.source, data.phrases)
             processor = load_processor(
@@ -56,20 +56,23 @@ def main() -> None:
 
     is_text = isinstance(processor, PreTrainedTokenizerBase)
     validation = {name: prepared[name] for name in evaluation_splits(datasets, "validation")}
-    trainer = CapsuleTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation if len(validation) > 1 else next(iter(validation.values())),
-        processing_class=processor,
-        data_collator=CapsuleCollator(processor) if is_text else None,
-        compute_metrics=compute_metrics_of(data.task),
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-    )
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    trainer.save_model()
+    try:
+        trainer = CapsuleTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=validation if len(validation) > 1 else next(iter(validation.values())),
+            processing_class=processor,
+            data_collator=CapsuleCollator(processor) if is_text else None,
+            compute_metrics=compute_metrics_of(data.task),
+            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        )
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - start
+        trainer.save_model()
+    except OSError as error:  # where output_dir cannot be written to
+        fail(error)
     trainer.remove_callback(EarlyStoppingCallback)  # it warns of an evaluation under another name than "eval"
 
     results = {

@@ -310,6 +310,13 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         # Trainer, too, goes by this list: it then expects a checkpoint without these weights.
         self._keys_to_ignore_on_save = {f"backbone.{key}" for key in left_out}
 
+    def names_of_frozen_backbone(self) -> list[str]:
+        """Parameters and buffers that no training changes, as the configuration says where to get them."""
+        if self.backbone is None or not (self.config.head_only and self.config.freeze_backbone):
+            return []
+        tensors = (*self.backbone.named_parameters(), *self.backbone.named_buffers())
+        return [f"backbone.{name}" for name, tensor in tensors if not tensor.requires_grad]
+
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As in transformers; the backbone is then no longer the one of its reference, and is saved with the head."""
         before = self.get_input_embeddings().weight.shape

@@ -23,6 +23,9 @@ rounding: in float32, with at most about the errors of the literal loop, and far
 
 It never takes `triton`, which has not been run on a GPU yet: ask for it by name. A strategy asked for by name that does
 not serve the shapes raises an error. Second derivatives: `reference` only, the others raise a `NotImplementedError`.
+
+All but `reference` route one input that is split over processes: see `group` in `route`. "auto" then takes what it
+takes for many votes, as shares may differ in size.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import functools
 import importlib.util
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .autograd import n_votes, route_in_passes
@@ -78,6 +82,7 @@ def route(
     eps: float = 1e-5,
     return_R: bool = False,
     strategy: str = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]:
     """Routes input capsules to output capsules (Heinsen, 2019, arXiv 1911.00792, section 3).
 
@@ -99,6 +104,12 @@ def route(
         eps: added to counts of data and to variances.
         return_R: whether to return the routing probabilities too.
         strategy: "auto" or one of `STRATEGIES`.
+        group: processes that hold the inputs together, each with a share of them, of any size, also none; None: this
+            process has all. Weights, and all else, are the same in each. Outputs are those of all inputs, in every
+            process, and `R` of its own. Each iteration sums statistics without `i` over the processes, twice, and its
+            backward pass once more: every process has to run both. Gradients are those of the sum of the processes'
+            losses: what a process gets for a parameter is its part of the gradient. So DDP, which takes the mean, gives
+            the gradient of one process where all compute the same loss.
 
     Returns:
         `a_out [...j]` (logits), `mu_out [...jch]` (means), `sig2_out [...jch]` (variances) and, with `return_R`,
@@ -106,6 +117,7 @@ def route(
 
     Raises:
         ValueError: for an unknown option, shapes that do not fit each other, or a strategy that does not serve them.
+        TypeError: for a group that is none.
         ImportError: for a strategy, asked for by name, that needs what is not installed.
     """
     check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
@@ -114,18 +126,20 @@ def route(
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    is_split = group is not None
     if strategy == "auto":
-        strategy = _choose_strategy(mu_inp, tensors[2:], n_out, dtype)
+        strategy = _choose_strategy(mu_inp, tensors[2:], n_out, dtype, is_split)
     else:
         _check_strategy(strategy, mu_inp, tensors[2:], n_out)
+    options = {"n_iters": n_iters, "p_model": p_model, "eps": eps, "return_R": return_R}
+    if is_split:
+        _check_group(group, strategy)
+        options["group"] = group.group_name
     with torch.autocast(a_inp.device.type, enabled=False):
         *outputs, R = STRATEGIES[strategy](
             *(tensor.to(dtype) for tensor in tensors),
             n_out=n_out,
-            n_iters=n_iters,
-            p_model=p_model,
-            eps=eps,
-            return_R=return_R,
+            **options,
         )
     return (*outputs, R) if return_R else tuple(outputs)
 
@@ -135,13 +149,15 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def _choose_strategy(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int, dtype: torch.dtype) -> str:
+def _choose_strategy(
+    mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int, dtype: torch.dtype, is_split: bool = False
+) -> str:
     """The second table at the head of this file."""
     d_cov, d_inp = mu_inp.shape[-2:]
     d_out = parameters[0].shape[-1]
     if any(parameter.shape[0] > 1 for parameter in parameters) or mu_inp.device.type not in ("cpu", "cuda"):
         return "reference"
-    if mu_inp.device.type == "cpu" and n_votes(mu_inp, n_out, d_out) < SMALL:
+    if mu_inp.device.type == "cpu" and not is_split and n_votes(mu_inp, n_out, d_out) < SMALL:
         return "reference"
     if mu_inp.device.type == "cpu" and _has_numba():
         return "numba"
@@ -178,6 +194,20 @@ def _check_strategy(strategy: str, mu_inp: Tensor, parameters: tuple[Tensor, ...
         from . import triton  # only here: not everyone has it
 
         triton.check(mu_inp, d_out=parameters[0].shape[-1], n_out=n_out)
+
+
+def _check_group(group: dist.ProcessGroup, strategy: str) -> None:
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is {group!r}; expected a process group, such as torch.distributed.group.WORLD, or None where this "
+            "process has all inputs."
+        )
+    if strategy == "reference":
+        raise ValueError(
+            'Only strategies that stream route inputs split over processes, and "reference" does not; they need '
+            'weights that all inputs share, on CPU or CUDA. Use strategy="auto" with such weights (`Routing` without '
+            "n_inp), or leave group out, with all inputs in each process."
+        )
 
 
 def _check_shapes(

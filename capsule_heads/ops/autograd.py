@@ -39,21 +39,25 @@ def route_in_passes(
     p_model: str,
     eps: float,
     return_R: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Routes with the passes of a strategy. Other arguments as in `ops.route`; no parameter may differ by input.
+
+    `group` is the name of the processes that hold the inputs, None for this one alone.
 
     Second derivatives raise a `NotImplementedError`.
     """
     *batch, n_inp, d_cov, d_inp = mu_inp.shape
     n_samples, d_out = math.prod(batch), W.shape[-1]
-    is_small = strategy in ("moments", "votes") and n_votes(mu_inp, n_out, d_out) < SMALL_VOTES
+    # Processes may hold unequal shares of the inputs, and have to compute alike.
+    is_small = group is None and strategy in ("moments", "votes") and n_votes(mu_inp, n_out, d_out) < SMALL_VOTES
     # Nothing scales the distances of soft k-means: where they are large, their rounding decides between outputs.
     is_hard = strategy == "numba" and p_model == "skm"
     dtype = torch.float64 if is_small or is_hard else mu_inp.dtype
     # Parameters are few. In float64, their gradients are rounded once, after they are summed over what shares them.
     outputs = _Route.apply(
         strategy,
-        (n_iters, p_model, eps, return_R),
+        (n_iters, p_model, eps, return_R, group),
         a_inp.reshape(n_samples, n_inp).to(dtype),
         mu_inp.reshape(n_samples, n_inp, d_cov, d_inp).to(dtype),
         W.double()[0].permute(2, 0, 1).expand(d_out, n_out, d_inp),
@@ -75,7 +79,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, strategy: str, options: tuple[int, str, float, bool], *tensors: Tensor
+        ctx: Any, strategy: str, options: tuple[int, str, float, bool, str | None], *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *outputs, centre, moments, statistics = _forward(strategy, *tensors, *options)
         ctx.save_for_backward(*tensors, centre, moments, statistics)
@@ -85,10 +89,10 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, p_model, eps, return_R = ctx.options
+        _, p_model, eps, return_R, group = ctx.options
         *d_means, d_R = d_outputs
         d_R = d_R if return_R else None
-        return None, None, *_backward(ctx.strategy, *d_means, d_R, *ctx.saved_tensors, p_model, eps)
+        return None, None, *_backward(ctx.strategy, *d_means, d_R, *ctx.saved_tensors, p_model, eps, group)
 
 
 def _passes(strategy: str) -> Passes:
@@ -108,13 +112,15 @@ def _forward(
     p_model: str,
     eps: float,
     return_R: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign)
-    return streaming.forward(_passes(strategy), *tensors, n_iters=n_iters, p_model=p_model, eps=eps, return_R=return_R)
+    options = {"n_iters": n_iters, "p_model": p_model, "eps": eps, "return_R": return_R, "group": group}
+    return streaming.forward(_passes(strategy), *tensors, **options)
 
 
 @_forward.register_fake
-def _(strategy, a_inp, mu_inp, W, B, beta_use, beta_ign, n_iters, p_model, eps, return_R):
+def _(strategy, a_inp, mu_inp, W, B, beta_use, beta_ign, n_iters, p_model, eps, return_R, group=None):
     n, i, c, d = mu_inp.shape
     h, j, _ = W.shape
     n_kept = _passes(strategy).n_kept(c, d)
@@ -142,10 +148,11 @@ def _backward(
     statistics: Tensor,
     p_model: str,
     eps: float,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign, centre, moments, statistics)
     d_outputs = (d_a_out, d_mu_out, d_sig2_out, d_R)
-    return streaming.backward(_passes(strategy), d_outputs, *tensors, p_model=p_model, eps=eps)
+    return streaming.backward(_passes(strategy), d_outputs, *tensors, p_model=p_model, eps=eps, group=group)
 
 
 @_backward.register_fake

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import processes
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -94,6 +96,16 @@ class Statistics(NamedTuple):
         """The inverse of `packed`."""
         n_used, mean, scatter, kept = packed.tensor_split([1, 1 + c * h, 1 + 2 * c * h], dim=1)
         return cls(n_used[:, 0], mean.unflatten(1, (c, h)), scatter.unflatten(1, (c, h)), kept)
+
+    def merged(self, group: str | None) -> Statistics:
+        """With those of the other processes of a group, by Chan's formula; without what is kept of its own inputs."""
+        if group is None:
+            return self
+        own_n_used = self.n_used[:, None, None]
+        n_used, sum_u = processes.summed(group, self.n_used, own_n_used * self.mean)
+        mean = sum_u / n_used.clamp_min(torch.finfo(n_used.dtype).tiny)[:, None, None]
+        (scatter,) = processes.summed(group, self.scatter + own_n_used * (self.mean - mean).square())
+        return Statistics(n_used, mean, scatter)
 
 
 class UseGradient(NamedTuple):

@@ -11,6 +11,10 @@ Two changes of variables keep the numbers good. Inputs are centred on their weig
 difference `V - mu = u - mean` has no large terms. The centre is a constant to autograd: the function does not depend
 on it.
 
+The inputs may be split over a group of processes. Passes know those of their own process; the centre, the statistics of
+every iteration and the gradients of every E-step are then summed over all, and what happens between passes is the same
+in each.
+
 In the shapes here `n` counts samples (all batch dimensions) and outputs come last, `[n,c,h,j]`. Tensors without `i` are
 float64, whatever the inputs are: they are small, and most cancellation happens there.
 """
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .passes import EStep, Inputs, Passes, Statistics, UseGradient
+from .processes import n_processes, summed
 
 
 class MStep:
@@ -38,9 +43,9 @@ class MStep:
     """
 
     def __init__(
-        self, statistics: Statistics, inputs: Inputs, bias: Tensor, beta_use: Tensor, beta_ign: Tensor
+        self, statistics: Statistics, total: Tensor, eps: float, bias: Tensor, beta_use: Tensor, beta_ign: Tensor
     ) -> None:
-        self.statistics, self.total, self.eps = statistics, inputs.total, inputs.eps
+        self.statistics, self.total, self.eps = statistics, total, eps
         self.beta_use, self.beta_ign = beta_use, beta_ign
         n_used = statistics.n_used[:, None, None]
         self.count = n_used + self.eps  # [n11j]
@@ -108,9 +113,12 @@ def forward(
     p_model: str,
     eps: float,
     return_R: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Routes. Shapes: `a_inp [n,i]`, `mu_inp [n,i,c,d]`, `W [h,j,d]`, `B [c,h,j]`, betas `[j]`, the last four
     float64.
+
+    Args as in `ops.route`, and `group`: the name of the processes that hold the inputs.
 
     Returns:
         `a_out [n,j]`, `mu_out` and `sig2_out [n,c,h,j]`, and `R [n,i,j]` (empty unless asked for), of the dtype of
@@ -119,21 +127,22 @@ def forward(
     """
     f_inp = torch.sigmoid(a_inp)
     weighted_sum = (f_inp[:, None] @ mu_inp.flatten(2)).view(len(mu_inp), 1, *mu_inp.shape[2:])
-    total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
+    own_total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
+    total, weighted_sum = summed(group, own_total, weighted_sum)
     centre = weighted_sum / total.to(mu_inp.dtype)[..., None, None].clamp_min(torch.finfo(mu_inp.dtype).tiny)
-    inputs = Inputs(mu_inp, f_inp, total, centre, W.to(mu_inp.dtype), eps)
+    inputs = Inputs(mu_inp, f_inp, own_total, centre, W.to(mu_inp.dtype), eps)
     bias = _bias(inputs, B)
-    uniform_statistics, moments = passes.uniform_statistics(inputs)
-    m_steps = [MStep(uniform_statistics, inputs, bias, beta_use, beta_ign)]
+    own_statistics, moments = passes.uniform_statistics(inputs)
+    own = [own_statistics]
+    m_step = MStep(own_statistics.merged(group), total, eps, bias, beta_use, beta_ign)
     R = mu_inp.new_full((*a_inp.shape, W.shape[1]) if return_R else (0,), 1.0 / W.shape[1])
     for iteration in range(1, n_iters):
-        e_step = m_steps[-1].e_step(p_model)
         R_out = R if return_R and iteration == n_iters - 1 else None
-        statistics = passes.statistics(inputs, e_step, R_out)
-        m_steps.append(MStep(statistics, inputs, bias, beta_use, beta_ign))
-    outputs = (x.to(mu_inp.dtype).contiguous() for x in (m_steps[-1].a_out, m_steps[-1].mu_out, m_steps[-1].sig2_out))
+        own.append(passes.statistics(inputs, m_step.e_step(p_model), R_out))
+        m_step = MStep(own[-1].merged(group), total, eps, bias, beta_use, beta_ign)
+    outputs = (x.to(mu_inp.dtype).contiguous() for x in (m_step.a_out, m_step.mu_out, m_step.sig2_out))
     n_kept = passes.n_kept(*mu_inp.shape[2:])
-    return *outputs, R, centre, moments, torch.stack([m_step.statistics.packed(n_kept) for m_step in m_steps])
+    return *outputs, R, centre, moments, torch.stack([statistics.packed(n_kept) for statistics in own])
 
 
 def backward(
@@ -151,37 +160,47 @@ def backward(
     *,
     p_model: str,
     eps: float,
+    group: str | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of `forward`'s six tensors. `d_outputs`: of `a_out`, `mu_out`, `sig2_out`, `R`, or None."""
     f_inp = torch.sigmoid(a_inp)
-    total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
-    inputs = Inputs(mu_inp, f_inp, total, centre, W.to(mu_inp.dtype), eps)
+    own_total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
+    (total,) = summed(group, own_total)
+    inputs = Inputs(mu_inp, f_inp, own_total, centre, W.to(mu_inp.dtype), eps)
     bias = _bias(inputs, B)
-    m_steps = [MStep(Statistics.unpacked(s, *B.shape[:2]), inputs, bias, beta_use, beta_ign) for s in statistics]
+    own = [Statistics.unpacked(s, *B.shape[:2]) for s in statistics]
+    m_steps = [MStep(s.merged(group), total, eps, bias, beta_use, beta_ign) for s in own]
 
     last = m_steps[-1]
-    d_a_out, d_mu_out, d_sig2_out = (
-        torch.zeros_like(x) if d is None else d.double()
-        for d, x in zip(d_outputs, (last.a_out, last.mu_out, last.sig2_out))
+    # Each process has the outputs, and may use them in another way.
+    d_a_out, d_mu_out, d_sig2_out = summed(
+        group,
+        *(
+            torch.zeros_like(x) if d is None else d.double()
+            for d, x in zip(d_outputs, (last.a_out, last.mu_out, last.sig2_out))
+        ),
     )
     d_mean, d_R = torch.zeros_like(last.mean), d_outputs[3]
     d_mu_inp, d_f_inp = mu_inp.new_zeros(mu_inp.shape), a_inp.new_zeros(a_inp.shape)
     d_W, d_read = torch.zeros_like(W), []
-    for m_step, previous in itertools.pairwise([*reversed(m_steps), None]):
+    for own_statistics, (m_step, previous) in zip(reversed(own), itertools.pairwise([*reversed(m_steps), None])):
         d_use, d_read_here = m_step.backward(d_a_out, d_mean, d_sig2_out, d_mu_out)
         d_read.append(d_read_here)
         if previous is None:
             d_W += passes.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
         else:
             e_step = previous.e_step(p_model)
-            d_e_step, d_W_here = passes.gradients(inputs, e_step, m_step.statistics, d_use, d_R, d_mu_inp, d_f_inp)
+            d_e_step, d_W_here = passes.gradients(inputs, e_step, own_statistics, d_use, d_R, d_mu_inp, d_f_inp)
+            d_e_step = EStep(*summed(group, *d_e_step))
             d_R, d_mu_out = None, 0.0  # only the last iteration's are outputs
             d_W += d_W_here
             d_a_out, d_mean, d_sig2_out = previous.e_step_backward(p_model, e_step, d_e_step)
 
-    d_total, d_bias, d_beta_use, d_beta_ign = (sum(parts) for parts in zip(*d_read))
-    d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
+    d_total, *d_parameters = (sum(parts) for parts in zip(*d_read))
     d_f_inp += d_total.to(d_f_inp.dtype)
+    # Every process has all of these: the sum over processes shall have them once.
+    d_bias, d_beta_use, d_beta_ign = (x / n_processes(group) for x in d_parameters)
+    d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
     d_a_inp = d_f_inp * f_inp * (1.0 - f_inp)
     d_parameters = (x.contiguous() for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
     return d_a_inp, d_mu_inp, *d_parameters

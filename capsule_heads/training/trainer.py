@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
+from ..models.pretrained import CapsuleHeadPreTrainedModel
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments
+from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
 from .schedule import OneCycle
 
 
 class CapsuleTrainer(Trainer):
     """`Trainer` that knows the paper's optimizer and schedule, those `CapsuleTrainingArguments` name by default.
 
-    All else is transformers' own: callbacks, early stopping, best model, resuming, several devices. Mixup happens in
-    the model's forward pass.
+    Its checkpoints are whole whenever the run is killed: see `resolve_checkpoint` for what to resume from. All else is
+    transformers' own: callbacks, early stopping, best model, several devices. Mixup happens in the model's forward
+    pass.
 
     Raises:
         ValueError: if the tokenizer given as `processing_class` has no padding token.
@@ -35,6 +44,67 @@ class CapsuleTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             check_pad_token(self.processing_class)
+        self.add_callback(_SetEpoch)
+        self._checkpoint: Path | None = None  # the one that is being written
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As in transformers; what to resume from is as in `resolve_checkpoint`.
+
+        Raises:
+            ValueError: for a checkpoint that is not there, or not whole.
+            OSError: for a checkpoint that could not be written; the earlier ones are as they were.
+        """
+        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if isinstance(self.model, CapsuleHeadPreTrainedModel):
+            # Every process has loaded the same; DDP would send its buffers at each step.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                self.model, self.model.names_of_frozen_backbone()
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return run_dir if self._checkpoint is None else str(Path(run_dir, UNFINISHED))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # transformers writes file by file where a checkpoint stays: a run that is killed meanwhile leaves half of one.
+        args, state = self.args, self.state
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        unfinished = checkpoint.parent / UNFINISHED / checkpoint.name
+        is_first = args.local_process_index == 0  # of the processes that may share a disk
+        if is_first:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._checkpoint = checkpoint
+        try:
+            with writing(checkpoint):
+                super()._save_checkpoint(model, trial)
+                if state.best_model_checkpoint == str(unfinished):
+                    state.best_model_checkpoint = str(checkpoint)
+                    if args.should_save:
+                        state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()  # all parts are there
+            with args.main_process_first(local=False), writing(checkpoint):
+                if is_first and unfinished.exists():
+                    finish(unfinished, checkpoint)
+        except OSError:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            raise
+        finally:
+            self._checkpoint = None
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if args.should_save:
+            rotate(checkpoint, args.save_total_limit, state.best_model_checkpoint)
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with contextlib.nullcontext() if self._checkpoint else writing(Path(output_dir or self.args.output_dir)):
+            super()._save(output_dir, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._checkpoint is None:  # else it is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
@@ -103,12 +173,28 @@ class CapsuleTrainer(Trainer):
         if isinstance(dataset, datasets.Dataset):  # else a HiddenStateCache
             dataset = dataset.with_format(None)
         lengths = dataset[args.length_column_name][:]
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return _SeededSampler(batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)
 
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
         # transformers would group these by length too: predictions would come in another order than their texts.
         return None
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate does not where several processes resume within an epoch: it looks for it in two samplers around it, and
+    there are three. The run would go on in the order of its first epoch.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        sampler = getattr(sampler, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
 
 
 class _SeededSampler(LengthGroupedSampler):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 import capsule_heads
 from capsule_heads import CapsuleTrainingArguments
@@ -14,6 +15,8 @@ from capsule_heads.training.experiment import STEREO_TASKS, DataArguments, Model
 ROOT = Path(capsule_heads.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COMMAND = re.compile(r"^#   python scripts/train\.py (configs/\S+)(.*)$", re.MULTILINE)
+RECIPES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+LAUNCH = re.compile(r"^#   accelerate launch (.*)$", re.MULTILINE)
 
 
 def parse(path, *options):
@@ -73,3 +76,22 @@ def test_the_best_model_is_chosen_by_a_metric_of_the_task(path):
     metric = compute_metrics_of(data.task).__closure__[0].cell_contents
     values = [0.0, 1.0, 2.0] if data.task == "stsb" else [0, 1, 1]
     assert name in metric.compute(predictions=values, references=values)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_several_processes_starts_what_its_header_says(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (command,) = LAUNCH.findall(path.read_text(encoding="utf-8"))
+    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(command.split()))
+    config, *options = launch.training_script_args
+    assert (launch.config_file, launch.training_script) == (f"configs/accelerate/{path.name}", "scripts/train.py")
+    _, model, arguments = parse(config, "--use_cpu", *options)
+    assert launch.num_processes * arguments.per_device_train_batch_size == 20  # the paper's batch
+    kinds = {"ddp": launch.multi_gpu, "fsdp2": launch.use_fsdp, "deepspeed": launch.use_deepspeed}
+    assert [kind for kind, is_on in kinds.items() if is_on] == [path.stem]
+    if path.stem == "fsdp2":
+        assert (launch.fsdp_version, launch.fsdp_state_dict_type) == (2, "FULL_STATE_DICT")
+        assert launch.fsdp_transformer_layer_cls_to_wrap == "GPT2Block"  # of GPT-2, its backbone
+    if path.stem == "deepspeed":
+        assert launch.zero_stage == 2
+    assert model.freeze_backbone == (path.stem == "ddp")

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
+import capsule_heads
 from capsule_heads import CapsuleHeadForSequenceClassification
 
+ROOT = Path(capsule_heads.__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 TREES = {
@@ -183,8 +186,46 @@ def test_mistakes_in_training(fails, backbone, trees, tmp_path):
     error = fails("train.py", config, "--early_stopping_patience", "2")
     assert error == "error: early_stopping_patience needs load_best_model_at_end."
     error = fails("train.py", config, "--resume_from_checkpoint", tmp_path / "none")
-    assert error == f"error: resume_from_checkpoint is {tmp_path}/none, which is not a directory."
+    assert error.startswith(f"error: resume_from_checkpoint is {tmp_path}/none, which is not a directory; expected a ")
+    assert f"'{config}/run'" in fails("train.py", config, "--output_dir", f"{config}/run")  # inside a file
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_run_is_resumed_from_its_last_whole_checkpoint(call, fails, backbone, trees, tmp_path, caplog):
+    keys = {"task": "sst5", "backbone": backbone, "source": str(trees), "num_train_epochs": 6, "learning_rate": 0.1}
+    keys |= {"save_strategy": "steps", "save_steps": 2}
+    config = write(tmp_path / "run.yaml", **keys, output_dir=str(tmp_path / "run"))
+    options = ("--resume_from_checkpoint", "last")
+    status, _, err = call("train.py", config, *options)  # there is none yet
+    assert status == 0, err
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    state = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    error = fails("train.py", config, "--resume_from_checkpoint", state.parent)
+    assert error.startswith(f"error: {state.parent} is not whole: optimizer.pt has ")
+
+    (tmp_path / "run" / "model.safetensors").unlink()
+    status, _, err = call("train.py", config, *options)
+    assert status == 0, err
+    assert caplog.text.count(f"{state.parent} is not whole, and passed over") == 1
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 6
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+
+
+def test_accelerate_starts_two_processes_on_the_cpu(environment, backbone, tmp_path):
+    config = write(tmp_path / "run.yaml", task="reviews", backbone=backbone, output_dir=str(tmp_path / "run"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    options = ["--num_train_epochs", "1", "--per_device_train_batch_size", "33"]
+    done = subprocess.run(
+        [*launch, "scripts/train.py", config, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 8  # 495 reviews, 66 at a step
 
 
 def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path):

@@ -63,8 +63,7 @@ def make_model(bert):
     return make
 
 
-@pytest.fixture
-def texts():
+def make_texts(n_train, n_validation):
     """Splits of texts of 1 to 12 words, from one half of the vocabulary or the other; the label says which."""
     rng = random.Random(0)
 
@@ -74,13 +73,26 @@ def texts():
         features = Features({"text": Value("string"), "label": ClassLabel(names=["fine", "poor"])})
         return Dataset.from_dict({"text": rows, "label": labels}, features=features)
 
-    return DatasetDict(train=split(160), validation=split(64))
+    return DatasetDict(train=split(n_train), validation=split(n_validation))
+
+
+@pytest.fixture
+def texts():
+    return make_texts(160, 64)
 
 
 @pytest.fixture
 def tokens(texts, tokenizer):
     """The same, tokenized."""
     return tokenize(texts, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tokens_folder(tmp_path_factory):
+    """Directory of 80 of them, as `load_from_disk` reads it."""
+    folder = str(tmp_path_factory.mktemp("tokens"))
+    tokenize(make_texts(80, 1), word_tokenizer(pad_token="[PAD]"))["train"].save_to_disk(folder)
+    return folder
 
 
 @pytest.fixture
