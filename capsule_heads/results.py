@@ -157,10 +157,15 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all: under another name first."""
+    """Writes a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file, whole or not at all: under another name first."""
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -245,9 +250,14 @@ def _method(record: dict[str, Any]) -> str:
     return f"{head}, {'frozen' if record['freeze_backbone'] else 'trained'} {record['backbone']}"
 
 
+def is_metric(name: str) -> bool:
+    """Whether a key of a run's results, such as "test_accuracy", is a metric, not a loss or a time."""
+    return not name.endswith(_NOT_METRICS)
+
+
 def _metrics(run: dict[str, Any]) -> list[str]:
     names = (name.removeprefix(f"{split}_") for split in SPLITS for name in run if name.startswith(f"{split}_"))
-    return [name for name in dict.fromkeys(names) if not name.endswith(_NOT_METRICS)]
+    return [name for name in dict.fromkeys(names) if is_metric(name)]
 
 
 def _mean_and_sd(values: list[float | None]) -> dict[str, float | None] | None:

@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.results import write_json
+from capsule_heads.training.arguments import describe_arguments
 from capsule_heads.training.checkpoints import resolve_checkpoint
 from capsule_heads.training.command_line import fail, parse_config_and_options
 from capsule_heads.training.experiment import (
@@ -84,12 +85,15 @@ def main() -> None:
         "steps": trainer.state.global_step,
         "training_seconds": seconds,
         "trained_parameters": model.num_parameters(only_trainable=True),
+        "training_arguments": describe_arguments(arguments),
     }
     for name in [*validation, *evaluation_splits(datasets, "test")]:
         results |= trainer.evaluate(prepared[name], metric_key_prefix=name)
     if trainer.is_world_process_zero():
         write_json(Path(arguments.output_dir, "results.json"), results)
         print(json.dumps(results, indent=2))
+    if arguments.push_to_hub:  # again: the card now has the results
+        trainer.push_to_hub(results=results)
 
 
 if __name__ == "__main__":

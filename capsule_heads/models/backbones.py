@@ -8,11 +8,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .backbone_states import Layout, arrange, hidden_states_of
+from .stereo_conv import StereoConvConfig, StereoConvModel
+
+# Backbones are built by the name of their type, the package's own like any other. It is not left to the package's root:
+# there is none where this code came along with a checkpoint.
+AutoConfig.register(StereoConvConfig.model_type, StereoConvConfig, exist_ok=True)
+AutoModel.register(StereoConvConfig, StereoConvModel, exist_ok=True)
 
 STACKS = ("encoder", "decoder")
 TOWERS = {
@@ -56,7 +62,11 @@ ENCODER = Part()
 
 
 def build_backbone(
-    base_config: PreTrainedConfig, dtype: torch.dtype | str | None = None, part: Part = ENCODER
+    base_config: PreTrainedConfig,
+    dtype: torch.dtype | str | None = None,
+    part: Part = ENCODER,
+    trust_remote_code: bool = False,
+    code_revision: str | None = None,
 ) -> PreTrainedModel:
     """A backbone with random weights, without what the head does not need, from its configuration (which it keeps).
 
@@ -64,10 +74,14 @@ def build_backbone(
         base_config: its configuration, or that of the model that it is a part of.
         dtype: of its weights; None for that of its configuration.
         part: which part.
+        trust_remote_code: whether to run code that its configuration names, of the repository that it is from.
+        code_revision: the commit of that code.
     """
     if dtype is not None:
         base_config.dtype = dtype
-    return part_of(AutoModel.from_config(base_config), part)
+    is_known = type(base_config) in MODEL_MAPPING  # then no code is loaded, and from_config passes the keyword on
+    code_kwargs = {"code_revision": code_revision} if trust_remote_code and not is_known else {}
+    return part_of(AutoModel.from_config(base_config, trust_remote_code=trust_remote_code, **code_kwargs), part)
 
 
 def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:

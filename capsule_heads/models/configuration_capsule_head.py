@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..ops import check_routing_options
@@ -188,8 +188,18 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> CapsuleHeadConfig:
-        """As in transformers, but refuses the dict of another kind of model, and checks fields given as keywords."""
+        """As in transformers, but refuses the dict of another kind of model, and checks fields given as keywords.
+
+        Args:
+            config_dict: the fields.
+            **kwargs: fields to change, and `trust_backbone_code=True` to run code that comes with the backbone.
+
+        Raises:
+            ValueError: for the dict of another kind of model, and for a backbone with code of its own, not trusted.
+        """
         cls.check_model_type(config_dict)
+        if kwargs.get("trust_backbone_code"):  # left there for the model
+            config_dict = {**config_dict, "base_config": _with_code_of_the_backbone(config_dict)}
         # transformers would set them on the finished configuration, past the checks, and depths unresolved.
         fields = inspect.signature(cls.__init__).parameters.keys() - {"base_config"} | {"problem_type"}
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
@@ -241,6 +251,19 @@ def label_fields(names: Sequence[str]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
+def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig | dict[str, Any]:
+    """The backbone's configuration, of a class that comes with the backbone if it has one.
+
+    What code that is, the backbone's own repository says: not the checkpoint of the head.
+    """
+    base_config, name = config_dict["base_config"], config_dict.get("base_model_name_or_path")
+    if "auto_map" not in base_config or name is None:
+        return base_config
+    own = AutoConfig.from_pretrained(name, revision=config_dict.get("base_model_revision"), trust_remote_code=True)
+    auto_map = getattr(own, "auto_map", {})
+    return type(own).from_dict({**base_config, "auto_map": auto_map}, name_or_path=name)
+
+
 def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
     if isinstance(base_config, PreTrainedConfig):
         return base_config
@@ -251,7 +274,13 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
             ".from_backbone(name, num_labels=n) builds it for you."
         )
     base_config = dict(base_config)
-    return AutoConfig.for_model(base_config.pop("model_type"), **base_config)
+    model_type = base_config.pop("model_type")
+    if "auto_map" in base_config and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The backbone is of a type that comes with code of its own, {model_type}. If you trust its repository, "
+            "pass trust_backbone_code=True to from_pretrained; trust_remote_code is not about it."
+        )
+    return AutoConfig.for_model(model_type, **base_config)
 
 
 def _resolve_depths(depths: list[int] | None, n_hidden_states: int) -> list[int]:

@@ -51,6 +51,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         backbone: the backbone; None to build one with random weights.
         build: False to build none where none is given.
         backbone_dtype: of the backbone that is built; None for that of its configuration.
+        trust_backbone_code: whether to run code that came with the backbone, to build it.
     """
 
     config_class = CapsuleHeadConfig
@@ -67,13 +68,16 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         backbone: PreTrainedModel | None,
         build: bool = True,
         backbone_dtype: torch.dtype | str | None = None,
+        trust_backbone_code: bool = False,
     ) -> None:
         super().__init__(config)
         # The head comes first: a model's dtype and device are those of its first parameter, and the head's are saved.
         self.head = build_head(config, n_out)
         if backbone is None and build:
             config.head_only = False  # the backbone made here is random, not the one that the reference names
-            backbone = build_backbone(config.base_config, backbone_dtype, config.part)
+            backbone = build_backbone(
+                config.base_config, backbone_dtype, config.part, trust_backbone_code, config.base_model_revision
+            )
         if config.windowing is not None and not set(TEXT_INPUTS) & set(self.backbone_inputs):
             raise ValueError("window_length is for texts, and this model takes none; leave it out.")
         self._set_backbone(backbone)
@@ -142,7 +146,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             kwargs["num_labels"] = num_labels
         if from_config:
             whole = name_or_path
-            make = lambda config, part: (build_backbone(config, part=part), config)  # noqa: E731 - as short as the next
+            trust = backbone_kwargs.get("trust_remote_code", False)
+            make = lambda config, part: (build_backbone(config, None, part, trust), config)  # noqa: E731 - the next is too
         else:
             whole, commit = load_backbone_config(name_or_path, revision, **backbone_kwargs)
             make = lambda config, part: load_pretrained_backbone(  # noqa: E731
@@ -184,6 +189,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         *model_args,
         config=None,
         load_backbone: bool = True,
+        trust_backbone_code: bool = False,
         output_loading_info: bool = False,
         **kwargs,
     ):
@@ -194,9 +200,12 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         Args:
             load_backbone: False to leave out the backbone of a head-only checkpoint: the model takes hidden states.
             quantization_config: of the backbone alone; by default that which it had when the head was saved.
+            trust_backbone_code: whether to run code that comes with the backbone, from its own repository;
+                `trust_remote_code`, an argument of the auto classes, is about this checkpoint's alone.
 
         Raises:
-            ValueError: for a checkpoint of another kind, without the backbone's weights, or with those to be quantised.
+            ValueError: for a checkpoint of another kind, without the backbone's weights or with those to be quantised,
+                or a backbone with code of its own that is not trusted.
             OSError: if the checkpoint, or the backbone it refers to, is not found.
         """
         source = pretrained_model_name_or_path
@@ -207,6 +216,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             check_backbone_weights("The state_dict", loading_info)
             return (model, loading_info) if output_loading_info else model
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
+        loading_kwargs["trust_remote_code"] = trust_backbone_code  # an auto class has seen to the checkpoint's own
+        kwargs["trust_backbone_code"] = trust_backbone_code  # the configuration and __init__ go by it
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)
         backbone_kwargs = {name: loading_kwargs[name] for name in BACKBONE_KWARGS if name in loading_kwargs}
         # transformers would take one in the backbone's configuration to be for the head too.
@@ -297,6 +308,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             )
         if self.backbone is not None:
             config.base_config.dtype = self.backbone.dtype
+        if not self.is_remote_code():
+            vars(config).pop("auto_map", None)  # of a checkpoint with code, from which this one was loaded
         self._refer_to_backbone(refers_now)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)

@@ -18,6 +18,8 @@ from .passes import Passes
 
 # With fewer numbers than this in all votes, time goes into calls and not arithmetic: double precision costs nothing.
 SMALL_VOTES = 500_000
+# "capsule_heads", or of a copy that came along with a checkpoint: a second operator of one name would break the first.
+_NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
 
 
 def n_votes(mu_inp: Tensor, n_out: int, d_out: int) -> int:
@@ -99,7 +101,7 @@ def _passes(strategy: str) -> Passes:
     return importlib.import_module(f".{strategy}", __package__)
 
 
-@torch.library.custom_op("capsule_heads::route", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::route", mutates_args=())
 def _forward(
     strategy: str,
     a_inp: Tensor,
@@ -130,7 +132,7 @@ def _(strategy, a_inp, mu_inp, W, B, beta_use, beta_ign, n_iters, p_model, eps, 
     return *outputs, new(n, 1, c, d), new64(n, c, d, d + 1), new64(n_iters, n, 1 + 2 * c * h + n_kept, j)
 
 
-@torch.library.custom_op("capsule_heads::route_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::route_backward", mutates_args=())
 def _backward(
     strategy: str,
     d_a_out: Tensor | None,

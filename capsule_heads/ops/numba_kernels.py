@@ -15,9 +15,16 @@ passes call has to be in it.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
-from numba.extending import intrinsic, overload
+
+try:  # also a sign to transformers, which else refuses code that comes with a checkpoint where numba is not installed
+    import numba
+    from numba.extending import intrinsic, overload
+except ImportError as error:
+    raise ImportError(
+        'numba is not installed, and strategy "numba" is made of its kernels: `pip install "capsule-heads[cpu]"`, or '
+        'use strategy="auto".'
+    ) from error
 
 
 def _jit(function=None, *, fastmath=("contract", "nsz", "reassoc")):

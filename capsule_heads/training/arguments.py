@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from transformers import TrainingArguments
 
 # Names of ours for two of transformers' fields, which only admit the names it knows.
 RADAM = "radam"
 ONE_CYCLE = "one_cycle"
+
+
+# What a model card says of them, where they are set.
+DESCRIBED = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "min_learning_rate",
+    "adam_beta1",
+    "min_adam_beta1",
+    "adam_beta2",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+)
 
 
 @dataclass
@@ -80,3 +103,14 @@ class CapsuleTrainingArguments(TrainingArguments):
             setattr(self, name, own_value)
         if hasattr(TrainingArguments, "group_by_length"):  # before transformers 5.2
             self.group_by_length = self.train_sampling_strategy == "group_by_length"
+
+
+def describe_arguments(arguments: TrainingArguments) -> dict[str, int | float | str | bool]:
+    """The training arguments that a model card shows, those that are set."""
+    values = {name: getattr(arguments, name, None) for name in DESCRIBED}
+    # What others make void is not set.
+    del values["num_train_epochs" if values["max_steps"] > 0 else "max_steps"]
+    if values["lr_scheduler_type"] != ONE_CYCLE:
+        del values["min_learning_rate"], values["min_adam_beta1"]
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if value}

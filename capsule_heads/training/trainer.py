@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
+from ..hub import check_backbone_is_shared, write_model_card
 from ..models.pretrained import CapsuleHeadPreTrainedModel
-from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments
+from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
 from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
 from .schedule import OneCycle
 
@@ -35,7 +36,8 @@ class CapsuleTrainer(Trainer):
     pass.
 
     Raises:
-        ValueError: if the tokenizer given as `processing_class` has no padding token.
+        ValueError: if the tokenizer given as `processing_class` has no padding token, or with `push_to_hub=True` if the
+            model is a head alone whose backbone others cannot have.
     """
 
     args: CapsuleTrainingArguments
@@ -106,6 +108,11 @@ class CapsuleTrainer(Trainer):
         if self._checkpoint is None:  # else it is about to be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As in transformers; refuses to push a head that others could not load, before it is trained."""
+        check_backbone_is_shared(self.model.config)
+        super().init_hf_repo(*args, **kwargs)
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: nn.Module | None = None
@@ -161,6 +168,49 @@ class CapsuleTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        results: dict[str, Any] | None = None,
+        license: str | None = None,
+        language: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Writes the card of the model that was saved to `output_dir`; `push_to_hub` passes its arguments on.
+
+        Args:
+            model_name: its name, where it is not on the Hub.
+            results: what is known of the run, as scripts/train.py writes it to results.json. Default: what the Trainer
+                knows of it, and the metrics of the last evaluation if that was of this very model.
+            license: identifier of the model's licence, such as "mit".
+            language: ISO 639 code of the language of its texts.
+            tags: more tags.
+
+        Raises:
+            OSError: if no model was saved there.
+        """
+        if not self.is_world_process_zero():
+            return
+        name = self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name
+        tags = [tags] if isinstance(tags, str) else tags or ()
+        results = self._results() if results is None else results
+        write_model_card(self.args.output_dir, name, results, license=license, language=language, tags=tags)
+
+    def _results(self) -> dict[str, Any]:
+        state = self.state
+        if not state.global_step:  # trained elsewhere, if at all
+            return {}
+        step = state.global_step
+        if self.args.load_best_model_at_end and state.best_global_step:
+            step = state.best_global_step
+        return {
+            "seed": self.args.seed,
+            "steps": step,
+            "trained_parameters": self.model.num_parameters(only_trainable=True),
+            "training_arguments": describe_arguments(self.args),
+            **{k: v for entry in state.log_history if entry["step"] == step for k, v in entry.items()},
+        }
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         # transformers drops the column of lengths, which the model does not take, before it looks for it.

@@ -9,6 +9,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from capsule_heads import CapsuleTrainingArguments
+from capsule_heads.training.arguments import describe_arguments
 
 TABLE = {
     match[1]: match.groups()[1:]
@@ -75,3 +76,14 @@ def test_the_command_line_parser_of_transformers_takes_the_class(tmp_path):
     assert arguments.lr_scheduler_type == "one_cycle"
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--train_sampling_strategy", "by_colour"])
+
+
+def test_what_a_model_card_says_of_them(tmp_path):
+    described = describe_arguments(CapsuleTrainingArguments(str(tmp_path), num_train_epochs=4))
+    assert described["optim"] == "radam" and described["lr_scheduler_type"] == "one_cycle"
+    assert (described["num_train_epochs"], described["min_adam_beta1"]) == (4, 0.81)
+    assert not {"max_steps", "weight_decay", "max_grad_norm", "bf16"} & described.keys()
+    described = describe_arguments(CapsuleTrainingArguments(str(tmp_path), lr_scheduler_type="linear", max_steps=7))
+    assert (described["max_steps"], described["lr_scheduler_type"]) == (7, "linear")
+    assert not {"num_train_epochs", "min_learning_rate", "min_adam_beta1"} & described.keys()
+    assert describe_arguments(TrainingArguments(str(tmp_path)))["optim"] == "adamw_torch_fused"

@@ -1,0 +1,157 @@
+"""Pushing a model, or the directory of a run: files, card and code in one commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from transformers.utils import PushToHubMixin
+
+from ..models.configuration_capsule_head import CapsuleHeadConfig
+from ..models.pretrained import CapsuleHeadPreTrainedModel
+from ..results import read_runs
+from .code import write_code
+from .model_card import MARKER, write_model_card
+
+LEFT_OUT = ("training_args.bin",)  # of a run: a pickle, which nobody should load
+
+
+def push_to_hub(
+    model: CapsuleHeadPreTrainedModel,
+    repo_id: str,
+    *,
+    processor: PushToHubMixin | None = None,
+    head_only: bool | None = None,
+    max_shard_size: int | str = "50GB",
+    **options,
+) -> CommitInfo:
+    """Pushes a model; `model.push_to_hub(repo_id, ...)` is the same.
+
+    Args:
+        model: the model.
+        repo_id: the repository, "name" or "owner/name"; made if there is none.
+        processor: its tokenizer or image processor, to push with it.
+        head_only: as in `save_pretrained`.
+        max_shard_size: as in transformers.
+        **options: those of `push_run` after `repo_id`, and `results`, which it reads from the directory.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: for a head whose backbone others cannot have.
+        OSError: if pushing fails; the repository is then as it was.
+    """
+    check_backbone_is_shared(model.config, head_only)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, head_only=head_only, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        return _push(Path(folder), repo_id, **options)
+
+
+# transformers' own would write a card without content. The models are below this module: they cannot import it.
+CapsuleHeadPreTrainedModel.push_to_hub = push_to_hub
+
+
+def push_run(directory: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
+    """Pushes the directory of a run as scripts/train.py leaves it: the model, its tokenizer, results.json, and a card.
+
+    The directory stays as it is. Checkpoints and other folders in it are not pushed.
+
+    Args:
+        directory: of the run.
+        repo_id: the repository, "name" or "owner/name"; made if there is none.
+        **options: `include_code=True` to push the code that runs the model without this package; `license`,
+            `language` and `tags` for the card; `private`, `token`, and what `HfApi.upload_folder` takes: `revision`,
+            `commit_message`, `commit_description`, `create_pr`.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: for a head whose backbone others cannot have, or a results.json that is none.
+        OSError: if there is no model in the directory, or pushing fails; the repository is then as it was.
+    """
+    directory = Path(directory).resolve()
+    if not (directory / "config.json").is_file():
+        raise OSError(f"{directory} holds no model: it has no config.json.")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    CapsuleHeadConfig.check_model_type(config, directory)
+    _check_reference(config["base_model_name_or_path"], config["head_only"])
+    results = directory / "results.json"
+    with tempfile.TemporaryDirectory() as folder:
+        for path in directory.iterdir():
+            if path.is_file() and path.name not in LEFT_OUT and not path.name.startswith("."):
+                Path(folder, path.name).symlink_to(path)
+        if results.is_file():
+            options["results"] = read_runs([results])[0]
+        return _push(Path(folder), repo_id, **options)
+
+
+def check_backbone_is_shared(config: CapsuleHeadConfig, head_only: bool | None = None) -> None:
+    """Checks that others can load what is pushed.
+
+    Raises:
+        ValueError: for a head alone whose backbone is in a directory of this machine.
+    """
+    _check_reference(config.base_model_name_or_path, config.head_only if head_only is None else head_only)
+
+
+def _check_reference(name: str | None, head_only: bool) -> None:
+    if head_only and name and os.path.isabs(name):
+        raise ValueError(
+            f"The head refers to its backbone as {name}, a directory that nobody else has. Push all weights, with "
+            "head_only=False, or put the head on the backbone by its name on the Hub."
+        )
+
+
+def _push(
+    folder: Path,
+    repo_id: str,
+    *,
+    results: dict[str, Any] | None = None,
+    include_code: bool = False,
+    license: str | None = None,
+    language: str | None = None,
+    tags: Sequence[str] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload model",
+    **commit_options,
+) -> CommitInfo:
+    if include_code:
+        write_code(folder)
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        _keep_own_card(api, repo_id, folder)
+        write_model_card(folder, repo_id, results, license=license, language=language, tags=tags or ())
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **commit_options)
+    except (TypeError, ValueError):
+        raise  # a wrong option, or a name that no repository can have
+    except Exception as error:  # the client's own, those of its HTTP library, and plain RuntimeErrors
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise OSError(
+                f"{repo_id} cannot be pushed to: it takes a token with write access, from `hf auth login`, HF_TOKEN in "
+                f"the environment, or token=... ({error})"
+            ) from error
+        causes = " Cause: ".join(str(x) for x in (error, error.__cause__) if x is not None)
+        raise OSError(f"Pushing to {repo_id} failed, and left it as it was: {causes}") from error
+
+
+def _keep_own_card(api: HfApi, repo_id: str, folder: Path) -> None:
+    """Takes over the card that someone wrote in the repository, which the commit would replace."""
+    try:
+        card = Path(api.hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return
+    if MARKER not in card:
+        (folder / "README.md").unlink(missing_ok=True)  # perhaps a link to the run's
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,133 @@
+"""The model card: what it says, and what it does not."""
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import BertConfig, ViTConfig
+
+from capsule_heads import (
+    CapsuleHeadConfig,
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    CapsuleTrainer,
+    CapsuleTrainingArguments,
+)
+from capsule_heads.hub import model_card, write_model_card
+from capsule_heads.models.configuration_capsule_head import label_fields
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+MNLI = {"task": "mnli", "validation_matched_accuracy": 0.5, "validation_mismatched_accuracy": 0.25}
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path):
+    """make_checkpoint(**fields): the directory of a tiny checkpoint."""
+
+    def make(base_config=None, cls=CapsuleHeadForSequenceClassification, **fields):
+        config = CapsuleHeadConfig(base_config or BertConfig(vocab_size=8, **SIZES), d_inp=4, n_parts=2, **fields)
+        cls(config).save_pretrained(tmp_path / "checkpoint")
+        return tmp_path / "checkpoint"
+
+    return make
+
+
+def test_of_a_checkpoint_alone(make_checkpoint):
+    card = str(model_card(make_checkpoint(), "me/x"))
+    data = ModelCard(card).data
+    assert data.to_dict() == {
+        "library_name": "capsule-heads",
+        "pipeline_tag": "text-classification",
+        "tags": ["capsule-heads", "capsule-routing"],
+    }
+    assert "on the hidden states of a bert model that was not pretrained, frozen in training." in card
+    assert "No results were given" in card and "No licence was given" in card
+    for unknown in ("## Results", "## Training", "Its classes", "None", "nan", "{{", "holds the head alone"):
+        assert unknown not in card
+    assert 'CapsuleHeadForSequenceClassification.from_pretrained("me/x")' in card
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (label_fields(["poor", "fine"]), "Its classes: poor, fine."),
+        ({"num_labels": 1}, "Its output is a number, in the unit of the labels"),
+        ({"freeze_backbone": False}, ", trained with it."),
+        ({"head_type": "linear"}, "A linear control head, without capsules, on the hidden states of"),
+        ({"depths": [0]}, "| `depths` | [0] |"),
+        ({"base_model_name_or_path": "package:a/b"}, "the bert model in `b` of the Python package `a`"),
+        ({"base_model_name_or_path": "/home/me/bert"}, "a bert model from a local directory"),
+        (
+            {"base_model_name_or_path": "org/bert", "base_model_revision": "0a1b"},
+            "[org/bert](https://huggingface.co/org/bert), commit `0a1b`",
+        ),
+    ],
+)
+def test_what_a_configuration_says(make_checkpoint, fields, said):
+    card = str(model_card(make_checkpoint(**fields), "me/x"))
+    assert said in card and "/home/me" not in card
+
+
+def test_results_are_metadata_that_the_hub_takes(make_checkpoint):
+    results = {**MNLI, "validation_matched_loss": 1.0, "validation_matched_runtime": 2.0, "test_pearson": float("nan")}
+    card = model_card(make_checkpoint(), "me/x", results, license="mit", language="en", tags=["extra"])
+    data = ModelCard(str(card)).data
+    assert (data.license, data.language, data.datasets, data.metrics) == ("mit", "en", ["nyu-mll/glue"], ["accuracy"])
+    assert data.tags[-1] == "extra" and data.model_name == "x"
+    assert [(r.dataset_name, r.dataset_config, r.dataset_split, r.metric_value) for r in data.eval_results] == [
+        ("GLUE mnli", "mnli", "validation_matched", 0.5),
+        ("GLUE mnli", "mnli", "validation_mismatched", 0.25),
+    ]
+    assert "| validation_mismatched | accuracy | 0.2500 |" in str(card)
+    assert "loss" not in str(card) and "pearson" not in str(card)
+
+
+def test_results_on_unknown_data_have_no_metadata(make_checkpoint):
+    card = str(model_card(make_checkpoint(), "me/x", {"eval_f1": 0.5, "task": "image_folder"}))
+    assert ModelCard(card).data.eval_results is None
+    assert "| evaluation | f1 | 0.5000 |" in card
+
+
+def test_of_images(make_checkpoint):
+    directory = make_checkpoint(ViTConfig(image_size=8, patch_size=4, **SIZES), CapsuleHeadForImageClassification)
+    (directory / "preprocessor_config.json").write_text("{}")
+    card = str(model_card(directory, "me/x"))
+    assert ModelCard(card).data.pipeline_tag == "image-classification"
+    assert 'classify = pipeline("image-classification", model="me/x")\nprint(classify("picture.png"))' in card
+
+
+def test_a_card_that_someone_wrote_is_kept(make_checkpoint):
+    directory = make_checkpoint()
+    write_model_card(directory, "me/x")
+    first = (directory / "README.md").read_text()
+    write_model_card(directory, "me/x", MNLI)
+    assert (directory / "README.md").read_text() == str(model_card(directory, "me/x", MNLI)) != first
+    (directory / "README.md").write_text("# Mine")
+    write_model_card(directory, "me/x", MNLI)
+    assert (directory / "README.md").read_text() == "# Mine"
+
+
+def test_of_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path} holds no config.json; expected a directory that save_pretrained"):
+        model_card(tmp_path, "me/x")
+
+
+def test_the_trainers_card_has_the_metrics_of_the_weights_it_is_of(tmp_path):
+    model = CapsuleHeadForSequenceClassification(CapsuleHeadConfig(BertConfig(vocab_size=8, **SIZES), d_inp=4))
+    trainer = CapsuleTrainer(model, CapsuleTrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True))
+    with pytest.raises(OSError, match=r"holds no config\.json"):
+        trainer.create_model_card()
+    trainer.save_model()
+    trainer.state.log_history = [{"eval_accuracy": 0.75, "step": 4}, {"eval_accuracy": 0.5, "step": 8}]
+
+    def card():
+        trainer.create_model_card(tags="extra")
+        return (tmp_path / "run" / "README.md").read_text()
+
+    assert "accuracy" not in card() and "## Training" not in card()  # it has not trained
+    trainer.state.global_step, trainer.state.best_global_step = 8, 4
+    assert "| evaluation | accuracy | 0.5000 |" in card() and "0.7500" not in card()
+    trainer.args.load_best_model_at_end = True
+    assert "| evaluation | accuracy | 0.7500 |" in card() and "- steps: 4\n" in card()
+    trainer.state.global_step, trainer.args.load_best_model_at_end = 9, False
+    assert "accuracy" not in card()
+    assert "| `num_train_epochs` | 3.0 |" in card() and "max_steps" not in card() and "| `optim` | radam |" in card()
+    assert ModelCard(card()).data.tags[-1] == "extra"
