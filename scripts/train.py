@@ -66,7 +66,10 @@ def main() -> None:
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:  # of the loss, or gradients
+        fail(error)
     seconds = time.perf_counter() - start
     trainer.save_model()
     trainer.remove_callback(EarlyStoppingCallback)  # it warns of an evaluation under another name than "eval"

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -16,14 +16,16 @@ from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments
+from .nonfinite import StepCheck
 from .schedule import OneCycle
 
 
 class CapsuleTrainer(Trainer):
     """`Trainer` that knows the paper's optimizer and schedule, those `CapsuleTrainingArguments` name by default.
 
-    All else is transformers' own: callbacks, early stopping, best model, resuming, several devices. Mixup happens in
-    the model's forward pass.
+    And whose weights never become NaN: a loss or gradients that are not finite end the training, or leave the step out,
+    as `on_nonfinite` says. All else is transformers' own: callbacks, early stopping, best model, resuming, several
+    devices. Mixup happens in the model's forward pass.
 
     Raises:
         ValueError: if the tokenizer given as `processing_class` has no padding token.
@@ -35,6 +37,21 @@ class CapsuleTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             check_pad_token(self.processing_class)
+        self._step_check = StepCheck(self)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        """Forward and backward pass, as in transformers, and a check of what the optimizer is about to get.
+
+        Raises:
+            FloatingPointError: for a loss or gradients that are not finite, unless `on_nonfinite` is "skip"; names what
+                is not finite, at which depth, in which samples.
+        """
+        self._step_check.before_batch()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_check.after_batch(loss, inputs)
+        if self.accelerator.sync_gradients:
+            self._step_check.after_last_batch(model)
+        return loss
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
