@@ -25,6 +25,7 @@ from .loading import (
     load_backbone_config,
     load_config,
     load_pretrained_backbone,
+    reading_weights,
     reference_of,
 )
 
@@ -173,7 +174,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for a checkpoint of another kind of model, or one that lacks the backbone's weights.
-            OSError: if the checkpoint, or the backbone it refers to, is not found.
+            OSError: if the checkpoint, or the backbone it refers to, is not found or cannot be read. Of the checkpoint,
+                nothing but safetensors files is.
         """
         source = pretrained_model_name_or_path
         if source is None:  # with a state_dict, as transformers' own tools do
@@ -186,16 +188,18 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)
         backbone_kwargs = {name: loading_kwargs[name] for name in BACKBONE_KWARGS if name in loading_kwargs}
         dtype = backbone_kwargs.setdefault("dtype", backbone_kwargs.pop("torch_dtype", config.base_config.dtype))
-        model, loading_info = super().from_pretrained(
-            source,
-            *model_args,
-            config=config,
-            build=not config.head_only,
-            backbone_dtype=None if dtype == "auto" else dtype,
-            output_loading_info=True,
-            **loading_kwargs,
-            **kwargs,
-        )
+        loading_kwargs["use_safetensors"] = True  # a head is never saved as a pickle, which could execute code
+        with reading_weights(source, loading_kwargs.get("subfolder", "")):
+            model, loading_info = super().from_pretrained(
+                source,
+                *model_args,
+                config=config,
+                build=not config.head_only,
+                backbone_dtype=None if dtype == "auto" else dtype,
+                output_loading_info=True,
+                **loading_kwargs,
+                **kwargs,
+            )
         if not config.head_only:
             check_backbone_weights(source, loading_info)
         elif load_backbone:
@@ -240,6 +244,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             ValueError: for `head_only=True` where the backbone's weights are not those of its reference, and for
                 `head_only=False` where there is no backbone.
         """
+        if os.path.isfile(save_directory):  # of which transformers would say so in its log, and return
+            raise NotADirectoryError(f"{save_directory} is a file; expected a directory to save to.")
         config = self.config
         refers = config.head_only and (config.freeze_backbone or self.backbone is None)
         if head_only and not refers:
@@ -343,8 +349,13 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         widths = self.head.d_emb
         stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
         states = hidden_states.unbind(2) if stacked else hidden_states
+        for x in states:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"hidden_states are {given}; expected floating-point tensors.")
         shapes = [tuple(x.shape) for x in states]
-        if len(shapes) != len(widths) or any(len(s) != 3 or s[-1] != w for s, w in zip(shapes, widths)):
+        fit = all(len(s) == 3 and s[0] == shapes[0][0] and s[-1] == w for s, w in zip(shapes, widths))
+        if len(shapes) != len(widths) or not fit:
             given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
             raise ValueError(
                 f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, "
