@@ -147,7 +147,7 @@ class TokenDepthHead(nn.Module):
             depths = [depth for depth, d_emb in enumerate(self.d_emb) if d_emb == width]
             for depth, x in zip(depths, detector.project([hidden_states[depth] for depth in depths])):
                 projected[depth] = x
-        if len(self.widths) == 1 and len({x.shape for x in projected}) == 1:
+        if len(self.widths) == 1 and all(x.shape == projected[0].shape for x in projected):
             # What mixes samples commutes with the affine map, and has less to mix behind it.
             x = _mixed(torch.stack(projected, dim=2), mix)
             x = self.detect_parts[0].activate(x).flatten(1, 2)

@@ -58,6 +58,8 @@ class Routing(nn.Module):
                 raise ValueError(
                     f"{name} is {size!r}; expected a positive whole number{' or None (variable)' if optional else ''}."
                 )
+        if not isinstance(single_beta, bool):
+            raise ValueError(f"single_beta is {single_beta!r}; expected True or False.")
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
         self.d_cov, self.d_inp, self.d_out = d_cov, d_inp, d_out
         self.n_inp, self.n_out = n_inp, n_out
@@ -102,7 +104,10 @@ class Routing(nn.Module):
 
         Raises:
             ValueError: for shapes that do not fit the layer, or an `n_out` where it is fixed.
+            TypeError: for what is no tensor, or complex.
         """
+        if not isinstance(a_inp, Tensor) or not isinstance(mu_inp, Tensor):
+            raise TypeError(f"a_inp is {type(a_inp).__name__} and mu_inp {type(mu_inp).__name__}; expected tensors.")
         if mu_inp.ndim < 3 or mu_inp.shape[-2:] != (self.d_cov, self.d_inp):
             raise ValueError(
                 f"mu_inp has shape {tuple(mu_inp.shape)}; this layer expects [..., n_inp, d_cov={self.d_cov}, "
@@ -125,8 +130,8 @@ class Routing(nn.Module):
                 "number of by default."
             )
         n_out = self.n_out or (n_inp if n_out is None else n_out)
-        if n_out < 1:
-            raise ValueError(f"n_out is {n_out}; expected at least 1.")
+        if isinstance(n_out, bool) or not isinstance(n_out, (int, torch.SymInt)) or n_out < 1:
+            raise ValueError(f"n_out is {n_out!r}; expected a whole number, at least 1.")
         return route(
             a_inp,
             mu_inp,

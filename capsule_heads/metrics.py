@@ -109,7 +109,8 @@ def compute_metrics_for(task: str) -> Callable[[EvalPrediction], dict[str, float
         task: As for `load_metric`.
 
     Raises:
-        ValueError: If the task is unknown; from the function, if a shape is wrong or examples are unlabelled.
+        ValueError: If the task is unknown; from the function, if a shape is wrong, predictions are NaN or examples are
+            unlabelled.
     """
     metric = load_metric(task)
 
@@ -124,6 +125,8 @@ def compute_metrics_for(task: str) -> Callable[[EvalPrediction], dict[str, float
 
 def _to_predictions(outputs: np.ndarray, labels: np.ndarray, task: str) -> np.ndarray:
     n = len(labels)
+    if np.isnan(outputs).any():  # argmax would take it for the largest
+        raise ValueError(f"Some {task} predictions are NaN; expected numbers: look at the model's weights and inputs.")
     if task == "stsb":
         expected, fits = f"predicted scores [{n}] or [{n}, 1]", outputs.shape in ((n,), (n, 1))
         predictions = outputs.reshape(-1)

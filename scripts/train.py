@@ -72,7 +72,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start
         trainer.save_model()
-    except OSError as error:  # where output_dir cannot be written to
+    except (FloatingPointError, OSError) as error:  # a loss or gradients; or where output_dir cannot be written to
         fail(error)
     trainer.remove_callback(EarlyStoppingCallback)  # it warns of an evaluation under another name than "eval"
 

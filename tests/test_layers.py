@@ -262,6 +262,7 @@ def test_sizes_of_capsules_are_not_optional(name):
         ({"p_model": "gmm"}, "p_model is 'gmm'; expected"),
         ({"eps": 0}, "eps is 0; expected"),
         ({"strategy": "fast"}, "strategy is 'fast'; expected"),
+        ({"single_beta": "no"}, "single_beta is 'no'; expected True or False"),
     ],
     ids=str,
 )
@@ -291,10 +292,18 @@ def test_n_out_where_it_is_fixed(n_out):
         build(n_out=4)(*draw(), n_out=n_out)
 
 
-@pytest.mark.parametrize("n_out", [0, -2])
+@pytest.mark.parametrize("n_out", [0, -2, 2.5, True, "2"])
 def test_n_out_is_at_least_one(n_out):
-    with pytest.raises(ValueError, match=rf"n_out is {n_out}; expected at least 1"):
+    with pytest.raises(ValueError, match=rf"n_out is {n_out!r}; expected a whole number, at least 1"):
         build()(*draw(), n_out=n_out)
+
+
+def test_what_is_no_tensor_or_not_real():
+    scores, capsules = draw()
+    with pytest.raises(TypeError, match="a_inp is list and mu_inp Tensor; expected tensors"):
+        build()(scores.tolist(), capsules)
+    with pytest.raises(TypeError, match=r"Routing is of real numbers, and one of its tensors is torch\.complex64"):
+        build()(scores, capsules * 1j)
 
 
 def test_scores_that_do_not_fit_the_capsules():

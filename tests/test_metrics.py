@@ -178,6 +178,15 @@ def test_two_processes_at_once(tmp_path):
             process.kill()
 
 
+@pytest.mark.parametrize("task, shape", [("classification", (2, 2)), ("stsb", (2,)), ("multilabel", (2, 2))])
+def test_predictions_that_are_nan_are_refused(task, shape):
+    outputs = np.zeros(shape)
+    outputs.flat[1] = np.nan
+    labels = np.zeros(shape if task == "multilabel" else 2)
+    with pytest.raises(ValueError, match=f"Some {task} predictions are NaN; expected numbers"):
+        compute_metrics_for(task)(EvalPrediction(outputs, labels))
+
+
 def test_import_and_use_open_no_connection(tmp_path):
     program = (
         "import socket\n"

@@ -111,6 +111,7 @@ def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part
     """
     with torch.device("meta"):
         backbone = part_of(AutoModel.from_config(copy.deepcopy(base_config)), part)
+    backbone.to("meta")  # what torch.Tensor(size) makes is on the CPU whatever was said
     # Models look at the values of some tensors, unless those are fake: meta tensors alone would not do.
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

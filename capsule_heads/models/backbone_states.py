@@ -119,16 +119,16 @@ def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Modu
         x = x.flatten(1, 2) if _channels_last(x, width, model_type) else x.flatten(2).mT
     elif x.ndim > 4:
         x = x.flatten(1, -2)
-    elif x.ndim == 2 and len(x) == n_samples:
+    elif x.ndim == 2 and x.shape[0] == n_samples:
         x = x[:, None]
     if (
         x.ndim == 3
-        and len(x) != n_samples
-        and (len(x) % n_samples == 0 or (len(x) == 1 and not x.shape[1] % n_samples))
+        and x.shape[0] != n_samples
+        and (x.shape[0] % n_samples == 0 or (x.shape[0] == 1 and not x.shape[1] % n_samples))
     ):
         # Windows, crops or frames of a sample, or tokens of equally large images, stand one after another.
         x = x.reshape(n_samples, -1, x.shape[-1])
-    if x.ndim != 3 or len(x) != n_samples:
+    if x.ndim != 3 or x.shape[0] != n_samples:
         raise ValueError(
             f"A hidden state of {model_type} for a batch of {n_samples} has shape {given}; expected "
             "[batch, tokens, width], or feature maps [batch, channels, rows, columns]."
@@ -138,8 +138,8 @@ def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Modu
 
 def _channels_last(x: Tensor, width: int | None, model_type: str) -> bool:
     first, last = x.shape[1], x.shape[3]
-    if width is not None and (first == width) != (last == width):
-        return last == width
+    if width is not None and bool(first == width) != bool(last == width):
+        return bool(last == width)
     if width is None and (x.shape[1] == x.shape[2]) != (x.shape[2] == x.shape[3]):
         return x.shape[1] == x.shape[2]  # maps are square when a backbone is tried
     return model_type in CHANNELS_LAST

@@ -196,6 +196,8 @@ def all_hidden_states(
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if "input_ids" in inputs:
+        _check_tokens(tokens, backbone)
     if tokens is not None and "attention_mask" in inputs:
         check_mask(inputs["attention_mask"], tokens.shape[:2])
     arguments = call_arguments(backbone, stack, inputs)
@@ -209,20 +211,56 @@ def all_hidden_states(
         places = inputs["image_position_ids"]
         mask = (places >= 0).all(-1)
         grids = torch.cat([torch.ones_like(places[:, 0, :1]), places.amax(1) + 1], -1)  # some pack their last state
-    n_samples = len(grids) if grids is not None else len(next(iter(inputs.values())))
+    # Not len(): a model that is exported would be for this size of batch alone.
+    n_samples = (next(iter(inputs.values())) if grids is None else grids).shape[0]
     n_tokens = None if tokens is None else tokens.shape[1]
     return arrange(states, Layout(n_samples, mask, grids, widths, n_tokens), backbone)
 
 
 def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
-    """Checks that a mask is of as many samples and tokens as there are.
+    """Checks that a mask is of as many samples and tokens as there are, and between 0 and 1.
 
     Raises:
         ValueError: if not.
+        TypeError: if it is no tensor.
     """
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; expected a tensor.")
     if attention_mask.shape != shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here {tuple(shape)}."
+        )
+    # Not while compiling: it reads values, which would break the graph.
+    if torch.compiler.is_compiling() or attention_mask.numel() == 0:
+        return
+    low, high = attention_mask.min().item(), attention_mask.max().item()  # NaN if one is
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"attention_mask goes from {low} to {high}; expected 1 for tokens and 0 for padding.")
+
+
+def _check_tokens(input_ids: Tensor, backbone: PreTrainedModel) -> None:
+    """Checks what a tokenizer made. Ids are looked at on the CPU alone: elsewhere it would wait for the device."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f'input_ids are a {type(input_ids).__name__}; expected a tensor: return_tensors="pt".')
+    if input_ids.is_floating_point() or input_ids.ndim != 2:
+        raise ValueError(
+            f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; expected integers [batch, tokens]."
+        )
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected a sample and a token at least.")
+    if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
+        return
+    try:
+        embedding = backbone.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # some hash ids
+        return
+    if not isinstance(embedding, nn.Embedding):
+        return
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if not 0 <= low <= high < embedding.num_embeddings:
+        raise ValueError(
+            f"input_ids go from {low} to {high}, and the {backbone.config.model_type} backbone has embeddings for 0 to "
+            f"{embedding.num_embeddings - 1}; use its own tokenizer, or resize_token_embeddings."
         )
 
 
@@ -234,12 +272,18 @@ def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], widths: Sequen
         widths: of each depth in use.
 
     Raises:
+        TypeError: for anything but floating-point tensors.
         ValueError: for other shapes.
     """
     stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
     states = hidden_states.unbind(2) if stacked else hidden_states
+    for x in states:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"hidden_states are {given}; expected floating-point tensors.")
     shapes = [tuple(x.shape) for x in states]
-    if len(shapes) != len(widths) or any(len(s) != 3 or s[-1] != w for s, w in zip(shapes, widths)):
+    fit = all(len(s) == 3 and s[0] == shapes[0][0] and s[-1] == w for s, w in zip(shapes, widths))
+    if len(shapes) != len(widths) or not fit:
         given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
         raise ValueError(
             f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, width] "

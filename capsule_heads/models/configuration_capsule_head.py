@@ -104,6 +104,19 @@ class CapsuleHeadConfig(PreTrainedConfig):
         **kwargs,
     ) -> None:
         self.base_config = _as_config(base_config)
+        for name, value in (
+            ("base_model_name_or_path", base_model_name_or_path),
+            ("base_model_revision", base_model_revision),
+        ):
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} is {value!r}; expected a string, or None.")
+        for name, value in (
+            ("head_only", head_only),
+            ("freeze_backbone", freeze_backbone),
+            ("single_beta", single_beta),
+        ):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; expected True or False.")
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.head_only = head_only
@@ -121,10 +134,11 @@ class CapsuleHeadConfig(PreTrainedConfig):
         d_cap = (4 if poses else 2) if d_cap is None else d_cap
         if hidden_sizes is None:
             hidden_sizes = probe_hidden_sizes_without_weights(self.base_config, self.part)
+        if not isinstance(hidden_sizes, list | tuple) or not hidden_sizes:
+            raise ValueError(f"hidden_sizes is {hidden_sizes!r}; expected the width of each hidden state.")
         sizes = {f"hidden_sizes[{index}]": size for index, size in enumerate(hidden_sizes)}
         for name, size in (sizes | {"d_inp": d_inp, "n_parts": n_parts, "d_cov": d_cov, "d_cap": d_cap}).items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}; expected a positive whole number.")
+            check_size(name, size)
         if d_cov != 1 and not poses:
             raise ValueError(f'd_cov is {d_cov}; the capsules of head_type="{head_type}" have one row.')
         self.hidden_sizes = list(hidden_sizes)
@@ -136,11 +150,12 @@ class CapsuleHeadConfig(PreTrainedConfig):
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
         self.n_iters, self.p_model, self.single_beta = n_iters, p_model, single_beta
         self.eps, self.strategy = eps, strategy
-        if isinstance(mixup_alpha, bool) or not isinstance(mixup_alpha, int | float) or not 0 <= mixup_alpha < math.inf:
+        if not _is_number(mixup_alpha) or mixup_alpha < 0:
             raise ValueError(f"mixup_alpha is {mixup_alpha!r}; expected a number, 0 (no mixup) or more.")
         self.mixup_alpha = mixup_alpha
         self.class_weights = class_weights
         self.label_mean, self.label_std = label_mean, label_std
+        _check_classes(kwargs.get("num_labels"), kwargs.get("id2label"))
         # transformers hands these down to the backbone's configuration: where none is given, keep what it has.
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or self.base_config._attn_implementation
         kwargs["experts_implementation"] = kwargs.get("experts_implementation") or {}
@@ -160,14 +175,19 @@ class CapsuleHeadConfig(PreTrainedConfig):
             )
 
     def _check_labels(self) -> None:
-        if not self.label_std > 0:
+        if not _is_number(self.label_mean):
+            raise ValueError(f"label_mean is {self.label_mean!r}; expected a number.")
+        if not _is_number(self.label_std) or self.label_std <= 0:
             raise ValueError(f"label_std is {self.label_std!r}; expected a positive number.")
         weights = self.class_weights
         if weights is None:
             return
         if self.problem_type == "regression":
             raise ValueError("class_weights were given for a regression, which has no classes; leave them out.")
-        if len(weights) != self.num_labels or any(weight < 0 for weight in weights) or sum(weights) <= 0:
+        are_weights = isinstance(weights, list | tuple) and all(
+            _is_number(weight) and weight >= 0 for weight in weights
+        )
+        if not are_weights or len(weights) != self.num_labels or sum(weights) == 0:
             raise ValueError(
                 f"class_weights is {weights}; expected {self.num_labels} numbers, one per label, 0 or more, not all 0."
             )
@@ -262,6 +282,29 @@ def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig 
     own = AutoConfig.from_pretrained(name, revision=config_dict.get("base_model_revision"), trust_remote_code=True)
     auto_map = getattr(own, "auto_map", {})
     return type(own).from_dict({**base_config, "auto_map": auto_map}, name_or_path=name)
+
+
+def check_size(name: str, size: object) -> None:
+    """Checks a number of things, or a width.
+
+    Raises:
+        ValueError: if it is no positive whole number.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} is {size!r}; expected a positive whole number.")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_classes(num_labels: object, id2label: object) -> None:
+    if num_labels is not None:
+        check_size("num_labels", num_labels)
+    indices = {str(index) for index in id2label} if isinstance(id2label, dict) else set()  # as JSON has them
+    if id2label is not None and (not indices or indices != {str(index) for index in range(len(indices))}):
+        raise ValueError(f"id2label is {id2label!r}; expected the name of each class by its index, from 0 on.")
 
 
 def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..heads import LinearHead, SpatialPoseHead, TokenDepthHead
@@ -47,8 +52,9 @@ def resolve_backbone(name_or_path: str | os.PathLike) -> str:
 
     Raises:
         OSError: if the package is not installed, or has no such folder, or a path leads to no directory.
+        TypeError: for what is no name and no path.
     """
-    name_or_path = str(name_or_path)
+    name_or_path = os.fspath(name_or_path)
     if not name_or_path.startswith(PACKAGE_PREFIX):
         # Only a path begins so. Asked for it, the Hub's client would speak of the letters that a name may have.
         if name_or_path.startswith(("/", ".", "~")) and not os.path.isdir(name_or_path):
@@ -62,7 +68,7 @@ def resolve_backbone(name_or_path: str | os.PathLike) -> str:
             f"{package.replace('_', '-')}, or name a model on the Hub or a directory."
         )
     directory = Path(spec.submodule_search_locations[0], folder)
-    if not directory.is_dir():
+    if PurePath(folder).is_absolute() or ".." in PurePath(folder).parts or not directory.is_dir():
         raise OSError(f"{name_or_path}: the Python package {package} has no folder {folder!r}.")
     return str(directory)
 
@@ -150,9 +156,10 @@ def load_pretrained_backbone(
     name_or_path = resolve_backbone(name_or_path)
     if config is not None and hasattr(own_config, "quantization_config"):
         config.quantization_config = own_config.quantization_config  # it says that the checkpoint itself is quantised
-    whole, loading_info = AutoModel.from_pretrained(
-        name_or_path, config=config or own_config, revision=commit or revision, output_loading_info=True, **kwargs
-    )
+    with reading_weights(name_or_path):
+        whole, loading_info = AutoModel.from_pretrained(
+            name_or_path, config=config or own_config, revision=commit or revision, output_loading_info=True, **kwargs
+        )
     backbone = part_of(whole, part)
     used = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
     state_dict = whole.state_dict(keep_vars=True)
@@ -193,14 +200,50 @@ def load_config(
         ValueError: if checkpoint or configuration are of another kind of model; names the kind and what to do.
     """
     repository_kwargs = {name: loading_kwargs[name] for name in REPOSITORY_KWARGS if name in loading_kwargs}
-    config_dict, _ = PreTrainedConfig.get_config_dict(source, **repository_kwargs)
-    CapsuleHeadConfig.check_model_type(config_dict, source)
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(source, **repository_kwargs)
+        CapsuleHeadConfig.check_model_type(config_dict, source)
+    except (AttributeError, TypeError) as error:  # of a list, or the like
+        raise OSError(f"The config.json of {source} is not one: expected keys and values.") from error
     if isinstance(config, PreTrainedConfig):
         CapsuleHeadConfig.check_model_type({"model_type": config.model_type}, "The config that was given")
         return config, kwargs
     return CapsuleHeadConfig.from_pretrained(
         source if config is None else config, return_unused_kwargs=True, **repository_kwargs, **kwargs
     )
+
+
+@contextlib.contextmanager
+def reading_weights(source: str | os.PathLike, subfolder: str = "") -> Iterator[None]:
+    """While weights are read: one error for all that may be wrong with their files.
+
+    Raises:
+        OSError: for files that are cut short, damaged or of another kind, or an index of files outside the directory.
+    """
+    _check_index(Path(source, subfolder, SAFE_WEIGHTS_INDEX_NAME))
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        reason = (str(error).strip().splitlines() or ["It is empty."])[0]
+        raise OSError(
+            f"The weights in {source} cannot be read: a file is damaged, cut short, or of another kind. Fetch or "
+            f"save them again. {reason}"
+        ) from error
+
+
+def _check_index(path: Path) -> None:
+    """Checks the index of a checkpoint in several files, if there is one in a directory."""
+    if not path.is_file():
+        return
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise OSError(
+            f"{path} is not an index of files: expected JSON with a weight_map. Save the model again."
+        ) from error
+    for name in map(str, names):
+        if PurePath(name).name != name or not name.endswith(".safetensors"):
+            raise OSError(f"{path} names the file {name}; expected safetensors files beside it.")
 
 
 def check_backbone_weights(source: str | os.PathLike, loading_info: dict[str, Any]) -> None:

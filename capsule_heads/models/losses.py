@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,18 +26,25 @@ def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
     """
     n = num_labels
     if problem_type == "single_label_classification":
-        if labels.is_floating_point() or labels.ndim != 1:
+        if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
             raise ValueError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; single-label classification expects whole "
                 '[batch] class indices. For others set problem_type to "multi_label_classification" or "regression".'
             )
-        # Not while compiling: it reads values, which would break the graph.
-        if not torch.compiler.is_compiling() and labels.numel() and not 0 <= labels.min() <= labels.max() < n:
-            raise ValueError(
-                f"labels go from {labels.min()} to {labels.max()}; num_labels={n} expects class indices 0 to {n - 1}."
-            )
     elif labels.shape[1:] != (n,) and not (problem_type == "regression" and n == 1 and labels.ndim == 1):
         raise ValueError(f"labels have shape {tuple(labels.shape)}; {problem_type} expects [batch, {n}].")
+    if labels.shape[0] == 0:
+        raise ValueError("labels are of no sample, and a mean loss needs at least one.")
+    # Not while compiling: it reads values, which would break the graph.
+    if torch.compiler.is_compiling():
+        return
+    low, high = labels.min().item(), labels.max().item()  # NaN if one is
+    if problem_type == "single_label_classification" and not 0 <= low <= high < n:
+        raise ValueError(f"labels go from {low} to {high}; num_labels={n} expects class indices 0 to {n - 1}.")
+    if problem_type == "multi_label_classification" and not 0 <= low <= high <= 1:
+        raise ValueError(f"labels go from {low} to {high}; {problem_type} expects 0 or 1 for each label.")
+    if problem_type == "regression" and not math.isfinite(low + high):
+        raise ValueError(f"labels go from {low} to {high}; {problem_type} expects finite numbers.")
 
 
 def problem_targets(config: CapsuleHeadConfig, labels: Tensor) -> Tensor:

@@ -106,13 +106,17 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         """What the loss compares scores with, `[batch, num_labels]`; settles the problem type."""
         if labels is None:
             return None
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels are a {type(labels).__name__}; expected a tensor.")
         problem_type = infer_problem_type(self.config, labels)
         check_labels(problem_type, self.config.num_labels, labels)
         self.config.problem_type = problem_type
         return problem_targets(self.config, labels)
 
-    def _draw_mixup(self, targets: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        """In training with targets, what mixes the samples of this batch."""
+    def _draw_mixup(self, targets: Tensor | None, inputs: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """In training with targets, what mixes the samples of this batch, `[batch, ...]`."""
+        if targets is not None and targets.shape[0] != inputs.shape[0]:
+            raise ValueError(f"There are labels of {targets.shape[0]} samples, and inputs of {inputs.shape[0]}.")
         if not self.training or targets is None or self.config.mixup_alpha == 0:
             return None
         ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
@@ -129,7 +133,7 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         is_mixed: bool = False,
     ) -> CapsuleHeadClassifierOutput:
         """From hidden states on. In training with mixup it mixes them, masks and targets, unless inputs were mixed."""
-        mix_samples = None if is_mixed else self._draw_mixup(targets)
+        mix_samples = None if is_mixed else self._draw_mixup(targets, states[0])
         if mix_samples is not None:
             different = {id(mask): mask for mask in masks}  # most often all depths have one
             mixed = {key: mix_samples(mask) for key, mask in different.items()}
@@ -342,7 +346,7 @@ class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
             "image_position_ids": image_position_ids,
         }
         mix_pixels = pixel_values is not None and all(value is None for value in patches.values())
-        mix_samples = self._draw_mixup(targets) if mix_pixels else None
+        mix_samples = self._draw_mixup(targets, pixel_values) if mix_pixels else None
         if mix_samples is not None:
             pixel_values, targets = mix_samples(pixel_values), mix_samples(targets)
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding, **patches}

@@ -37,6 +37,7 @@ from .loading import (
     load_backbone_config,
     load_config,
     load_pretrained_backbone,
+    reading_weights,
     reference_of,
 )
 from .windows import run_in_windows
@@ -206,7 +207,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a checkpoint of another kind, without the backbone's weights or with those to be quantised,
                 or a backbone with code of its own that is not trusted.
-            OSError: if the checkpoint, or the backbone it refers to, is not found.
+            OSError: if the checkpoint, or the backbone it refers to, is not found or cannot be read. Of the checkpoint,
+                nothing but safetensors files is.
         """
         source = pretrained_model_name_or_path
         if source is None:  # with a state_dict, as transformers' own tools do
@@ -229,16 +231,18 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 "expected a checkpoint saved with head_only=True."
             )
         dtype = backbone_kwargs.setdefault("dtype", backbone_kwargs.pop("torch_dtype", config.base_config.dtype))
-        model, loading_info = super().from_pretrained(
-            source,
-            *model_args,
-            config=config,
-            build=not config.head_only,
-            backbone_dtype=None if dtype == "auto" else dtype,
-            output_loading_info=True,
-            **loading_kwargs,
-            **kwargs,
-        )
+        loading_kwargs["use_safetensors"] = True  # a head is never saved as a pickle, which could execute code
+        with reading_weights(source, loading_kwargs.get("subfolder", "")):
+            model, loading_info = super().from_pretrained(
+                source,
+                *model_args,
+                config=config,
+                build=not config.head_only,
+                backbone_dtype=None if dtype == "auto" else dtype,
+                output_loading_info=True,
+                **loading_kwargs,
+                **kwargs,
+            )
         if not config.head_only:
             check_backbone_weights(source, loading_info)
         elif load_backbone:
@@ -284,6 +288,8 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             ValueError: for `head_only=True` where the backbone's weights are not those of its reference, for
                 `head_only=False` where there is no backbone, and for a model with adapters of PEFT.
         """
+        if os.path.isfile(save_directory):  # of which transformers would say so in its log, and return
+            raise NotADirectoryError(f"{save_directory} is a file; expected a directory to save to.")
         config = self.config
         if self._has_adapters:
             raise ValueError(

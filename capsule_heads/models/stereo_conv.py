@@ -11,6 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .configuration_capsule_head import check_size
+
 
 class StereoConvConfig(PreTrainedConfig):
     """Configuration of a `StereoConvModel`.
@@ -20,6 +22,9 @@ class StereoConvConfig(PreTrainedConfig):
         image_size: height and width of images.
         hidden_sizes: channels after each block.
         strides: of each block's convolution.
+
+    Raises:
+        ValueError: for sizes that are not positive whole numbers, or another number of them than of strides.
     """
 
     model_type = "stereo_conv"
@@ -32,10 +37,14 @@ class StereoConvConfig(PreTrainedConfig):
         strides: Sequence[int] = (1, 2, 1, 2, 1, 2),
         **kwargs,
     ) -> None:
-        if len(hidden_sizes) != len(strides) or not hidden_sizes:
-            raise ValueError(
-                f"hidden_sizes is {list(hidden_sizes)} and strides {list(strides)}; expected one of each per block."
-            )
+        are_lists = isinstance(hidden_sizes, list | tuple) and isinstance(strides, list | tuple)
+        if not are_lists or len(hidden_sizes) != len(strides) or not hidden_sizes:
+            raise ValueError(f"hidden_sizes is {hidden_sizes} and strides {strides}; expected one of each per block.")
+        for name, size in {"num_channels": num_channels, "image_size": image_size}.items():
+            check_size(name, size)
+        for name, sizes in {"hidden_sizes": hidden_sizes, "strides": strides}.items():
+            for index, size in enumerate(sizes):
+                check_size(f"{name}[{index}]", size)
         self.num_channels = num_channels
         self.image_size = image_size
         self.hidden_sizes = list(hidden_sizes)

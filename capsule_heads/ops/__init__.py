@@ -16,6 +16,7 @@ rounding: in float32, with at most about the errors of the literal loop, and far
 | where                                                                                          | it takes    |
 | ---------------------------------------------------------------------------------------------- | ----------- |
 | a parameter differs by input (`Routing` with `n_inp`), or the device is neither CPU nor CUDA     | `reference` |
+| `torch.export`, also for ONNX: the others are operators of this package, which nothing else has | `reference` |
 | on the CPU, fewer than `SMALL` numbers in all votes: the loop is done before a pass is set up  | `reference` |
 | on the CPU, and numba is installed: `pip install "capsule-heads[cpu]"`                           | `numba`     |
 | float32, and `d_cov d_inp (d_inp + 3) / 2 + 1 <= 8 d_cov d_out`: the inputs have few moments   | `moments`   |
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 
 import torch
 import torch.distributed as dist
@@ -62,9 +64,9 @@ def check_routing_options(*, n_iters: int, p_model: str, eps: float, strategy: s
         )
     if p_model not in P_MODELS:
         raise ValueError(f'p_model is {p_model!r}; expected "gaussian" or "skm" (soft k-means).')
-    if not eps > 0:
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
         raise ValueError(f"eps is {eps!r}; expected a positive number, such as 1e-5: it keeps variances above zero.")
-    if strategy != "auto" and strategy not in STRATEGIES:
+    if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy is {strategy!r}; expected one of {', '.join(['auto', *STRATEGIES])}.")
 
 
@@ -117,7 +119,7 @@ def route(
 
     Raises:
         ValueError: for an unknown option, shapes that do not fit each other, or a strategy that does not serve them.
-        TypeError: for a group that is none.
+        TypeError: for complex numbers, or a group that is none.
         ImportError: for a strategy, asked for by name, that needs what is not installed.
     """
     check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
@@ -126,6 +128,8 @@ def route(
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    if not dtype.is_floating_point:
+        raise TypeError(f"Routing is of real numbers, and one of its tensors is {dtype}.")
     is_split = group is not None
     if strategy == "auto":
         strategy = _choose_strategy(mu_inp, tensors[2:], n_out, dtype, is_split)
@@ -157,6 +161,8 @@ def _choose_strategy(
     d_out = parameters[0].shape[-1]
     if any(parameter.shape[0] > 1 for parameter in parameters) or mu_inp.device.type not in ("cpu", "cuda"):
         return "reference"
+    if torch.compiler.is_exporting():
+        return "reference"
     if mu_inp.device.type == "cpu" and not is_split and n_votes(mu_inp, n_out, d_out) < SMALL:
         return "reference"
     if mu_inp.device.type == "cpu" and _has_numba():
@@ -169,6 +175,11 @@ def _check_strategy(strategy: str, mu_inp: Tensor, parameters: tuple[Tensor, ...
     """The first table at the head of this file."""
     if strategy == "reference":
         return
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            f'strategy "{strategy}" is an operator of this package, which an exported program would need wherever it '
+            'runs. Export with strategy="auto" or "reference".'
+        )
     n_inp = max(parameter.shape[0] for parameter in parameters)
     if n_inp > 1:
         raise ValueError(

@@ -53,6 +53,7 @@ class CapsuleTrainingArguments(TrainingArguments):
     | `per_device_eval_batch_size`  | 64                | 8                   |
     | `max_grad_norm`               | 0 (no clipping)   | 1.0                 |
     | `train_sampling_strategy`     | "group_by_length" | "random"            |
+    | `on_nonfinite`                | "stop"            | (none)              |
 
     Any optimizer and schedule of transformers may be named instead. The paper has a batch of 20 on one device: with N
     devices, or when accumulating over N steps, divide `per_device_train_batch_size` by N. Mixup is a field of the
@@ -90,8 +91,18 @@ class CapsuleTrainingArguments(TrainingArguments):
             "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
         },
     )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": 'Where the loss or gradients are not finite: "stop" with an error that says what is not, or "skip" '
+            "the step with a warning. Neither lets them into the weights.",
+            "choices": ["stop", "skip"],
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f'on_nonfinite is {self.on_nonfinite!r}; expected "stop" or "skip".')
         # transformers checks these two against its own names: show it names it knows, and put ours back.
         ours = {}
         for name, own_value, stand_in in (("optim", RADAM, "adamw_torch"), ("lr_scheduler_type", ONE_CYCLE, "linear")):

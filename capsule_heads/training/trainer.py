@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler, Sampler
@@ -25,15 +25,17 @@ from ..hub import check_backbone_is_shared, write_model_card
 from ..models.pretrained import CapsuleHeadPreTrainedModel
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
 from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
+from .nonfinite import StepCheck
 from .schedule import OneCycle
 
 
 class CapsuleTrainer(Trainer):
     """`Trainer` that knows the paper's optimizer and schedule, those `CapsuleTrainingArguments` name by default.
 
-    Its checkpoints are whole whenever the run is killed: see `resolve_checkpoint` for what to resume from. All else is
-    transformers' own: callbacks, early stopping, best model, several devices. Mixup happens in the model's forward
-    pass.
+    Its checkpoints are whole whenever the run is killed: see `resolve_checkpoint` for what to resume from. And its
+    weights never become NaN: a loss or gradients that are not finite end the training, or leave the step out, as
+    `on_nonfinite` says. All else is transformers' own: callbacks, early stopping, best model, several devices. Mixup
+    happens in the model's forward pass.
 
     Raises:
         ValueError: if the tokenizer given as `processing_class` has no padding token, or with `push_to_hub=True` if the
@@ -48,6 +50,7 @@ class CapsuleTrainer(Trainer):
             check_pad_token(self.processing_class)
         self.add_callback(_SetEpoch)
         self._checkpoint: Path | None = None  # the one that is being written
+        self._step_check = StepCheck(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers; what to resume from is as in `resolve_checkpoint`.
@@ -112,6 +115,20 @@ class CapsuleTrainer(Trainer):
         """As in transformers; refuses to push a head that others could not load, before it is trained."""
         check_backbone_is_shared(self.model.config)
         super().init_hf_repo(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        """Forward and backward pass, as in transformers, and a check of what the optimizer is about to get.
+
+        Raises:
+            FloatingPointError: for a loss or gradients that are not finite, unless `on_nonfinite` is "skip"; names what
+                is not finite, at which depth, in which samples.
+        """
+        self._step_check.before_batch()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_check.after_batch(loss, inputs)
+        if self.accelerator.sync_gradients:
+            self._step_check.after_last_batch(model)
+        return loss
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(

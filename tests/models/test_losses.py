@@ -1,5 +1,6 @@
 """Losses of the three problem types, the labels they take, and mixup."""
 
+import math
 import re
 
 import pytest
@@ -86,6 +87,17 @@ def test_the_problem_type_is_inferred_from_the_labels_dtype(config, fields, labe
         ("single_label_classification", 3, torch.tensor([-100, 1]), "labels go from -100 to 1; num_labels=3"),
         ("single_label_classification", 3, torch.ones(2), "labels are torch.float32 of shape (2,); single-label"),
         ("single_label_classification", 3, torch.ones(2, 3).long(), "labels are torch.int64 of shape (2, 3)"),
+        (
+            "single_label_classification",
+            3,
+            torch.ones(2).to(torch.complex64),
+            "labels are torch.complex64 of shape (2,)",
+        ),
+        ("single_label_classification", 3, torch.ones(0).long(), "labels are of no sample"),
+        ("multi_label_classification", 2, torch.tensor([[0.0, 2]]), "labels go from 0.0 to 2.0; multi_label"),
+        ("multi_label_classification", 2, torch.tensor([[0.0, math.nan]]), "labels go from nan to nan; multi_label"),
+        ("regression", 1, torch.tensor([1.0, math.nan]), "labels go from nan to nan; regression expects"),
+        ("regression", 1, torch.tensor([1.0, -math.inf]), "labels go from -inf to 1.0; regression expects finite"),
         ("multi_label_classification", 3, torch.ones(2), "labels have shape (2,); multi_label_classification expects"),
         ("multi_label_classification", 3, torch.ones(2, 2), "labels have shape (2, 2)"),
         ("multi_label_classification", 1, torch.ones(2), "labels have shape (2,)"),

@@ -64,6 +64,9 @@ OPTION_ERRORS = [
     ({"eps": 0.0}, r"eps is 0\.0; expected a positive number"),
     ({"eps": -1e-5}, r"eps is -1e-05; expected a positive number"),
     ({"eps": math.nan}, r"eps is nan; expected a positive number"),
+    ({"eps": math.inf}, r"eps is inf; expected a positive number"),
+    ({"eps": "1e-5"}, r"eps is '1e-5'; expected a positive number"),
+    ({"strategy": ["auto"]}, r"strategy is \['auto'\]; expected one of auto, reference"),
     ({"strategy": "fast"}, r"strategy is 'fast'; expected one of auto, reference"),
 ]
 

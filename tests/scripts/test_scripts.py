@@ -1,13 +1,15 @@
 """The scripts: each once in a process of its own, as a user runs it, and beyond that in this one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 import capsule_heads
 from capsule_heads import CapsuleHeadForSequenceClassification
@@ -228,6 +230,20 @@ def test_accelerate_starts_two_processes_on_the_cpu(environment, backbone, tmp_p
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 8  # 495 reviews, 66 at a step
 
 
+def test_numbers_that_are_not_finite_end_a_training(fails, backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path / "backbone")
+    broken = AutoModel.from_pretrained(backbone)
+    with torch.no_grad():
+        broken.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "backbone")
+    keys = {"task": "reviews", "backbone": str(tmp_path / "backbone"), "output_dir": str(tmp_path / "run")}
+    error = fails("train.py", write(tmp_path / "run.yaml", **keys, freeze_backbone=True, use_cpu=True))
+    assert error.startswith(
+        "error: Step 1: the loss is not finite. Not finite: backbone.encoder.layer.0.output.dense.weight"
+    )
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path):
     error = fails("evaluate.py", reviews_model, "--task", "sst5", "--source", trees)
     assert "trained for ['negative', 'positive'], and the dataset has ['very negative'," in error
@@ -246,3 +262,11 @@ def test_mistakes_in_prediction(fails, backbone, tmp_path):
     assert f"{tmp_path}/none" in fails("predict.py", tmp_path / "none", "a text")
     assert "bert model, not of a capsule-head model" in fails("predict.py", backbone, "a text")
     assert "model" in fails("predict.py")
+
+
+def test_a_damaged_model(fails, reviews_model, tmp_path):
+    shutil.copytree(reviews_model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for arguments in (["predict.py", tmp_path / "model", "a text"], ["evaluate.py", tmp_path / "model", *OF_TEST]):
+        assert f"The weights in {tmp_path}/model cannot be read: a file is damaged" in fails(*arguments)
