@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops import check_routing_options
 from .backbone_probe import probe_hidden_sizes_without_weights
 from .backbones import STACKS, TOWERS, Part, tower_config
+from .checks import check_size
 from .windows import Windowing
 
 HEAD_TYPES = ("token_depth", "spatial_pose", "linear")
@@ -282,16 +283,6 @@ def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig 
     own = AutoConfig.from_pretrained(name, revision=config_dict.get("base_model_revision"), trust_remote_code=True)
     auto_map = getattr(own, "auto_map", {})
     return type(own).from_dict({**base_config, "auto_map": auto_map}, name_or_path=name)
-
-
-def check_size(name: str, size: object) -> None:
-    """Checks a number of things, or a width.
-
-    Raises:
-        ValueError: if it is no positive whole number.
-    """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{name} is {size!r}; expected a positive whole number.")
 
 
 def _is_number(value: object) -> bool:
