@@ -93,6 +93,7 @@ class HubServer:
         ours = ("HF_", "TRANSFORMERS_", "HUGGING")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         settings = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+        settings["NUMBA_CACHE_DIR"] = f"{cache}/numba"  # kernels that it kept from earlier may round otherwise
         settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return inherited | settings | ({"HF_TOKEN": token} if token else {})
 
