@@ -20,7 +20,9 @@ def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _plain(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     if is_traceable_wrapper_subclass(x):
         for part in x.__tensor_flatten__()[0]:
-            yield from _plain(f"{name}.{part}", getattr(x, part))
+            inner = getattr(x, part)
+            if isinstance(inner, Tensor):  # a sharded one also names the mesh of its processes
+                yield from _plain(f"{name}.{part}", inner)
     else:
         yield name, x
 

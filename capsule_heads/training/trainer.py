@@ -176,11 +176,12 @@ class CapsuleTrainer(Trainer):
         args = self.args
         if self.lr_scheduler is None and args.lr_scheduler_type == ONE_CYCLE:
             optimizer = self.optimizer if optimizer is None else optimizer
+            peak = args.learning_rate  # of the groups without a rate of their own; the others' ends are in proportion
             self.lr_scheduler = OneCycle(
                 optimizer,
                 n_steps=num_training_steps,
                 n_warmup_steps=args.get_warmup_steps(num_training_steps),
-                min_lr=[args.min_learning_rate * (x["lr"] / args.learning_rate) for x in optimizer.param_groups],
+                min_lr=[args.min_learning_rate * (x["lr"] / peak if peak else 1.0) for x in optimizer.param_groups],
                 min_beta1=args.min_adam_beta1,
             )
             self._created_lr_scheduler = True
