@@ -4,18 +4,16 @@ Votes are made in blocks of a few planes. Of narrow inputs, such as 4x4 poses, a
 of wide ones, all blocks of a tile are made once for each pass; and where the votes of a whole call are few, they are
 made once for all its iterations.
 
-The kernels release the GIL, and run on torch's number of threads, which are this module's own: numba's are either a
-second OpenMP beside torch's, or may not be called from several threads. The first call for a dtype takes about half a
-minute to compile forward and backward; what is compiled is kept on disk, where there is a place for it.
+The kernels release the GIL, and run on torch's threads (see `threads`): numba's are either a second OpenMP beside
+torch's, or may not be called from several threads. The first call for a dtype takes about half a minute to compile
+forward and backward; what is compiled is kept on disk, where there is a place for it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +23,7 @@ from torch import Tensor
 from . import numba_kernels as kernels
 from . import uniform
 from .passes import EStep, Inputs, Statistics, UseGradient, workspace
+from .threads import run_on_threads
 
 _N_CHUNKS = 16  # shares of the work, whatever the number of threads: sums depend on it
 MAX_KEPT = 2**25  # bytes of votes
@@ -247,7 +246,7 @@ class _Call:
         return torch.from_numpy(np.add.reduceat(x.numpy(), self.plan.firsts, axis=0))
 
     def _run(self, kernel: Callable[..., None], *arguments: object) -> None:
-        """The chunks in turn, on as many threads as torch would use: this one, and others."""
+        """The chunks in turn, on as many threads as torch would use."""
         n_threads = max(1, min(torch.get_num_threads(), len(self.plan.tiles)))
         plan = (self.plan.tiles, self.plan.chunks, self._scratch[0])
 
@@ -255,10 +254,7 @@ class _Call:
             kernel(self._inputs, plan, (thread, n_threads), *arguments)
 
         with torch.profiler.record_function(f"capsule_heads::{kernel.__name__}"):  # torch would not see it
-            others = [_pool().submit(run, thread) for thread in range(1, n_threads)]
-            run(0)
-            for other in others:
-                other.result()
+            run_on_threads(run, n_threads)
 
     def _e_step(self, e_step: EStep | None) -> np.ndarray:
         """As `[n,2+3p,j]`, see `numba_kernels`; priors relative to the largest: far from zero, logits lose digits."""
@@ -286,13 +282,3 @@ class _Call:
         """`[chunks,q,d]` as `[h,j,d]`."""
         _, _, h, j, d = self._sizes
         return d_W.sum(0)[: h * j, :d].unflatten(0, (j, h)).transpose(0, 1)
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads for all calls; none waits for another, so calls from several threads only share them."""
-    return ThreadPoolExecutor(max_workers=max(1, os.cpu_count() or 1), thread_name_prefix="capsule_heads")
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has the pool, and none of its threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,69 @@
+"""Runs a function on several threads at once: torch's own, where they can be had, as they may be spinning.
+
+When an operation of torch's is done, OpenMP's threads go on looking for work for milliseconds, each on a core of its
+own. On other threads the function would have to share the cores with them; so it is given to them as their next work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def run_on_threads(function: Callable[[int], None], n_threads: int) -> None:
+    """Calls `function(0)` to `function(n_threads - 1)`, at the same time as far as threads allow; raises what one did.
+
+    The function should release the GIL.
+    """
+    if n_threads == 1:
+        function(0)
+        return
+    parallel = _openmp_parallel()
+    if parallel is None:
+        others = [_pool().submit(function, thread) for thread in range(1, n_threads)]
+        function(0)
+        for other in others:
+            other.result()
+        return
+    waiting, errors = list(range(n_threads)), []
+
+    def body(_: int | None) -> None:
+        while waiting:  # OpenMP may give fewer threads than it was asked for
+            try:
+                function(waiting.pop())
+            except BaseException as error:  # which ctypes would print, and forget
+                errors.append(error)
+
+    parallel(_BODY(body), None, n_threads, 0)
+    if errors:
+        raise errors[0]
+
+
+@functools.cache
+def _openmp_parallel() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the OpenMP that torch uses, GNU's or LLVM's; None where torch has none or it is not found."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # also looks through what the library was linked to
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads for all calls; none waits for another, so calls from several threads only share them."""
+    return ThreadPoolExecutor(max_workers=max(1, os.cpu_count() or 1), thread_name_prefix="capsule_heads")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has the pool, and none of its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
