@@ -364,8 +364,14 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
 
     def train(self, mode: bool = True):
         """Sets training mode; a frozen backbone stays in evaluation mode, without dropout, unless it has adapters."""
-        super().train(mode)
-        if not self._has_adapters:  # of which PEFT has frozen all else
+        if self.backbone is None or not self.config.freeze_backbone or self._has_adapters:  # PEFT froze all else
+            return super().train(mode)
+        # Not to training mode and back: Trainer calls this in every step, and a backbone has hundreds of modules.
+        self.training = mode
+        for module in self.children():
+            if module is not self.backbone:
+                module.train(mode)
+        if self.backbone.training or any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self._freeze()
         return self
 
