@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..ops import check_routing_options
 from .backbone_probe import probe_hidden_sizes_without_weights
 from .backbones import STACKS, TOWERS, Part, tower_config
-from .checks import check_size
+from .checks import check_dtype, check_size
 from .windows import Windowing
 
 HEAD_TYPES = ("token_depth", "spatial_pose", "linear")
@@ -104,6 +105,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         label_std: float = 1.0,
         **kwargs,
     ) -> None:
+        _check_keys(kwargs)
+        check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
         self.base_config = _as_config(base_config)
         for name, value in (
             ("base_model_name_or_path", base_model_name_or_path),
@@ -283,6 +286,14 @@ def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig 
     own = AutoConfig.from_pretrained(name, revision=config_dict.get("base_model_revision"), trust_remote_code=True)
     auto_map = getattr(own, "auto_map", {})
     return type(own).from_dict({**base_config, "auto_map": auto_map}, name_or_path=name)
+
+
+def _check_keys(kwargs: dict[str, Any]) -> None:
+    """Refuses what is almost a field. All else transformers keeps, and has to: its Trainer and others add keys."""
+    fields = inspect.signature(CapsuleHeadConfig.__init__).parameters
+    for name in kwargs:
+        for field in difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
+            raise ValueError(f"A CapsuleHeadConfig has no {name}; expected {field}, perhaps, or nothing by that name.")
 
 
 def _is_number(value: object) -> bool:

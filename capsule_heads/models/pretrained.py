@@ -25,6 +25,7 @@ from .backbones import (
     run_backbone,
     token_masks,
 )
+from .checks import check_dtype
 from .configuration_capsule_head import CapsuleHeadConfig
 from .loading import (
     BACKBONE_KWARGS,
@@ -140,6 +141,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             OSError: if the backbone is not found.
         """
         backbone_kwargs = {name: kwargs.pop(name) for name in BACKBONE_KWARGS if name in kwargs}
+        check_dtype(backbone_kwargs.get("dtype", backbone_kwargs.get("torch_dtype")))
         check_config_kwargs(kwargs)
         part = Part(kwargs.pop("stack", "encoder"), kwargs.pop("tower", None))
         from_config = isinstance(name_or_path, PreTrainedConfig)
@@ -218,6 +220,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             check_backbone_weights("The state_dict", loading_info)
             return (model, loading_info) if output_loading_info else model
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
+        check_dtype(loading_kwargs.get("dtype", loading_kwargs.get("torch_dtype")))
         loading_kwargs["trust_remote_code"] = trust_backbone_code  # an auto class has seen to the checkpoint's own
         kwargs["trust_backbone_code"] = trust_backbone_code  # the configuration and __init__ go by it
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)

@@ -235,6 +235,29 @@ def test_from_backbone_refuses_what_is_no_field(backbone_dir, name):
         CapsuleHeadForSequenceClassification.from_backbone(backbone_dir("bert"), **{name: 1})
 
 
+def test_misspelt_keys_are_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="has no n_part; expected n_parts, perhaps"):
+        CapsuleHeadConfig(base, n_part=4)
+    CapsuleHeadConfig(base, use_cache=False).save_pretrained(tmp_path)  # Trainer adds it
+    CapsuleHeadConfig.from_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"mixup": 0.0, "strategie": "auto"}))
+    with pytest.raises(ValueError, match="has no strategie; expected strategy, perhaps"):
+        CapsuleHeadConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_unknown_dtypes_are_refused(base, backbone_dir, tmp_path, name):
+    message = r"dtype is 'float99'; expected a torch.dtype or the name of one, such as \"bfloat16\""
+    with pytest.raises(ValueError, match=message):
+        CapsuleHeadConfig(base, **{name: "float99"})
+    with pytest.raises(ValueError, match=message):
+        CapsuleHeadForSequenceClassification.from_backbone(backbone_dir("bert"), **{name: "float99"})
+    CapsuleHeadForSequenceClassification.from_backbone(backbone_dir("bert")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        CapsuleHeadForSequenceClassification.from_pretrained(tmp_path, **{name: "float99"})
+
+
 # Labels
 
 

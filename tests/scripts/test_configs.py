@@ -57,7 +57,7 @@ def test_the_keys_and_values(path):
     if path.stem.startswith("glue_"):
         assert data.task == path.stem.removeprefix("glue_")
         assert arguments.load_best_model_at_end
-    n_epochs = {"smallnorb": 50, "toy_norb": 10, **dict.fromkeys(("sst2", "sst5"), 3)}
+    n_epochs = {"smallnorb": 50, "toy_norb": 20, **dict.fromkeys(("sst2", "sst5"), 3)}
     if path.stem in n_epochs:  # the paper's regime
         assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (n_epochs[path.stem], 20)
         assert (arguments.learning_rate, data.phrases, model.mixup_alpha) == (5e-4, True, 0.2)
