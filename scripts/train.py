@@ -94,6 +94,7 @@ def main() -> None:
         print(json.dumps(results, indent=2))
     if arguments.push_to_hub:  # again: the card now has the results
         trainer.push_to_hub(results=results)
+    trainer.accelerator.end_training()  # a process that exits with its group open can be aborted at its very end
 
 
 if __name__ == "__main__":

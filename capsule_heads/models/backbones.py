@@ -198,6 +198,8 @@ def all_hidden_states(
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if "input_ids" in inputs:
         _check_tokens(tokens, backbone)
+    if tokens is not None:
+        _check_positions(tokens, inputs.get("position_ids"), backbone)
     if tokens is not None and "attention_mask" in inputs:
         check_mask(inputs["attention_mask"], tokens.shape[:2])
     arguments = call_arguments(backbone, stack, inputs)
@@ -261,6 +263,27 @@ def _check_tokens(input_ids: Tensor, backbone: PreTrainedModel) -> None:
         raise ValueError(
             f"input_ids go from {low} to {high}, and the {backbone.config.model_type} backbone has embeddings for 0 to "
             f"{embedding.num_embeddings - 1}; use its own tokenizer, or resize_token_embeddings."
+        )
+
+
+def _check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreTrainedModel) -> None:
+    """Checks that there is a position embedding for every token, where they are a table."""
+    most = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if torch.compiler.is_compiling() or most is None or (tokens.shape[1] <= most and position_ids is None):
+        return
+    names = (name.rpartition(".")[2] for name, x in backbone.named_modules() if isinstance(x, nn.Embedding))
+    if not any("position" in name or name == "wpe" for name in names):  # positions that are computed have no end
+        return
+    if tokens.shape[1] > most:
+        raise ValueError(
+            f"The texts have {tokens.shape[1]} tokens, and the {backbone.config.model_type} backbone has "
+            f"positions for {most}; cut them (tokenizer(..., truncation=True)), or set window_length "
+            "(capsule_heads.data.window_fields)."
+        )
+    if position_ids is not None and position_ids.device.type == "cpu" and position_ids.max() >= most:
+        raise ValueError(
+            f"position_ids go up to {position_ids.max()}, and the {backbone.config.model_type} backbone has "
+            f"positions 0 to {most - 1}; leave position_ids out to have tokens counted."
         )
 
 

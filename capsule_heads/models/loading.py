@@ -246,19 +246,35 @@ def _check_index(path: Path) -> None:
             raise OSError(f"{path} names the file {name}; expected safetensors files beside it.")
 
 
-def check_backbone_weights(source: str | os.PathLike, loading_info: dict[str, Any]) -> None:
-    """Refuses a checkpoint that left weights of the backbone random.
+def check_weights(source: str | os.PathLike, loading_info: dict[str, Any], may_differ: bool) -> None:
+    """Refuses a checkpoint that left weights random.
+
+    Args:
+        source: the checkpoint.
+        loading_info: what transformers says of its keys.
+        may_differ: whether those of the head may be others than the configuration says, and begin anew.
 
     Raises:
         ValueError: saying how many, and naming one.
     """
-    keys = [*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])]
-    lacking = sorted(key for key in keys if key.startswith("backbone."))
+    missing, mismatched = loading_info["missing_keys"], sorted(loading_info["mismatched_keys"])
+    lacking = sorted(key for key in [*missing, *(key for key, *_ in mismatched)] if key.startswith("backbone."))
     if lacking:
         raise ValueError(
             f"{source} lacks {len(lacking)} weights of the backbone, among them {lacking[0]}; expected a whole "
             "checkpoint, or one saved with head_only=True."
         )
+    if may_differ:
+        return
+    remedy = "expected its own configuration, or ignore_mismatched_sizes=True to begin anew with these"
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise ValueError(
+            f"{source} has {key} of shape {tuple(found)}, where the configuration makes it {tuple(expected)}, and "
+            f"{len(mismatched) - 1} more such weights; {remedy}."
+        )
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} weights of the head, among them {min(missing)}; {remedy}.")
 
 
 def check_config_kwargs(kwargs: dict[str, Any]) -> None:

@@ -32,8 +32,8 @@ from .loading import (
     REPOSITORY_KWARGS,
     build_head,
     candidates,
-    check_backbone_weights,
     check_config_kwargs,
+    check_weights,
     is_quantised,
     load_backbone_config,
     load_config,
@@ -217,7 +217,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
             model, loading_info = super().from_pretrained(
                 None, *model_args, config=config, output_loading_info=True, **kwargs
             )
-            check_backbone_weights("The state_dict", loading_info)
+            check_weights("The state_dict", loading_info, may_differ=True)
             return (model, loading_info) if output_loading_info else model
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
         check_dtype(loading_kwargs.get("dtype", loading_kwargs.get("torch_dtype")))
@@ -234,6 +234,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 "expected a checkpoint saved with head_only=True."
             )
         dtype = backbone_kwargs.setdefault("dtype", backbone_kwargs.pop("torch_dtype", config.base_config.dtype))
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         loading_kwargs["use_safetensors"] = True  # a head is never saved as a pickle, which could execute code
         with reading_weights(source, loading_kwargs.get("subfolder", "")):
             model, loading_info = super().from_pretrained(
@@ -243,14 +244,14 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
                 build=not config.head_only,
                 backbone_dtype=None if dtype == "auto" else dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_weights says more clearly which they are
                 **loading_kwargs,
                 **kwargs,
             )
-        if not config.head_only:
-            check_backbone_weights(source, loading_info)
-        elif load_backbone:
+        check_weights(source, loading_info, may_differ)
+        if config.head_only and load_backbone:
             model._load_backbone(source, backbone_kwargs)
-        elif quantization_config is not None:
+        elif config.head_only and quantization_config is not None:
             model.config.base_config.quantization_config = quantization_config
         model.eval()  # which freezes the backbone too
         return (model, loading_info) if output_loading_info else model

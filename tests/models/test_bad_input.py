@@ -61,6 +61,16 @@ def test_wrong_tensors_are_refused(make_model, inputs, message):
         make_model()(**inputs)
 
 
+def test_more_tokens_than_positions_are_refused(make_model):
+    model = make_model()
+    length = model.backbone.config.max_position_embeddings + 1
+    ids = torch.full((2, length), 7)
+    with pytest.raises(ValueError, match=rf"texts have {length} tokens.* bert .* has positions for {length - 1}; "):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match=rf"position_ids go up to {length}, .* positions 0 to {length - 2}; leave"):
+        model(input_ids=IDS, position_ids=torch.full_like(IDS, length))
+
+
 def test_labels_of_another_number_than_images():
     model = CapsuleHeadForImageClassification.from_backbone(
         StereoConvConfig(hidden_sizes=[4] * 6), num_labels=3
@@ -302,3 +312,19 @@ def test_remote_code_of_a_checkpoints_backbone_needs_consent(remote, checkpoint,
             load(checkpoint)
     else:  # its backbone is in the checkpoint
         load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_parts": 32}, r"has head\.routings\.0\.B of shape \(1, 6, 1, 2\).* makes it \(1, 32, 1, 2\), and 7 more"),
+        ({"id2label": {"0": "a"}, "label2id": {"a": 0}}, r"has head\.routings\.1\.B of shape \(6, 3, 1, 2\)"),
+        ({"head_type": "linear", "depths": [2]}, r"lacks 2 weights of the head, among them head\.affine\.bias; "),
+    ],
+)
+def test_weights_that_are_not_of_the_configuration(checkpoint, fields, message):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint)
+    assert load(checkpoint, ignore_mismatched_sizes=True) is not None

@@ -262,6 +262,7 @@ for word in "stop", "skip":
     results[word] = {"error": error, "weights": weights, "step": trainer.state.global_step}
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
     json.dump(results, file)
+trainer.accelerator.end_training()  # or gloo's threads can meet a Python that is gone, and abort
 """
 
 
