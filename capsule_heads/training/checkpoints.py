@@ -115,6 +115,8 @@ def _fault(checkpoint: Path) -> str | None:
         sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"no list of its files ({error})"
+    if not isinstance(sizes, dict):
+        return f"{FILES} does not say the size of each file"
     for name, size in sizes.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None

@@ -35,13 +35,24 @@ class StepCheck:
         self._trainer = trainer
         self._batch: tuple[Tensor, Mapping[str, Any]] | None = None
         self._statistics: list[tuple[Tensor, Tensor]] | None = None
+        self._tensors: tuple[dict[str, nn.Parameter], list[Tensor]] | None = None
+
+    def _of_model(self) -> tuple[dict[str, nn.Parameter], list[Tensor]]:
+        """The model's parameters by name, and its batch statistics: found once, as a backbone has many modules."""
+        if self._tensors is None:
+            model = self._trainer.model
+            buffers = [x for name, x in model.named_buffers() if name.rpartition(".")[2] in STATISTICS]
+            self._tensors = dict(model.named_parameters()), buffers
+        return self._tensors
+
+    def before_training(self) -> None:
+        """To be called before the first step: modules may have been added or replaced since the last training."""
+        self._tensors = None
 
     def before_batch(self) -> None:
         """To be called before the forward pass of each batch."""
         if self._statistics is None:  # the first of the step
-            buffers = self._trainer.model.named_buffers()
-            own = (x for name, x in buffers if name.rpartition(".")[2] in STATISTICS)
-            self._statistics = [(x, x.clone()) for x in own]
+            self._statistics = [(x, x.clone()) for x in self._of_model()[1]]
 
     def after_batch(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """To be called after the backward pass of each batch."""
@@ -60,7 +71,7 @@ class StepCheck:
         """
         (loss, inputs), statistics = self._batch, self._statistics
         self._batch = self._statistics = None
-        parameters = dict(self._trainer.model.named_parameters())
+        parameters, _ = self._of_model()
         gradients = {f"the gradient of {name}": x.grad for name, x in parameters.items() if x.grad is not None}
         bad_losses, is_finite = self._judge(loss, gradients)
         if not bad_losses and (is_finite or self._scaler_sees_to_it()):

@@ -65,6 +65,7 @@ class CapsuleTrainer(Trainer):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 self.model, self.model.names_of_frozen_backbone()
             )
+        self._step_check.before_training()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -230,7 +230,7 @@ def test_weights_in_bfloat16(train, spoil):
 
 
 PROGRAM = """
-import json, os, sys
+import json, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
 from test_nonfinite import Batches, NAN, make_batch, make_head
@@ -262,7 +262,7 @@ for word in "stop", "skip":
     results[word] = {"error": error, "weights": weights, "step": trainer.state.global_step}
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
     json.dump(results, file)
-trainer.accelerator.end_training()  # or gloo's threads can meet a Python that is gone, and abort
+time.sleep(1)  # else a thread of gloo's may need Python when it is gone, and abort the process
 """
 
 
