@@ -96,9 +96,7 @@ def main() -> None:
         trainer.push_to_hub(results=results)
     trainer.accelerator.end_training()  # NCCL warns of a process group that is left open
     if arguments.world_size > 1:
-        time.sleep(
-            1
-        )  # a thread of gloo's that needs Python to let go of its last tensor aborts a process that has gone
+        time.sleep(1)  # a thread of gloo's may need Python when it is gone, and would abort the process
 
 
 if __name__ == "__main__":
