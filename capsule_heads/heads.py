@@ -141,6 +141,19 @@ class TokenDepthHead(nn.Module):
         Raises:
             ValueError: for another number of hidden states than the head was built for, or shapes that do not fit.
         """
+        a, x = self.detect(hidden_states, mask, mix)
+        return _route(self.routings, a, x, return_routing_probabilities)
+
+    def detect(
+        self,
+        hidden_states: Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor],
+        mix: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The inputs of the first routing: scores `[batch, n_inp]` and poses `[batch, n_inp, 1, d_inp]`.
+
+        Arguments and errors as in `forward`.
+        """
         masks = _check_inputs(hidden_states, mask, self.d_emb)
         projected = [None] * len(self.d_emb)
         for width, detector in zip(self.widths, self.detect_parts):
@@ -156,7 +169,13 @@ class TokenDepthHead(nn.Module):
             detectors = [self.detect_parts[self.widths.index(width)] for width in self.d_emb]
             x = torch.cat([detector.activate(_mixed(x, mix)) for detector, x in zip(detectors, projected)], dim=1)
             a = _logit(torch.cat(masks, dim=1), x)
-        return _route(self.routings, a, x.unsqueeze(-2), return_routing_probabilities)
+        return a, x.unsqueeze(-2)
+
+    def split_by_depth(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
+        """Values of the inputs of the first routing, `[batch, n_inp, ...]`, as `[batch, tokens, ...]` per depth."""
+        if len(self.widths) == 1 and len(set(n_tokens)) == 1:
+            return list(values.unflatten(1, (n_tokens[0], len(n_tokens))).unbind(2))
+        return list(values.split(list(n_tokens), dim=1))
 
 
 class PlaceConv(nn.Conv1d):
@@ -226,12 +245,29 @@ class SpatialPoseHead(nn.Module):
 
         The logarithm of the mask is added to the scores: a masked place has none.
         """
+        a, x = self.detect(hidden_states, mask, mix)
+        return _route(self.routings, a, x, return_routing_probabilities)
+
+    def detect(
+        self,
+        hidden_states: Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor],
+        mix: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The inputs of the first routing: scores `[batch, n_inp]` and poses `[batch, n_inp, d_cov, d_cap]`.
+
+        Arguments and errors as in `forward`.
+        """
         (mask,) = _check_inputs(hidden_states, mask, self.d_emb)
         x = _mixed(hidden_states[0].to(self.compute_a[0].weight.dtype), mix).mT  # [batch, channels, places]
         scores = self.compute_a(x)
         a = scores + mask.to(torch.promote_types(scores.dtype, torch.float32)).log()[:, None]
         poses = self.compute_mu(x).unflatten(1, (self.n_parts, self.d_cov, self.d_cap)).movedim(-1, 2)
-        return _route(self.routings, a.flatten(1), poses.flatten(1, 2), return_routing_probabilities)
+        return a.flatten(1), poses.flatten(1, 2)
+
+    def split_by_depth(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
+        """As in `TokenDepthHead.split_by_depth`; the values of all parts at a place are summed."""
+        return [values.unflatten(1, (self.n_parts, *n_tokens)).sum(1)]
 
 
 class LinearHead(nn.Module):

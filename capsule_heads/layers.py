@@ -81,6 +81,21 @@ class Routing(nn.Module):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
+    def credits(self, a_inp: Tensor, R: Tensor) -> Tensor:
+        """What each input adds to the score of each output: data used times its benefit, less data ignored its cost.
+
+        Args:
+            a_inp: `[...i]`, input scores, as logits.
+            R: `[...ij]`, the routing probabilities that `forward` returns with them.
+
+        Returns:
+            `[...ij]`, in logits: their sum over `i` is `a_out [...j]`, exactly so, up to rounding.
+        """
+        f_inp = a_inp.to(R.dtype).sigmoid().unsqueeze(-1)  # [...i1]
+        D_use = f_inp * R
+        beta_ign = self.beta_use if self.single_beta else self.beta_ign
+        return self.beta_use * D_use - beta_ign * (f_inp - D_use)
+
     def forward(
         self,
         a_inp: Tensor,

@@ -18,8 +18,9 @@ LEVELS = (
     ("version", "ops", "weights"),
     ("layers", "mixup"),
     ("heads",),
+    ("explain",),
     ("models", "data", "metrics", "results"),
-    ("hub", "explain", "convert", "pictures"),
+    ("hub", "convert", "pictures"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

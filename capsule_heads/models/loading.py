@@ -14,12 +14,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from ..explain import modality_of
 from ..heads import LinearHead, SpatialPoseHead, TokenDepthHead
 from .backbones import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, Part, part_of, tower_config
 from .configuration_capsule_head import CapsuleHeadConfig
@@ -310,3 +311,26 @@ def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:
     if config.head_type == "spatial_pose":
         return SpatialPoseHead(d_emb=d_emb, n_out=n_out, d_cov=config.d_cov, **options)
     return TokenDepthHead(d_emb=d_emb, n_out=n_out, d_inp=config.d_inp, **options)
+
+
+def load_processor(model: PreTrainedModel) -> Any:
+    """The tokenizer, image processor or feature extractor that is saved with a model, or with its backbone.
+
+    Raises:
+        OSError: if there is none.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer  # slow, and most models need none
+
+    loaders = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}
+    config = model.config
+    places = {config.name_or_path: None, config.base_model_name_or_path: config.base_model_revision}
+    names = [name for name in places if name]
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            processor = loaders[modality_of(model)].from_pretrained(resolve_backbone(name), revision=places[name])
+            # Where there are no files of a tokenizer, transformers makes one that knows no words.
+            if not isinstance(processor, PreTrainedTokenizerBase) or len(processor) > len(processor.all_special_ids):
+                return processor
+    raise OSError(
+        f"There is no processor in {' or '.join(names) or 'the model'}; pass it: explain(..., processor=...)."
+    )

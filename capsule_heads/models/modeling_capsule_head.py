@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from ..explain import Explanation, explain
 from ..heads import HeadOutput
 from ..mixup import draw_mixup, mix
 from .backbones import AUDIO_INPUTS, IMAGE_INPUTS, TEXT_INPUTS
 from .configuration_capsule_head import CapsuleHeadConfig
+from .loading import load_processor
 from .losses import check_labels, infer_problem_type, problem_loss, problem_targets
 from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
 from .pretrained import CapsuleHeadPreTrainedModel
@@ -161,6 +164,20 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
             poses = capsules.mu_out.flatten(1)
             values = self.regressor(poses.to(self.regressor.weight.dtype)).to(poses.dtype)
         return config.label_mean + config.label_std * values
+
+    def explain(self, inputs: Any, processor: Any | None = None, batch_size: int = 16) -> list[Explanation]:
+        """Says where class scores come from; arguments, returns and errors as in `capsule_heads.explain.explain`.
+
+        Without a processor the one is taken that is saved with the model, or with its backbone; there is an OSError if
+        there is none.
+
+        Example:
+            >>> (explanation,) = model.explain("An unexpectedly tender film .")
+            >>> [(word.text, float(word.credit[explanation.predicted])) for word in explanation.by_word()]
+        """
+        if processor is None and not isinstance(inputs, Mapping):
+            processor = load_processor(self)
+        return explain(self, inputs, processor, batch_size)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,246 @@
+"""Explanations: credits that add up, against a literal computation, and what users get of them."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetConfig, SwinConfig, ViTConfig, ViTImageProcessor
+
+from capsule_heads import (
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    Routing,
+    StereoConvConfig,
+    StereoImageProcessor,
+)
+from capsule_heads.explain import compute_credits
+from capsule_heads.heads import LinearHead, SpatialPoseHead, TokenDepthHead
+
+N_OUT = 3
+
+
+def shaken(head, shake):
+    torch.manual_seed(0)
+    return shake(head, scale=0.3).double().eval()
+
+
+def some_states(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, *size, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+HEADS = {
+    "token depth": (lambda: TokenDepthHead(d_emb=[5, 5], n_out=N_OUT, d_inp=4, n_parts=6), [(7, 5), (7, 5)]),
+    "hierarchical": (lambda: TokenDepthHead(d_emb=[5, 3], n_out=N_OUT, d_inp=4, n_parts=6), [(8, 5), (2, 3)]),
+    "spatial pose": (lambda: SpatialPoseHead(d_emb=[5], n_out=N_OUT, n_parts=4, d_cov=2, d_cap=3), [(6, 5)]),
+    "skm": (lambda: TokenDepthHead(d_emb=[5], n_out=N_OUT, d_inp=4, n_parts=6, p_model="skm"), [(7, 5)]),
+    "single beta": (lambda: TokenDepthHead(d_emb=[5], n_out=N_OUT, d_inp=4, n_parts=6, single_beta=True), [(7, 5)]),
+    "one iteration": (lambda: TokenDepthHead(d_emb=[5], n_out=N_OUT, d_inp=4, n_parts=6, n_iters=1), [(7, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_credits_are_those_of_the_literal_chain(shake, name):
+    make, sizes = HEADS[name]
+    head, states = shaken(make(), shake), some_states(*sizes)
+    masks = [torch.ones(x.shape[:2], dtype=torch.float64) for x in states]
+    masks[-1][1, -1] = 0
+    found = compute_credits(head, states, masks)
+    expected = head(states, masks).a_out.detach()
+    torch.testing.assert_close(found.scores, expected)
+    torch.testing.assert_close(found.parts.sum(1), expected)
+
+    # The chain, with votes, a whole Jacobian, and loops in the place of sums.
+    first, second = head.routings
+    with torch.no_grad():
+        a_inp, x = head.detect(states, masks)
+        a, mu, _, R = first(a_inp, x, return_R=True)
+        use = a_inp.sigmoid()[..., None] * R
+        ignored = a_inp.sigmoid()[..., None] - use
+        to_parts = first.beta_use * use - (first.beta_use if first.single_beta else first.beta_ign) * ignored
+        torch.testing.assert_close(to_parts.sum(1), a)
+        votes = torch.einsum("bicd,xjdh->bijch", x, first.W) + first.B[None]
+        share = use / (use.sum(1, keepdim=True) + first.eps)
+        torch.testing.assert_close(torch.einsum("bij,bijch->bjch", share, votes), mu)
+    slopes = torch.autograd.functional.jacobian(lambda a, mu: second(a, mu)[0].sum(0), (a, mu))
+    by_score = torch.einsum("bij,kbj->bik", to_parts, slopes[0])
+    by_pose = torch.einsum("bij,bijch,kbjch->bik", share, votes - mu[:, None], slopes[1])
+    torch.testing.assert_close(
+        torch.cat(found.inputs, 1).sum(1), (by_score + by_pose).sum(1).detach(), rtol=1e-9, atol=1e-9
+    )
+    literal = (by_score + by_pose).detach()
+    n_tokens = [x.shape[1] for x in states]
+    for depth, credits in enumerate(found.inputs):
+        for token in range(n_tokens[depth]):
+            if name == "spatial pose":  # part * places + place
+                inputs = [part * n_tokens[0] + token for part in range(4)]
+            elif name == "hierarchical":
+                inputs = [sum(n_tokens[:depth]) + token]
+            else:
+                inputs = [token * len(states) + depth]
+            torch.testing.assert_close(credits[:, token], literal[:, inputs].sum(1), rtol=1e-9, atol=1e-9)
+    assert (found.inputs[-1][1, -1] == 0).all()  # masked
+
+
+def test_credits_of_a_routing_add_up_to_its_scores():
+    torch.manual_seed(0)
+    routing = Routing(2, 3, 4, n_inp=5, n_out=N_OUT).double()
+    with torch.no_grad():
+        for beta in (routing.beta_use, routing.beta_ign):
+            beta.normal_()
+    a_inp = torch.tensor([0.3, -torch.inf, torch.inf, -2.0, 5.0], dtype=torch.float64)
+    a_out, _, _, R = routing(a_inp, torch.randn(5, 2, 3).double(), return_R=True)
+    credits = routing.credits(a_inp, R)
+    torch.testing.assert_close(credits.sum(0), a_out)
+    assert (credits[1] == 0).all() and (credits[2] != 0).all()
+
+
+def test_a_head_without_capsules_is_refused():
+    (states,) = some_states((4, 5))
+    with pytest.raises(ValueError, match=r'A LinearHead has no credits.*such as head_type="token_depth"'):
+        compute_credits(LinearHead(d_emb=[5], n_out=2), [states], [torch.ones(2, 4)])
+    with pytest.raises(ValueError, match="A TokenDepthHead has no credits"):
+        compute_credits(TokenDepthHead(d_emb=[5], n_out=None), [states], [torch.ones(2, 4)])
+
+
+# Texts
+
+
+def test_texts(make_model, tokenizer):
+    model = make_model().train()
+    texts = ["the film is good", ("the plot", "was not bad"), "dull"]
+    explanations = model.explain(texts, tokenizer, batch_size=2)
+    assert model.training
+    model.eval()
+    for text, explanation in zip(texts, explanations):
+        pair = (text,) if isinstance(text, str) else text
+        logits = model(**tokenizer(*pair, return_tensors="pt")).logits[0].detach()
+        torch.testing.assert_close(explanation.logits, logits)
+        torch.testing.assert_close(explanation.parts.sum(0), logits)
+        torch.testing.assert_close(explanation.probabilities, logits.softmax(0))
+        assert explanation.predicted == int(logits.argmax())
+        assert explanation.by_token_and_depth().shape == (len(explanation.tokens), 3, 3)
+        words = explanation.by_word()
+        assert [word.text for word in words] == " ".join(pair).split()
+        is_word = ~torch.tensor(explanation.is_special)
+        torch.testing.assert_close(
+            sum(word.credit for word in words), explanation.by_token()[is_word].sum(0), rtol=1e-4, atol=1e-6
+        )
+        torch.testing.assert_close(explanation.by_depth().sum(0), explanation.by_token().sum(0), rtol=1e-4, atol=1e-6)
+    assert explanations[1].text == "the plot\twas not bad"
+    assert explanations[0].tokens == ("[CLS]", "the", "film", "is", "good", "[SEP]")
+    (alone,) = model.explain("dull", tokenizer)
+    torch.testing.assert_close(alone.by_token(), explanations[2].by_token(), rtol=1e-4, atol=1e-6)  # padding has none
+
+
+def test_the_tokenizer_is_found_where_the_model_is(make_model, tokenizer, tmp_path):
+    model = make_model()
+    with pytest.raises(OSError, match=r"There is no processor in .*; pass it: explain\(\.\.\., processor=\.\.\.\)"):
+        model.explain("dull")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (explanation,) = CapsuleHeadForSequenceClassification.from_pretrained(tmp_path).explain("dull")
+    assert explanation.text == "dull"
+
+
+def test_prepared_inputs(make_model, tokenizer):
+    model = make_model()
+    batch = tokenizer(["the film is good", "dull"], padding=True, return_tensors="pt")
+    states, _ = model.compute_hidden_states(**batch)
+    found = model.explain(batch)
+    of_states = model.explain({"hidden_states": states, "attention_mask": batch["attention_mask"]})
+    expected = model.explain(["the film is good", "dull"], tokenizer)
+    for a, b, c in zip(found, of_states, expected):
+        torch.testing.assert_close(a.by_token(), c.by_token())
+        torch.testing.assert_close(b.by_token(), c.by_token())
+        assert a.tokens is None
+        with pytest.raises(ValueError, match="Words are not known: expected an explanation of a text"):
+            a.by_word()
+        with pytest.raises(ValueError, match="There is no image"):
+            a.by_patch()
+
+
+def test_long_texts_in_windows(make_model, tokenizer):
+    model = make_model(window_length=8, window_overlap=2, window_special_tokens=(1, 1))
+    text = " ".join(["the", "film", "is", "not", "dull"] * 4)
+    (explanation,) = model.explain(text, tokenizer)
+    assert len(explanation.by_word()) == 20
+    torch.testing.assert_close(explanation.parts.sum(0), explanation.logits)
+
+
+def test_what_cannot_be_explained(make_model, tokenizer):
+    with pytest.raises(ValueError, match="this model is a regression; its values have none"):
+        make_model(num_labels=1, problem_type="regression").explain("dull", tokenizer)
+    with pytest.raises(TypeError, match="An input is 3; expected a text, or a tuple of two"):
+        make_model().explain(["dull", 3], tokenizer)
+    with pytest.raises(ValueError, match="A LinearHead has no credits"):
+        make_model(head_type="linear", depths=[2]).explain("dull", tokenizer)
+
+
+def test_multi_label_probabilities(make_model, tokenizer):
+    (explanation,) = make_model(problem_type="multi_label_classification").explain("dull", tokenizer)
+    torch.testing.assert_close(explanation.probabilities, explanation.logits.sigmoid())
+
+
+# Images
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def image_model(backbone, shake, **fields):
+    torch.manual_seed(0)
+    fields = {"num_labels": N_OUT, "d_inp": 8, "n_parts": 6, **fields}
+    model = CapsuleHeadForImageClassification.from_backbone(backbone, **fields)
+    shake(model.head)
+    return model.eval()
+
+
+def test_patches_of_a_vit(shake):
+    model = image_model(ViTConfig(image_size=24, patch_size=8, **SMALL), shake, freeze_backbone=False)
+    image = Image.effect_noise((30, 30), 60).convert("RGB")
+    processor = ViTImageProcessor(size={"height": 24, "width": 24})
+    (explanation,) = model.explain(image, processor)
+    assert explanation.image is image and explanation.tokens is None
+    grid = explanation.by_patch()
+    assert grid.shape == (3, 3, N_OUT)
+    torch.testing.assert_close(grid.flatten(0, 1), explanation.by_token()[1:])  # all but the class token
+    torch.testing.assert_close(explanation.parts.sum(0), explanation.logits)
+
+
+@pytest.mark.parametrize("kind", ["swin", "resnet"])
+def test_patches_of_hierarchical_backbones(shake, kind):
+    if kind == "swin":
+        sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+        backbone = SwinConfig(image_size=32, patch_size=4, **sizes)
+    else:
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+        backbone = ResNetConfig(**sizes)
+    model = image_model(backbone, shake, freeze_backbone=False)
+    generator = torch.Generator().manual_seed(0)
+    (explanation,) = model.explain(
+        [torch.rand(3, 32, 32, generator=generator)],
+        ViTImageProcessor(size={"height": 32, "width": 32}, do_rescale=False),
+    )
+    grid = explanation.by_patch()
+    assert grid.shape == (8, 8, N_OUT)
+    torch.testing.assert_close(grid.sum((0, 1)), explanation.by_depth().sum(0), rtol=1e-4, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"Hidden states have 64, .* tokens, by depth.*use by_patch\(\) or by_depth\(\)"
+    ):
+        explanation.by_token()
+
+
+def test_places_of_a_feature_map(shake):
+    model = image_model(
+        StereoConvConfig(hidden_sizes=[4] * 6), shake, head_type="spatial_pose", freeze_backbone=False, d_cov=2, d_cap=2
+    )
+    (explanation,) = model.explain(Image.effect_noise((192, 96), 60).convert("L"), StereoImageProcessor())
+    rows, columns, _ = explanation.by_patch().shape
+    assert rows == columns and rows * columns == len(explanation.by_token())
+
+
+def test_tokens_that_make_no_grid(make_model, shake):
+    model = image_model(ViTConfig(image_size=24, patch_size=8, **SMALL), shake, freeze_backbone=False)
+    (explanation,) = model.explain(torch.rand(3, 24, 24), ViTImageProcessor(size={"height": 24, "width": 24}))
+    odd = type(explanation)(**{**vars(explanation), "credits": tuple(x[:8] for x in explanation.credits)})
+    with pytest.raises(ValueError, match=r"8 tokens make no grid of the shape of the image, 24x24 pixels"):
+        odd.by_patch()
