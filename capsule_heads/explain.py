@@ -118,6 +118,7 @@ class Explanation:
         labels: names of the classes.
         logits: `[classes]`, their scores.
         probabilities: `[classes]`, that the model gives them.
+        is_multi_label: whether each class has a probability of its own; else they add up to 1.
         parts: `[n_parts, classes]`, credits of parts, in logits: exact, their sum over parts is `logits`.
         credits: per depth `[tokens, classes]`, credits of tokens, in logits, to first order (see the module).
         depths: which hidden state each is.
@@ -133,6 +134,7 @@ class Explanation:
     labels: tuple[str, ...]
     logits: Tensor
     probabilities: Tensor
+    is_multi_label: bool
     parts: Tensor
     credits: tuple[Tensor, ...]
     depths: tuple[int, ...]
@@ -148,6 +150,20 @@ class Explanation:
     def predicted(self) -> int:
         """The class with the highest score."""
         return int(self.logits.argmax())
+
+    def against_others(self, credits: Tensor) -> Tensor:
+        """Credits for each class against the others: what the log of its probability gains, to first order, in nats.
+
+        Args:
+            credits: `[..., classes]`, in logits, such as `by_token` returns.
+
+        Returns:
+            Of the same shape: less their mean over classes, each weighted by its probability; for a classifier with
+            many labels, times the probability that the label does not apply.
+        """
+        if self.is_multi_label:
+            return credits * (1 - self.probabilities)
+        return credits - (credits @ self.probabilities).unsqueeze(-1)
 
     def by_token(self) -> Tensor:
         """Credits of tokens, of all depths together, `[tokens, classes]`.
@@ -183,7 +199,7 @@ class Explanation:
         """
         if not self.spans:
             raise ValueError(
-                "Words are not known: expected an explanation of a text, with a fast tokenizer, which says where they are."
+                "Words are not known: expected an explanation of a text, by a fast tokenizer, which has their places."
             )
         credits = self.by_token()
         return [
@@ -349,6 +365,7 @@ def _explain_batch(
             labels=labels,
             logits=found.scores[row].cpu(),
             probabilities=probabilities[row].cpu(),
+            is_multi_label=is_multi_label,
             parts=found.parts[row].cpu(),
             credits=tuple(x[row].cpu()[mask[row]] for x, mask in zip(found.inputs, is_token)),
             depths=tuple(model.config.depths),
