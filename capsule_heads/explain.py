@@ -152,18 +152,19 @@ class Explanation:
         return int(self.logits.argmax())
 
     def against_others(self, credits: Tensor) -> Tensor:
-        """Credits for each class against the others: what the log of its probability gains, to first order, in nats.
+        """Credits for each class against the others: what the log of its odds gains, to first order.
 
         Args:
             credits: `[..., classes]`, in logits, such as `by_token` returns.
 
         Returns:
-            Of the same shape: less their mean over classes, each weighted by its probability; for a classifier with
-            many labels, times the probability that the label does not apply.
+            Of the same shape and unit: less their mean over the other classes, weighted by their probabilities. Where
+            each class has a probability of its own its logit is the log of its odds, and credits are as they were.
         """
-        if self.is_multi_label:
-            return credits * (1 - self.probabilities)
-        return credits - (credits @ self.probabilities).unsqueeze(-1)
+        if self.is_multi_label or len(self.logits) == 1:
+            return credits
+        others = self.logits.repeat(len(self.logits), 1).fill_diagonal_(-torch.inf).softmax(-1)  # [class, other]
+        return credits - credits @ others.mT
 
     def by_token(self) -> Tensor:
         """Credits of tokens, of all depths together, `[tokens, classes]`.

@@ -20,7 +20,8 @@ LEVELS = (
     ("heads",),
     ("explain",),
     ("models", "data", "metrics", "results"),
-    ("hub", "convert", "pictures"),
+    ("hub", "convert", "faithfulness"),
+    ("pictures",),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

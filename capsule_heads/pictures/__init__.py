@@ -4,11 +4,14 @@
 | --- | --- | --- |
 | how an activated capsule's pose moves | `select_sequence`, `activated_poses`, `pose_trajectory` | `draw_trajectory` |
 | accuracy against parameters, or year | `capsule_heads.results.collect_results` | `draw_results` |
+| credits of tokens, of patches, of parts | `model.explain` | `draw_tokens`, `draw_patches`, `draw_parts` |
+| how faithful explanations are | `capsule_heads.faithfulness.compare_methods` | `draw_deletion` |
 
 Drawing returns a `matplotlib.figure.Figure` (`figure.savefig(path)`) and leaves pyplot and its settings alone.
 """
 
 from .accuracy import draw_results
+from .explanation import draw_deletion, draw_parts, draw_patches, draw_tokens
 from .trajectory import (
     PoseTrajectory,
     activated_poses,
@@ -22,7 +25,11 @@ __all__ = [
     "PoseTrajectory",
     "activated_poses",
     "compute_capsules",
+    "draw_deletion",
+    "draw_parts",
+    "draw_patches",
     "draw_results",
+    "draw_tokens",
     "draw_trajectory",
     "pose_trajectory",
     "select_sequence",

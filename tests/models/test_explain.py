@@ -179,16 +179,12 @@ def test_what_cannot_be_explained(make_model, tokenizer):
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
 def test_credits_against_the_other_classes(make_model, tokenizer, problem_type):
     (explanation,) = make_model(problem_type=problem_type).explain("dull", tokenizer)
-    logits = explanation.logits.requires_grad_()
-    if problem_type == "multi_label_classification":
-        torch.testing.assert_close(explanation.probabilities, logits.sigmoid())
-        log_probabilities = torch.nn.functional.logsigmoid(logits)
-    else:
-        torch.testing.assert_close(explanation.probabilities, logits.softmax(0))
-        log_probabilities = logits.log_softmax(0)
-    slopes = torch.stack([torch.autograd.grad(x, logits, retain_graph=True)[0] for x in log_probabilities])
+    logits = explanation.logits.double().requires_grad_()
+    probabilities = logits.sigmoid() if "multi" in problem_type else logits.softmax(0)
+    torch.testing.assert_close(explanation.probabilities, probabilities.float())
+    slopes = torch.stack([torch.autograd.grad(x, logits, retain_graph=True)[0] for x in probabilities.logit()])
     credits = explanation.by_token()
-    torch.testing.assert_close(explanation.against_others(credits), credits @ slopes.T)
+    torch.testing.assert_close(explanation.against_others(credits), credits @ slopes.float().T)
 
 
 # Images

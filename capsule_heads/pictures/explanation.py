@@ -1,0 +1,120 @@
+"""Where a score comes from, as pictures: tokens by depths, patches over an image, parts; and deletion curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..explain import Explanation
+from ..faithfulness import DELETED
+from .canvas import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = "RdBu"  # against the class is red, for it is blue: told apart by those who see no green
+
+
+def draw_tokens(explanation: Explanation, target: int | None = None) -> Figure:
+    """A heat map of a text's tokens at all depths, with the sums over each beside it.
+
+    Args:
+        explanation: of a text, or of anything whose hidden states have the same tokens.
+        target: the class; default, the one that is predicted.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if hidden states differ in tokens.
+    """
+    k = explanation.predicted if target is None else target
+    credits = explanation.against_others(explanation.by_token_and_depth())[..., k].numpy()
+    n_tokens, n_depths = credits.shape
+    names = explanation.tokens or [str(token) for token in range(n_tokens)]
+    figure = new_figure(max(5.0, 2.2 + 0.34 * n_tokens), 2.8 + 0.24 * n_depths)
+    sums, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.1, 0.24 * n_depths + 0.4))
+    most = float(np.abs(credits).max()) or 1.0
+    totals = credits.sum(1)
+    sums.bar(range(n_tokens), totals, color=["#2166ac" if total > 0 else "#b2182b" for total in totals])
+    sums.axhline(0, color="black", linewidth=0.8)
+    sums.set_ylabel("all depths")
+    image = heat.imshow(credits.T, cmap=COLOURS, vmin=-most, vmax=most, aspect="auto", origin="lower")
+    heat.set_xticks(range(n_tokens), names, rotation=60, ha="right", rotation_mode="anchor")
+    heat.set_yticks(range(n_depths), explanation.depths)
+    heat.set_ylabel("depth")
+    figure.colorbar(image, ax=[sums, heat], label="credit (logits)")
+    probability = float(explanation.probabilities[k])
+    sums.set_title(f"For {explanation.labels[k]}, against the others; probability {probability:.2f}")
+    return figure
+
+
+def draw_patches(explanation: Explanation, target: int | None = None) -> Figure:
+    """An image, and the credits of its patches over it; arguments and errors as in `draw_tokens`."""
+    k = explanation.predicted if target is None else target
+    credits = explanation.against_others(explanation.by_patch())[..., k].numpy()
+    most = float(np.abs(credits).max()) or 1.0
+    figure = new_figure(8.0, 3.8)
+    plain, over = figure.subplots(1, 2)
+    image = _as_pixels(explanation.image)
+    extent = (0, credits.shape[1], credits.shape[0], 0)  # image and patches in one unit, whatever was cropped
+    for axes in (plain, over):
+        axes.imshow(image, extent=extent, cmap="gray", aspect="equal")
+        axes.axis("off")
+    drawn = over.imshow(credits, cmap=COLOURS, vmin=-most, vmax=most, alpha=0.6, extent=extent)
+    figure.colorbar(drawn, ax=over, label="credit (logits)")
+    plain.set_title("image")
+    over.set_title(f"for {explanation.labels[k]}, probability {float(explanation.probabilities[k]):.2f}")
+    return figure
+
+
+def _as_pixels(image) -> np.ndarray:
+    """An image of any kind as `[rows, columns]` or `[rows, columns, 3]`."""
+    pixels = np.asarray(image)
+    return np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 and pixels.shape[0] in (1, 3) else pixels
+
+
+def draw_parts(explanations: Sequence[Explanation]) -> Figure:
+    """What each part is used for: its mean credit for each class, over some explanations of one model.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there are none.
+    """
+    if not explanations:
+        raise ValueError("There is nothing to draw; expected at least one explanation.")
+    credits = np.mean([explanation.parts.numpy() for explanation in explanations], axis=0)  # [parts, classes]
+    labels = explanations[0].labels
+    credits = credits[np.argsort(credits[:, -1] - credits[:, 0])]
+    most = float(np.abs(credits).max()) or 1.0
+    figure = new_figure(10.0, 1.4 + 0.3 * len(labels))
+    axes = figure.subplots()
+    image = axes.imshow(credits.T, cmap=COLOURS, vmin=-most, vmax=most, aspect="auto")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel(f"parts, in order of what they say of {labels[-1]} less {labels[0]}")
+    axes.set_title(f"Mean credit of parts over {len(explanations)} inputs: each class's add up to its mean score")
+    figure.colorbar(image, ax=axes, label="credit (logits)")
+    return figure
+
+
+def draw_deletion(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Deletion curves: the mean probability of what was predicted, as more and more tokens are removed.
+
+    Args:
+        curves: by method, `[len(DELETED)]`.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    figure = new_figure(7.0, 4.4)
+    axes = figure.subplots()
+    styles = ("-", "--", "-.", ":")
+    for n, (name, curve) in enumerate(curves.items()):
+        width = 2.4 if n == 0 else 1.4
+        axes.plot([100 * share for share in DELETED], curve, styles[n % len(styles)], label=name, linewidth=width)
+    axes.set_xlabel("tokens removed, those named first before others (%)")
+    axes.set_ylabel("mean probability of the predicted class")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
