@@ -5,6 +5,7 @@
 | how an activated capsule's pose moves | `select_sequence`, `activated_poses`, `pose_trajectory` | `draw_trajectory` |
 | accuracy against parameters, or year | `capsule_heads.results.collect_results` | `draw_results` |
 | credits of tokens, of patches, of parts | `model.explain` | `draw_tokens`, `draw_patches`, `draw_parts` |
+| explanations on one page of HTML | `model.explain` | `render_report`, a `str` |
 | how faithful explanations are | `capsule_heads.faithfulness.compare_methods` | `draw_deletion` |
 
 Drawing returns a `matplotlib.figure.Figure` (`figure.savefig(path)`) and leaves pyplot and its settings alone.
@@ -12,6 +13,7 @@ Drawing returns a `matplotlib.figure.Figure` (`figure.savefig(path)`) and leaves
 
 from .accuracy import draw_results
 from .explanation import draw_deletion, draw_parts, draw_patches, draw_tokens
+from .report import render_report
 from .trajectory import (
     PoseTrajectory,
     activated_poses,
@@ -32,5 +34,6 @@ __all__ = [
     "draw_tokens",
     "draw_trajectory",
     "pose_trajectory",
+    "render_report",
     "select_sequence",
 ]

@@ -1,0 +1,92 @@
+"""Explanations as one page of HTML, which needs no network and nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..explain import Explanation
+from .explanation import draw_patches
+
+BLUE, RED = (33, 102, 172), (178, 24, 43)
+
+
+def render_report(
+    explanations: Sequence[Explanation], labels: Sequence[int | None] | None = None, title: str = "Explanations"
+) -> str:
+    """A page with coloured texts, or patches over images, of each explanation.
+
+    Args:
+        explanations: of texts or images.
+        labels: the true class of each, if known: wrong predictions then come first, the most confident one at the top,
+            and right ones after them, the least confident one first. Without labels the order is as given.
+        title: of the page.
+
+    Raises:
+        ValueError: if there are not as many labels as explanations.
+        ImportError: for images, if matplotlib is not installed.
+    """
+    labels = [None] * len(explanations) if labels is None else list(labels)
+    if len(labels) != len(explanations):
+        raise ValueError(f"There are {len(labels)} labels of {len(explanations)} explanations; expected one for each.")
+    pairs = list(zip(explanations, labels))
+    unknown = [pair for pair in pairs if pair[1] is None]
+    known = sorted((pair for pair in pairs if pair[1] is not None), key=_confidence)
+    wrong = [pair for pair in known if pair[0].predicted != pair[1]]
+    right = [pair for pair in known if pair[0].predicted == pair[1]]
+    sections = [
+        ("", unknown),
+        ("Wrong, the most confident first", wrong[::-1]),
+        ("Right, the least confident first", right),
+    ]
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        title=title, sections=[(heading, [_entry(*pair) for pair in members]) for heading, members in sections]
+    )
+
+
+def _confidence(pair: tuple[Explanation, int | None]) -> float:
+    return float(pair[0].probabilities[pair[0].predicted])
+
+
+def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
+    """What the template says of one explanation."""
+    k = explanation.predicted
+    probabilities = explanation.probabilities.tolist()
+    entry: dict[str, Any] = {
+        "scores": [(name, p, n == k) for n, (name, p) in enumerate(zip(explanation.labels, probabilities))],
+        "truth": None if label is None else explanation.labels[label],
+    }
+    if explanation.image is not None:
+        buffer = io.BytesIO()
+        draw_patches(explanation).savefig(buffer, format="png")
+        entry["image"] = base64.b64encode(buffer.getvalue()).decode()
+    if explanation.spans:
+        words = explanation.by_word()
+        credits = [float(explanation.against_others(word.credit)[k]) for word in words]
+        most = max(map(abs, credits))
+        end, entry["words"] = 0, []
+        for word, credit in zip(words, credits):
+            entry["words"].append((explanation.text[end : word.start], word.text, credit, _colour(credit, most)))
+            end = word.end
+        entry["rest"] = explanation.text[end:]
+    if explanation.tokens is not None:
+        credits = explanation.against_others(explanation.by_token_and_depth())[..., k]
+        most = float(credits.abs().max())
+        entry["tokens"] = explanation.tokens
+        entry["rows"] = [
+            (depth, [(credit, _colour(credit, most)) for credit in column])
+            for depth, column in zip(explanation.depths, credits.T.tolist())
+        ]
+    return entry
+
+
+def _colour(credit: float, most: float) -> str:
+    red, green, blue = BLUE if credit > 0 else RED
+    return f"rgba({red},{green},{blue},{0.7 * abs(credit) / (most or 1.0):.3f})"  # pale enough to read what is on it
