@@ -73,7 +73,61 @@ class PartDetector(nn.Module):
         return self.norm(F.silu(projected))
 
 
-class TokenDepthHead(nn.Module):
+class TokenDepthInputs(nn.Module):
+    """What heads on all tokens at all depths have in common: the vectors that hidden states become.
+
+    Hidden states of several widths, such as those of hierarchical image models, have a `PartDetector` per width. The
+    vectors are ordered `token * d_depth + depth` where all hidden states have one shape, and depth after depth where
+    they do not.
+
+    Args:
+        d_emb: width of each hidden state.
+        d_inp: width of the vectors.
+    """
+
+    def __init__(self, d_emb: Sequence[int], d_inp: int) -> None:
+        super().__init__()
+        self.d_emb = tuple(d_emb)
+        self.widths = list(dict.fromkeys(self.d_emb))
+        self.detect_parts = nn.ModuleList(
+            [PartDetector(self.d_emb.count(width), width, d_inp) for width in self.widths]
+        )
+
+    def detect(
+        self,
+        hidden_states: Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor],
+        mix: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The inputs of the head: scores `[batch, n_inp]`, as logits, and poses `[batch, n_inp, 1, d_inp]`.
+
+        Arguments and errors as in `TokenDepthHead.forward`.
+        """
+        masks = check_inputs(hidden_states, mask, self.d_emb)
+        projected = [None] * len(self.d_emb)
+        for width, detector in zip(self.widths, self.detect_parts):
+            depths = [depth for depth, d_emb in enumerate(self.d_emb) if d_emb == width]
+            for depth, x in zip(depths, detector.project([hidden_states[depth] for depth in depths])):
+                projected[depth] = x
+        if len(self.widths) == 1 and all(x.shape == projected[0].shape for x in projected):
+            # What mixes samples commutes with the affine map, and has less to mix behind it.
+            x = mixed(torch.stack(projected, dim=2), mix)
+            x = self.detect_parts[0].activate(x).flatten(1, 2)
+            a = _logit(torch.stack(masks, dim=2), x).flatten(1)
+        else:
+            detectors = [self.detect_parts[self.widths.index(width)] for width in self.d_emb]
+            x = torch.cat([detector.activate(mixed(x, mix)) for detector, x in zip(detectors, projected)], dim=1)
+            a = _logit(torch.cat(masks, dim=1), x)
+        return a, x.unsqueeze(-2)
+
+    def split_by_depth(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
+        """Values of the inputs, `[batch, n_inp, ...]`, as `[batch, tokens, ...]` per depth."""
+        if len(self.widths) == 1 and len(set(n_tokens)) == 1:
+            return list(values.unflatten(1, (n_tokens[0], len(n_tokens))).unbind(2))
+        return list(values.split(list(n_tokens), dim=1))
+
+
+class TokenDepthHead(TokenDepthInputs):
     """The paper's text head: every token at every depth is a capsule, routed to parts, routed to classes.
 
     A learned embedding of depth is added to the hidden states; an affine map, swish and layer normalisation make each
@@ -81,9 +135,6 @@ class TokenDepthHead(nn.Module):
     and those to `n_out` capsules of `1 x d_cap`, whose scores are the logits (Heinsen, 2019, section 4.2). Hidden
     states of several widths, such as those of hierarchical image models, have one affine map and normalisation per
     width.
-
-    The inputs of the first routing are ordered `token * d_depth + depth` where all hidden states have one shape, and
-    depth after depth where they do not.
 
     Args:
         d_emb: width of each hidden state.
@@ -107,12 +158,7 @@ class TokenDepthHead(nn.Module):
         strategy: str = "auto",
         **options,
     ) -> None:
-        super().__init__()
-        self.d_emb = tuple(d_emb)
-        self.widths = list(dict.fromkeys(self.d_emb))
-        self.detect_parts = nn.ModuleList(
-            [PartDetector(self.d_emb.count(width), width, d_inp) for width in self.widths]
-        )
+        super().__init__(d_emb, d_inp)
         self.routings = _routings(n_out, n_parts, Routing(1, d_inp, d_cap, n_out=n_parts, strategy=strategy, **options))
 
     def reset_parameters(self) -> None:
@@ -143,39 +189,6 @@ class TokenDepthHead(nn.Module):
         """
         a, x = self.detect(hidden_states, mask, mix)
         return _route(self.routings, a, x, return_routing_probabilities)
-
-    def detect(
-        self,
-        hidden_states: Sequence[Tensor],
-        mask: Tensor | Sequence[Tensor],
-        mix: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The inputs of the first routing: scores `[batch, n_inp]` and poses `[batch, n_inp, 1, d_inp]`.
-
-        Arguments and errors as in `forward`.
-        """
-        masks = _check_inputs(hidden_states, mask, self.d_emb)
-        projected = [None] * len(self.d_emb)
-        for width, detector in zip(self.widths, self.detect_parts):
-            depths = [depth for depth, d_emb in enumerate(self.d_emb) if d_emb == width]
-            for depth, x in zip(depths, detector.project([hidden_states[depth] for depth in depths])):
-                projected[depth] = x
-        if len(self.widths) == 1 and all(x.shape == projected[0].shape for x in projected):
-            # What mixes samples commutes with the affine map, and has less to mix behind it.
-            x = _mixed(torch.stack(projected, dim=2), mix)
-            x = self.detect_parts[0].activate(x).flatten(1, 2)
-            a = _logit(torch.stack(masks, dim=2), x).flatten(1)
-        else:
-            detectors = [self.detect_parts[self.widths.index(width)] for width in self.d_emb]
-            x = torch.cat([detector.activate(_mixed(x, mix)) for detector, x in zip(detectors, projected)], dim=1)
-            a = _logit(torch.cat(masks, dim=1), x)
-        return a, x.unsqueeze(-2)
-
-    def split_by_depth(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
-        """Values of the inputs of the first routing, `[batch, n_inp, ...]`, as `[batch, tokens, ...]` per depth."""
-        if len(self.widths) == 1 and len(set(n_tokens)) == 1:
-            return list(values.unflatten(1, (n_tokens[0], len(n_tokens))).unbind(2))
-        return list(values.split(list(n_tokens), dim=1))
 
 
 class PlaceConv(nn.Conv1d):
@@ -258,8 +271,8 @@ class SpatialPoseHead(nn.Module):
 
         Arguments and errors as in `forward`.
         """
-        (mask,) = _check_inputs(hidden_states, mask, self.d_emb)
-        x = _mixed(hidden_states[0].to(self.compute_a[0].weight.dtype), mix).mT  # [batch, channels, places]
+        (mask,) = check_inputs(hidden_states, mask, self.d_emb)
+        x = mixed(hidden_states[0].to(self.compute_a[0].weight.dtype), mix).mT  # [batch, channels, places]
         scores = self.compute_a(x)
         a = scores + mask.to(torch.promote_types(scores.dtype, torch.float32)).log()[:, None]
         poses = self.compute_mu(x).unflatten(1, (self.n_parts, self.d_cov, self.d_cap)).movedim(-1, 2)
@@ -268,40 +281,6 @@ class SpatialPoseHead(nn.Module):
     def split_by_depth(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
         """As in `TokenDepthHead.split_by_depth`; the values of all parts at a place are summed."""
         return [values.unflatten(1, (self.n_parts, *n_tokens)).sum(1)]
-
-
-class LinearHead(nn.Module):
-    """A control without capsules: one hidden state, pooled over tokens, and an affine map.
-
-    Args:
-        d_emb: width of the one hidden state that it takes, as a sequence.
-        n_out: number of scores.
-    """
-
-    def __init__(self, *, d_emb: Sequence[int], n_out: int) -> None:
-        super().__init__()
-        self.d_emb = tuple(d_emb)
-        (width,) = self.d_emb
-        self.affine = nn.Linear(width, n_out)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialises weight and bias to zero: all classes start alike."""
-        nn.init.zeros_(self.affine.weight)
-        nn.init.zeros_(self.affine.bias)
-
-    def forward(
-        self,
-        hidden_states: Sequence[Tensor],
-        mask: Tensor | Sequence[Tensor],
-        return_routing_probabilities: bool = False,
-        mix: Callable[[Tensor], Tensor] | None = None,
-    ) -> HeadOutput:
-        """Scores each class. Arguments, returns and errors as in `TokenDepthHead.forward`; it has no probabilities."""
-        (mask,) = _check_inputs(hidden_states, mask, self.d_emb)
-        x = _mixed(hidden_states[0].to(self.affine.weight.dtype), mix)
-        weights = mask.to(x.dtype) / mask.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps).to(x.dtype)
-        return HeadOutput(self.affine((weights[:, None] @ x)[:, 0]).float())
 
 
 class _LinearOfHalf(torch.autograd.Function):
@@ -334,11 +313,11 @@ def _is_kept_in_half(x: Tensor, weight: Tensor) -> bool:
     return is_narrower and has_gradient and not x.requires_grad and not torch.is_autocast_enabled(x.device.type)
 
 
-def _mixed(x: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
+def mixed(x: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
     return x if mix is None else mix(x)
 
 
-def _check_inputs(
+def check_inputs(
     hidden_states: Sequence[Tensor], mask: Tensor | Sequence[Tensor], d_emb: tuple[int, ...]
 ) -> list[Tensor]:
     """Checks the inputs of a head, and returns one mask per depth."""

@@ -246,7 +246,8 @@ def collect_results(task: str, published: str | Path, measured: str | Path) -> l
 
 
 def _method(record: dict[str, Any]) -> str:
-    head = {"linear": "linear head"}.get(record["head_type"], "capsule head")
+    kind = record["head_type"]
+    head = "capsule head" if kind in ("token_depth", "spatial_pose") else f"{kind.replace('_', ' ')} head"
     return f"{head}, {'frozen' if record['freeze_backbone'] else 'trained'} {record['backbone']}"
 
 

@@ -18,7 +18,7 @@ LEVELS = (
     ("version", "ops", "weights"),
     ("layers", "mixup"),
     ("heads",),
-    ("explain",),
+    ("control_heads", "explain"),
     ("models", "data", "metrics", "results"),
     ("hub", "convert", "faithfulness"),
     ("pictures",),

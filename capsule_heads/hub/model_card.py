@@ -32,11 +32,17 @@ HEADS = {
     "token_depth": "A routing-capsule head",
     "spatial_pose": "A routing-capsule head for poses",
     "linear": "A linear control head, without capsules,",
+    "scalar_mix": "A control head without capsules, which mixes depths,",
+    "attentive_pooling": "A control head without capsules, which attends to tokens and depths,",
+    "vector_routing": "A vector-routing control head",
 }
 FIELDS = {
     "token_depth": ("depths", "d_inp", "n_parts", "d_cap", "n_iters", "p_model", "mixup_alpha"),
     "spatial_pose": ("depths", "n_parts", "d_cov", "d_cap", "n_iters", "p_model", "mixup_alpha"),
-    "linear": ("depths", "mixup_alpha"),
+    "linear": ("depths", "pooling", "mixup_alpha"),
+    "scalar_mix": ("depths", "d_inp", "mixup_alpha"),
+    "attentive_pooling": ("depths", "d_inp", "mixup_alpha"),
+    "vector_routing": ("depths", "d_inp", "n_parts", "n_iters", "mixup_alpha"),
 }
 PROCESSOR_FILES = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 METRIC_IDS = {"pearson": "pearsonr"}  # where `evaluate` has another name

@@ -11,13 +11,15 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..control_heads import POOLINGS
 from ..ops import check_routing_options
 from .backbone_probe import probe_hidden_sizes_without_weights
 from .backbones import STACKS, TOWERS, Part, tower_config
 from .checks import check_dtype, check_size
 from .windows import Windowing
 
-HEAD_TYPES = ("token_depth", "spatial_pose", "linear")
+CAPSULE_HEADS = ("token_depth", "spatial_pose")
+HEAD_TYPES = (*CAPSULE_HEADS, "linear", "scalar_mix", "attentive_pooling", "vector_routing")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -48,15 +50,17 @@ class CapsuleHeadConfig(PreTrainedConfig):
         hidden_sizes: width of each hidden state that the backbone yields, the embedding output included; None to find
             out, by running a backbone without weights (on the meta device).
         head_type: "token_depth", the paper's text head, on all tokens at several depths; "spatial_pose", its vision
-            head, on the poses that it computes at every place of one feature map; or "linear", a control without
-            capsules, on the mean of one hidden state's tokens.
+            head, on the poses that it computes at every place of one feature map. Or a control without capsules:
+            "linear" on one hidden state, "scalar_mix" on a learned mix of several, "attentive_pooling" and
+            "vector_routing" (Heinsen, 2022) on what "token_depth" takes; see `capsule_heads.control_heads`.
         depths: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
             None for all, or for the last where the head takes one. They are kept resolved: ascending, not negative.
-        d_inp: width of the capsules that hidden states become; "token_depth" only.
-        n_parts: number of part capsules.
+        pooling: how "linear" pools tokens: "mean", "first" (BERT's [CLS]) or "last".
+        d_inp: width of the capsules, or vectors, that hidden states become, and of the hidden layer of "scalar_mix".
+        n_parts: number of part capsules, or vectors.
         d_cov: rows of a capsule's pose; None for the paper's: 1, or 4 for "spatial_pose".
         d_cap: columns of a pose; None for the paper's: 2, or 4 for "spatial_pose".
-        n_iters: iterations of each routing.
+        n_iters: iterations of each routing; None for the paper's: 3, or 2 for "vector_routing".
         p_model: "gaussian", or "skm" for soft k-means.
         single_beta: whether the routings share one beta for use and ignorance.
         eps: added to counts of data and to variances in routing.
@@ -90,11 +94,12 @@ class CapsuleHeadConfig(PreTrainedConfig):
         hidden_sizes: list[int] | None = None,
         head_type: str = "token_depth",
         depths: list[int] | None = None,
+        pooling: str = "mean",
         d_inp: int = 64,
         n_parts: int = 64,
         d_cov: int | None = None,
         d_cap: int | None = None,
-        n_iters: int = 3,
+        n_iters: int | None = None,
         p_model: str = "gaussian",
         single_beta: bool = False,
         eps: float = 1e-5,
@@ -132,7 +137,11 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self._check_windows()
         if head_type not in HEAD_TYPES:
             raise ValueError(f"head_type is {head_type!r}; expected one of {', '.join(HEAD_TYPES)}.")
-        self.head_type = head_type
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+        if pooling != "mean" and head_type != "linear":
+            raise ValueError(f'pooling is {pooling!r}; only head_type="linear" chooses how to pool tokens.')
+        self.head_type, self.pooling = head_type, pooling
         poses = head_type == "spatial_pose"
         d_cov = (4 if poses else 1) if d_cov is None else d_cov
         d_cap = (4 if poses else 2) if d_cap is None else d_cap
@@ -146,11 +155,12 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if d_cov != 1 and not poses:
             raise ValueError(f'd_cov is {d_cov}; the capsules of head_type="{head_type}" have one row.')
         self.hidden_sizes = list(hidden_sizes)
-        takes_one = head_type != "token_depth"
+        takes_one = head_type in ("spatial_pose", "linear")
         self.depths = _resolve_depths([-1] if depths is None and takes_one else depths, len(hidden_sizes))
         if takes_one and len(self.depths) > 1:
             raise ValueError(f'depths is {depths}; head_type="{head_type}" takes one hidden state.')
         self.d_inp, self.n_parts, self.d_cov, self.d_cap = d_inp, n_parts, d_cov, d_cap
+        n_iters = (2 if head_type == "vector_routing" else 3) if n_iters is None else n_iters
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
         self.n_iters, self.p_model, self.single_beta = n_iters, p_model, single_beta
         self.eps, self.strategy = eps, strategy

@@ -20,10 +20,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from ..control_heads import AttentivePoolingHead, LinearHead, ScalarMixHead, VectorRoutingHead
 from ..explain import modality_of
-from ..heads import LinearHead, SpatialPoseHead, TokenDepthHead
+from ..heads import SpatialPoseHead, TokenDepthHead
 from .backbones import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, Part, part_of, tower_config
-from .configuration_capsule_head import CapsuleHeadConfig
+from .configuration_capsule_head import CAPSULE_HEADS, CapsuleHeadConfig
 
 PACKAGE_PREFIX = "package:"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -303,10 +304,17 @@ def build_head(config: CapsuleHeadConfig, n_out: int | None) -> nn.Module:
         ValueError: for a head without parts that would have to stop at them.
     """
     d_emb = [config.hidden_sizes[depth] for depth in config.depths]
+    if config.head_type not in CAPSULE_HEADS and n_out is None:
+        raise ValueError(f'A head of head_type="{config.head_type}" has no parts; load it as a classifier.')
     if config.head_type == "linear":
-        if n_out is None:
-            raise ValueError('A head of head_type="linear" has no parts; load it as a classifier.')
-        return LinearHead(d_emb=d_emb, n_out=n_out)
+        return LinearHead(d_emb=d_emb, n_out=n_out, pooling=config.pooling)
+    if config.head_type == "scalar_mix":
+        return ScalarMixHead(d_emb=d_emb, n_out=n_out, d_inp=config.d_inp)
+    if config.head_type == "attentive_pooling":
+        return AttentivePoolingHead(d_emb=d_emb, n_out=n_out, d_inp=config.d_inp)
+    if config.head_type == "vector_routing":
+        sizes = {name: getattr(config, name) for name in ("d_inp", "n_parts", "n_iters")}
+        return VectorRoutingHead(d_emb=d_emb, n_out=n_out, **sizes)
     options = {name: getattr(config, name) for name in ROUTING_OPTIONS}
     if config.head_type == "spatial_pose":
         return SpatialPoseHead(d_emb=d_emb, n_out=n_out, d_cov=config.d_cov, **options)

@@ -14,7 +14,7 @@ from ..explain import Explanation, explain
 from ..heads import HeadOutput
 from ..mixup import draw_mixup, mix
 from .backbones import AUDIO_INPUTS, IMAGE_INPUTS, TEXT_INPUTS
-from .configuration_capsule_head import CapsuleHeadConfig
+from .configuration_capsule_head import CAPSULE_HEADS, CapsuleHeadConfig
 from .loading import load_processor
 from .losses import check_labels, infer_problem_type, problem_loss, problem_targets
 from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
@@ -98,7 +98,7 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
     """
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building) -> None:
-        from_poses = config.problem_type == "regression" and config.head_type != "linear"
+        from_poses = config.problem_type == "regression" and config.head_type in CAPSULE_HEADS
         super().__init__(config, N_REGRESSION_CAPSULES if from_poses else config.num_labels, backbone, **building)
         self.num_labels = config.num_labels
         pose_size = N_REGRESSION_CAPSULES * config.d_cov * config.d_cap

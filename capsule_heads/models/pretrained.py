@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from ..heads import LinearHead, PartDetector, PlaceConv
+from ..control_heads import AttentivePoolingHead, LinearHead, ScalarMixHead, VectorRouting
+from ..heads import PartDetector, PlaceConv
 from ..layers import Routing
 from ..weights import same_weights, sample_weights
 from .backbone_probe import probe_hidden_sizes
@@ -42,6 +43,18 @@ from .loading import (
     reference_of,
 )
 from .windows import run_in_windows
+
+# The modules of heads that have parameters of their own, and initialise them.
+WITH_PARAMETERS = (
+    AttentivePoolingHead,
+    LinearHead,
+    PartDetector,
+    PlaceConv,
+    Routing,
+    ScalarMixHead,
+    VectorRouting,
+    nn.LayerNorm,
+)
 
 
 class CapsuleHeadPreTrainedModel(PreTrainedModel):
@@ -383,7 +396,7 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for every module of ours, also for those of a checkpoint that lacks some weights; the
         # functions of nn.init leave loaded tensors alone meanwhile.
-        if isinstance(module, LinearHead | PartDetector | PlaceConv | Routing | nn.LayerNorm):
+        if isinstance(module, WITH_PARAMETERS):
             module.reset_parameters()
         elif isinstance(module, nn.BatchNorm1d):
             super()._init_weights(module)  # which leaves loaded running statistics alone too

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..control_heads import POOLINGS
 from ..data.glue import GLUE_TASKS, load_glue
 from ..data.images import IMAGE_DATASETS, load_images, prepare_images
 from ..data.reviews import load_reviews
@@ -108,11 +109,12 @@ class ModelArguments:
         default=None, metadata={"help": "Indices of the hidden states to use; 0 is the embedding output. Default: all."}
     )
     head_type: str = field(default="token_depth", metadata={"help": "The kind of head.", "choices": HEAD_TYPES})
+    pooling: str = field(default="mean", metadata={"help": "How a linear head pools tokens.", "choices": POOLINGS})
     d_inp: int = field(default=64, metadata={"help": "Width of the capsules that hidden states become."})
     n_parts: int = field(default=64, metadata={"help": "Number of part capsules."})
     d_cov: int | None = field(default=None, metadata={"help": "Rows of a capsule. Default: the paper's, 1 or 4."})
     d_cap: int | None = field(default=None, metadata={"help": "Columns of a capsule. Default: the paper's, 2 or 4."})
-    n_iters: int = field(default=3, metadata={"help": "Iterations of each routing."})
+    n_iters: int | None = field(default=None, metadata={"help": "Iterations of each routing. Default: the paper's, 3."})
     p_model: str = field(default="gaussian", metadata={"help": "gaussian or skm (soft k-means)."})
     single_beta: bool = field(default=False, metadata={"help": "Use one beta for use and ignorance of data."})
     eps: float = field(default=1e-5, metadata={"help": "Added to counts of data and to variances in routing."})

@@ -12,8 +12,9 @@ from capsule_heads import (
     StereoConvConfig,
     StereoImageProcessor,
 )
+from capsule_heads.control_heads import LinearHead
 from capsule_heads.explain import compute_credits
-from capsule_heads.heads import LinearHead, SpatialPoseHead, TokenDepthHead
+from capsule_heads.heads import SpatialPoseHead, TokenDepthHead
 
 N_OUT = 3
 

@@ -1,0 +1,53 @@
+"""Every kind of head trains in the same trainer, from the same batches."""
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import BertConfig
+
+from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification, CapsuleTrainer
+
+WIDTH = 5
+HEAD_TYPES = {
+    "mean": {"head_type": "linear"},
+    "first": {"head_type": "linear", "pooling": "first"},
+    "last": {"head_type": "linear", "pooling": "last"},
+    "two iterations": {"n_iters": 2},
+    **{name: {"head_type": name} for name in ("token_depth", "scalar_mix", "attentive_pooling", "vector_routing")},
+}
+
+
+class Separable(Dataset):
+    """Batches of texts whose class is the sign of one number in one token at one depth."""
+
+    def __init__(self, n_depths):
+        self.n_depths = n_depths
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        states = torch.randn(16, 4, self.n_depths, WIDTH, generator=generator)
+        labels = torch.randint(2, (16,), generator=generator)
+        states[..., 0] = 2.0 * (2 * labels - 1)[:, None, None]
+        return {"hidden_states": states, "attention_mask": torch.ones(16, 4), "labels": labels}
+
+
+@pytest.mark.parametrize("name", HEAD_TYPES)
+def test_every_kind_of_head_learns(name, arguments):
+    torch.manual_seed(0)
+    fields = {"hidden_sizes": [WIDTH] * 3, "d_inp": 8, "n_parts": 6, "num_labels": 2, **HEAD_TYPES[name]}
+    config = CapsuleHeadConfig(BertConfig(), head_only=True, **fields)
+    model = CapsuleHeadForSequenceClassification(config, build=False)
+    data = Separable(len(model.config.depths))
+    fields = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "learning_rate": 2e-2}
+    CapsuleTrainer(
+        model,
+        arguments(remove_unused_columns=False, train_sampling_strategy="sequential", save_strategy="no", **fields),
+        train_dataset=data,
+        data_collator=lambda rows: rows[0],
+    ).train()
+    batch = data[1000]
+    logits = model.eval()(hidden_states=batch["hidden_states"], attention_mask=batch["attention_mask"]).logits
+    assert (logits.argmax(-1) == batch["labels"]).float().mean() >= 0.9
