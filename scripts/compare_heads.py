@@ -154,10 +154,8 @@ def main() -> None:
     parser.add_argument("--json", default="docs/results/heads.json", help="file for the comparison")
     parser.add_argument("--commit", default="", help="that is measured")
     options = parser.parse_args()
-    try:
-        load_states(
-            options.task, options.source, options.backbone, options.max_phrases
-        )  # computes what is not cached yet, once for all
+    try:  # computes what is not cached yet, once for all processes
+        load_states(options.task, options.source, options.backbone, options.max_phrases)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
     spawned = multiprocessing.get_context("spawn")  # a forked process has no threads of OpenMP

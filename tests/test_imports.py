@@ -19,7 +19,7 @@ LEVELS = (
     ("layers", "mixup"),
     ("heads",),
     ("control_heads", "explain"),
-    ("models", "data", "metrics", "results"),
+    ("models", "data", "metrics", "results", "comparison"),
     ("hub", "convert", "faithfulness"),
     ("pictures",),
     ("training",),

@@ -1,0 +1,111 @@
+"""The results page: what scripts/compare_heads.py has measured, as Markdown; nothing on it is typed by hand."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+CAPSULES = "capsules"
+TITLES = {
+    "sst5": "SST-5, whole sentences (five classes)",
+    "sst2_root": "SST-2, whole sentences of SST (two classes)",
+    "sst2": "SST-2 as in GLUE, its dev split",
+}
+REMARK = """Written by `scripts/write_results.py` from [results/heads.json](results/heads.json), nothing by hand.
+
+Every head takes the same hidden states of the same frozen backbone, in half precision from one cache, and is trained
+by the same trainer in the paper's regime: batches of 20 texts of like length, RAdam, one cycle, mixup. Its learning
+rate is the best of those tried, on the validation split, with one seed; the test split chose nothing. Accuracies are in
+percent, mean ± standard deviation over seeds; the time is that of training, on one thread beside another run."""
+
+
+def render_results(records: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]) -> str:
+    """The page.
+
+    Args:
+        records: one for each task, as scripts/compare_heads.py writes them.
+        published: as `read_published` returns them.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not records:
+        raise ValueError("There are no results to write; run scripts/compare_heads.py first.")
+    sections = ["# Results", REMARK]
+    for record in records:
+        sections += _section(record, [x for x in published if x["task"] == record["task"]])
+    return "\n\n".join(section.rstrip() for section in sections) + "\n"
+
+
+def _section(record: Mapping[str, Any], published: Sequence[Mapping[str, Any]]) -> list[str]:
+    groups = _grouped(record["runs"])
+    rates = ", ".join(f"{rate:g}" for rate in sorted({x["rate"] for x in record["tried"]}))
+    size = f"{record['phrases']:,} phrases, drawn once" if record["phrases"] else "all phrases"
+    parts = [
+        f"## {TITLES[record['task']]}",
+        f"{size}, {record['epochs']:g} epochs; backbone `{record['backbone']}`; learning rates tried: {rates}; commit "
+        f"{record['commit'] or 'unknown'}, {record['date']}.",
+        _table("head", groups),
+        _verdict(groups),
+    ]
+    if record["ablations"]:
+        ours = groups[CAPSULES]
+        seeds = {x["seed"] for x in record["ablations"]}
+        same_seeds = {"as it is": [x for x in ours if x["seed"] in seeds]}
+        parts += ["Variants of the capsule head, with its learning rate:"]
+        parts += [_table("variant", {**same_seeds, **_grouped(record["ablations"])})]
+    if published:
+        lines = [
+            "Published, on the same test set:",
+            "",
+            "| method | year | test | source |",
+            "| --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {x['method']} ({x['authors']}) | {x['year']} | {x['accuracy']} | [{x['where']}]({x['url']}) |"
+            for x in sorted(published, key=lambda x: x["accuracy"])
+        ]
+        parts += ["\n".join(lines)]
+    return parts
+
+
+def _grouped(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run["head"], []).append(run)
+    return {name: sorted(group, key=lambda x: x["seed"]) for name, group in groups.items()}
+
+
+def _table(what: str, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    header = [what, "validation", "test", "trained parameters", "learning rate", "seeds", "training, s"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for name, runs in groups.items():
+        scores = [_percent([x[split] for x in runs]) for split in ("validation", "test")]
+        seconds = sum(x["seconds"] for x in runs) / len(runs)
+        cells = [name, *scores, f"{runs[0]['parameters']:,}", f"{runs[0]['rate']:g}", str(len(runs)), f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _percent(values: Sequence[float]) -> str:
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
+def _verdict(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The capsule head against the best control, by a paired test over the seeds."""
+    controls = {name: runs for name, runs in groups.items() if not name.startswith(CAPSULES)}
+    if CAPSULES not in groups or not controls:
+        return "There is nothing to compare."
+    best = max(controls, key=lambda name: sum(x["validation"] for x in controls[name]) / len(controls[name]))
+    ours, theirs = ([x["test"] for x in runs] for runs in (groups[CAPSULES], controls[best]))
+    difference = 100 * (sum(ours) / len(ours) - sum(theirs) / len(theirs))
+    text = f"On the test split the capsule head is {difference:+.1f} points from the control best on validation, {best}"
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return f"{text}."
+    p = float(ttest_rel(ours, theirs).pvalue)
+    found = "no difference beyond the seeds" if not p < 0.05 else "it wins" if difference > 0 else "it loses"
+    return f"{text} (paired t-test over {len(ours)} seeds: p = {p:.2g}; {found})."

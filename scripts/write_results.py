@@ -1,0 +1,36 @@
+"""Writes docs/results.md from docs/results/heads.json, which scripts/compare_heads.py makes.
+
+    python scripts/write_results.py
+
+Published numbers are from docs/results/published.yaml, each with its source.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
+
+import argparse
+import json
+
+from capsule_heads.comparison import render_results
+from capsule_heads.results import read_published, write_text
+from capsule_heads.training.command_line import OneLineParser, fail
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", default="docs/results/heads.json")
+    parser.add_argument("--published", default="docs/results/published.yaml")
+    parser.add_argument("--output", default="docs/results.md")
+    options = parser.parse_args()
+    try:
+        records = json.loads(Path(options.heads).read_text(encoding="utf-8"))
+        write_text(options.output, render_results(records, read_published(options.published)))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        fail(error)
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
