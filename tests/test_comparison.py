@@ -36,7 +36,7 @@ PUBLISHED = [
         "year": 2019,
         "accuracy": 58.5,
         "url": "https://x",
-        "where": "abstract",
+        "where": "page 1",
     }
     for task in ("sst5", "smallnorb")
 ]

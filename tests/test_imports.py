@@ -23,6 +23,7 @@ LEVELS = (
     ("hub", "convert", "faithfulness"),
     ("pictures",),
     ("training",),
+    ("demo",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -13,7 +13,7 @@ Drawing returns a `matplotlib.figure.Figure` (`figure.savefig(path)`) and leaves
 
 from .accuracy import draw_results
 from .explanation import draw_deletion, draw_parts, draw_patches, draw_tokens
-from .report import render_report
+from .report import render_report, render_words
 from .trajectory import (
     PoseTrajectory,
     activated_poses,
@@ -35,5 +35,6 @@ __all__ = [
     "draw_trajectory",
     "pose_trajectory",
     "render_report",
+    "render_words",
     "select_sequence",
 ]

@@ -92,7 +92,8 @@ def draw_parts(explanations: Sequence[Explanation]) -> Figure:
     image = axes.imshow(credits.T, cmap=COLOURS, vmin=-most, vmax=most, aspect="auto")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel(f"parts, in order of what they say of {labels[-1]} less {labels[0]}")
-    axes.set_title(f"Mean credit of parts over {len(explanations)} inputs: each class's add up to its mean score")
+    of = "Credit of parts" if len(explanations) == 1 else f"Mean credit of parts over {len(explanations)} inputs"
+    axes.set_title(f"{of}; those of a class add up to its score")
     figure.colorbar(image, ax=axes, label="credit (logits)")
     return figure
 

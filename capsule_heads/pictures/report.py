@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,15 @@ def render_report(
     return environment.from_string(template).render(
         title=title, sections=[(heading, [_entry(*pair) for pair in members]) for heading, members in sections]
     )
+
+
+def render_words(explanation: Explanation) -> str:
+    """A text as HTML, its words in the colours of what they say for the predicted class; empty without words."""
+    spans = [
+        f'{html.escape(before)}<span style="background:{colour}" title="{credit:+.3f}">{html.escape(word)}</span>'
+        for before, word, credit, colour in _entry(explanation, None).get("words", ())
+    ]
+    return f'<p style="font-size:1.15rem;line-height:2">{"".join(spans)}</p>' if spans else ""
 
 
 def _confidence(pair: tuple[Explanation, int | None]) -> float:
