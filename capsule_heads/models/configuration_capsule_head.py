@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,6 +206,21 @@ class CapsuleHeadConfig(PreTrainedConfig):
             raise ValueError(
                 f"class_weights is {weights}; expected {self.num_labels} numbers, one per label, 0 or more, not all 0."
             )
+
+    @classmethod
+    def get_config_dict(cls, source: str | os.PathLike, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, which takes a config.json that is not there, or holds no keys, for an empty one.
+
+        Raises:
+            OSError: for such a one; naming where it was looked for.
+        """
+        try:
+            config_dict, kwargs = super().get_config_dict(source, **kwargs)
+        except (AttributeError, TypeError):  # of a list, or the like
+            config_dict = None
+        if not isinstance(config_dict, dict) or not config_dict:
+            raise OSError(f"{source} has no config.json with keys and values; expected what save_pretrained wrote.")
+        return config_dict, kwargs
 
     @classmethod
     def check_model_type(cls, config_dict: dict[str, Any], source: object = "This configuration") -> None:

@@ -202,11 +202,8 @@ def load_config(
         ValueError: if checkpoint or configuration are of another kind of model; names the kind and what to do.
     """
     repository_kwargs = {name: loading_kwargs[name] for name in REPOSITORY_KWARGS if name in loading_kwargs}
-    try:
-        config_dict, _ = PreTrainedConfig.get_config_dict(source, **repository_kwargs)
-        CapsuleHeadConfig.check_model_type(config_dict, source)
-    except (AttributeError, TypeError) as error:  # of a list, or the like
-        raise OSError(f"The config.json of {source} is not one: expected keys and values.") from error
+    config_dict, _ = CapsuleHeadConfig.get_config_dict(source, **repository_kwargs)
+    CapsuleHeadConfig.check_model_type(config_dict, source)
     if isinstance(config, PreTrainedConfig):
         CapsuleHeadConfig.check_model_type({"model_type": config.model_type}, "The config that was given")
         return config, kwargs

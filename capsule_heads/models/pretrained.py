@@ -1,4 +1,4 @@
-"""What all capsule-head models share: how backbone and head come together, are frozen, loaded and saved."""
+"""What all capsule-head models share: how backbone and head come together, are frozen and loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..control_heads import AttentivePoolingHead, LinearHead, ScalarMixHead, VectorRouting
 from ..heads import PartDetector, PlaceConv
 from ..layers import Routing
-from ..weights import same_weights, sample_weights
+from ..weights import sample_weights
 from .backbone_probe import probe_hidden_sizes
 from .backbones import (
     TEXT_INPUTS,
@@ -42,6 +42,7 @@ from .loading import (
     reading_weights,
     reference_of,
 )
+from .saving import SavingMixin
 from .windows import run_in_windows
 
 # The modules of heads that have parameters of their own, and initialise them.
@@ -57,7 +58,7 @@ WITH_PARAMETERS = (
 )
 
 
-class CapsuleHeadPreTrainedModel(PreTrainedModel):
+class CapsuleHeadPreTrainedModel(SavingMixin, PreTrainedModel):
     """What all capsule-head models share: a backbone, frozen or not, and how both are loaded and saved.
 
     Args:
@@ -290,68 +291,6 @@ class CapsuleHeadPreTrainedModel(PreTrainedModel):
         self._set_backbone(backbone)
         self.post_init()  # again, now that there is a backbone: it collects the backbone's tied weights and the like
         self._refer_to_backbone(config.freeze_backbone)
-
-    def save_pretrained(self, save_directory, *args, head_only: bool | None = None, **kwargs) -> None:
-        """Saves as in transformers; the backbone too, or only where its weights can be had.
-
-        Args:
-            save_directory: where to.
-            *args: as in transformers.
-            head_only: True to write the head and the reference to its backbone, False to write all weights. None for
-                the head alone if the backbone is, unchanged, the one that the configuration refers to.
-            **kwargs: as in transformers.
-
-        Raises:
-            ValueError: for `head_only=True` where the backbone's weights are not those of its reference, for
-                `head_only=False` where there is no backbone, and for a model with adapters of PEFT.
-        """
-        if os.path.isfile(save_directory):  # of which transformers would say so in its log, and return
-            raise NotADirectoryError(f"{save_directory} is a file; expected a directory to save to.")
-        config = self.config
-        if self._has_adapters:
-            raise ValueError(
-                "This model has adapters of PEFT in it, which would be lost: save the PeftModel (with "
-                'modules_to_save=["head"], the head is in it too), or call its merge_and_unload() first.'
-            )
-        refers = config.head_only and (config.freeze_backbone or self.backbone is None)
-        if refers and self.backbone is not None:
-            refers = same_weights(self.backbone, self._weights_as_loaded)  # adapters may have been merged into it
-        if head_only and not refers:
-            raise ValueError(
-                "head_only=True would lose the backbone: its weights were trained here, or are not from a checkpoint "
-                "that the configuration refers to. Save all weights, with head_only=False."
-            )
-        refers_now = refers if head_only is None else head_only
-        if head_only is False and self.backbone is None:
-            raise ValueError("head_only=False needs the backbone, and this model was loaded with load_backbone=False.")
-        if not refers_now and is_quantised(self.backbone):
-            raise ValueError(
-                "The weights of a quantised backbone are not saved; save the head alone, or merge adapters into a "
-                "backbone that was loaded without quantization_config."
-            )
-        if self.backbone is not None:
-            config.base_config.dtype = self.backbone.dtype
-        if not self.is_remote_code():
-            vars(config).pop("auto_map", None)  # of a checkpoint with code, from which this one was loaded
-        self._refer_to_backbone(refers_now)
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self._refer_to_backbone(refers)
-
-    def _refer_to_backbone(self, refers: bool) -> None:
-        # Whether the backbone is left out when the model is saved, because the configuration says where to get it.
-        self.config.head_only = refers
-        left_out = self.backbone.state_dict() if refers and self.backbone is not None else ()
-        # Trainer, too, goes by this list: it then expects a checkpoint without these weights.
-        self._keys_to_ignore_on_save = {f"backbone.{key}" for key in left_out}
-
-    def names_of_frozen_backbone(self) -> list[str]:
-        """Parameters and buffers that no training changes, as the configuration says where to get them."""
-        if self.backbone is None or not (self.config.head_only and self.config.freeze_backbone):
-            return []
-        tensors = (*self.backbone.named_parameters(), *self.backbone.named_buffers())
-        return [f"backbone.{name}" for name, tensor in tensors if not tensor.requires_grad]
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As in transformers; the backbone is then no longer the one of its reference, and is saved with the head."""

@@ -67,8 +67,9 @@ def writing(folder: Path) -> Iterator[None]:
         free = ""
         with contextlib.suppress(OSError):
             free = f" {gigabytes(shutil.disk_usage(folder.parent).free)} are free there."
+        reason = str(error.__cause__ if isinstance(error.__cause__, SafetensorError) else error).strip().rstrip(".")
         raise OSError(
-            f"{folder} could not be written: {str(error).strip().rstrip('.')}.{free} Earlier checkpoints are as they "
+            f"{folder} could not be written: {reason}.{free} Earlier checkpoints are as they "
             f'were: make room, or correct output_dir, and resume from "{LAST}".'
         ) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.training_args import TrainingArguments
 from ..data.tokenization import check_pad_token
 from ..hub import check_backbone_is_shared, write_model_card
 from ..models.pretrained import CapsuleHeadPreTrainedModel
+from ..models.saving import replacing
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
 from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
 from .nonfinite import StepCheck
@@ -105,8 +105,12 @@ class CapsuleTrainer(Trainer):
             shutil.rmtree(unfinished.parent, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with contextlib.nullcontext() if self._checkpoint else writing(Path(output_dir or self.args.output_dir)):
+        if self._checkpoint or not self.args.should_save:
             super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with writing(folder), replacing(folder) as unfinished:
+            super()._save(str(unfinished), state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._checkpoint is None:  # else it is about to be renamed

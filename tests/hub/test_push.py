@@ -172,6 +172,27 @@ def test_an_upload_that_breaks_off(hub, client, pushed, place, n_tries):
     hub.objects.pop(repository.files()["model.safetensors"].oid)
 
 
+SAVE_AND_PUSH = """
+from pathlib import Path
+from capsule_heads import CapsuleHeadForSequenceClassification
+
+model = CapsuleHeadForSequenceClassification.from_pretrained("me/head")
+state_dict = {name: x + 1 for name, x in model.state_dict().items() if name.startswith("head.")}
+folder = Path(sys.argv[1])
+model.save_pretrained(folder, state_dict=dict(state_dict), push_to_hub=True, repo_id="me/saved", commit_message="Mine")
+load = CapsuleHeadForSequenceClassification.from_pretrained
+equal = [all(torch.equal(load(x).state_dict()[k], v) for k, v in state_dict.items()) for x in (folder, "me/saved")]
+print(json.dumps([equal, sorted(os.listdir(folder))]))
+"""
+
+
+@pytest.mark.slow
+def test_saving_with_push_to_hub(hub, client, pushed, tmp_path):
+    equal, names = client(COMMON + SAVE_AND_PUSH, tmp_path / "model")
+    assert equal == [True, True] and names == ["config.json", "model.safetensors"]
+    assert files(hub, "me/saved").keys() >= {"config.json", "model.safetensors"}
+
+
 TRAIN = """
 import json, sys
 from datasets import Dataset

@@ -8,7 +8,12 @@ import shutil
 import pytest
 import torch
 
-from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification, StereoConvConfig
+from capsule_heads import (
+    CapsuleHeadConfig,
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    StereoConvConfig,
+)
 
 load = CapsuleHeadForSequenceClassification.from_pretrained
 create = CapsuleHeadForSequenceClassification.from_backbone
@@ -228,9 +233,21 @@ def test_an_index_of_files_elsewhere(make_model, tmp_path, name, message):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"[1]", b"3", b'"bert"', b"null", b"\xff\xfe\x00"])
 def test_a_config_file_that_is_none(checkpoint, content):
     (checkpoint / "config.json").write_bytes(content)
+    for loader in (load, CapsuleHeadConfig.from_pretrained):
+        with pytest.raises(OSError, match=rf"{checkpoint}.*(not a valid JSON file|expected)"):
+            loader(checkpoint)
+
+
+def test_a_config_file_that_is_missing(checkpoint):
+    config = CapsuleHeadConfig.from_pretrained(checkpoint)
+    (checkpoint / "config.json").unlink()
+    for kwargs in ({}, {"config": config}):
+        with pytest.raises(OSError, match=f"{checkpoint} has no config.json with keys and values; expected"):
+            load(checkpoint, **kwargs)
+    (checkpoint / "config.json").mkdir()
     with pytest.raises(OSError, match=r"config\.json"):
         load(checkpoint)
 

@@ -312,7 +312,7 @@ def test_a_head_that_says_it_is_whole_is_refused(make_model, tmp_path):
 def test_another_number_of_labels(make_model, tmp_path, head_only):
     model = make_model()
     model.save_pretrained(tmp_path, head_only=head_only)
-    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+    with pytest.raises(ValueError, match=r"head\.routings\.1\.B of shape \(6, 3, 1, 2\), .* makes it \(6, 5,"):
         load(tmp_path, num_labels=5)
     loaded, info = load(tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True)
     assert {key for key, *_ in info["mismatched_keys"]} == {
@@ -333,7 +333,7 @@ def test_a_head_that_lacks_weights_gets_them_initialised(make_model, tmp_path, l
     model.save_pretrained(tmp_path)
     weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.startswith(lacking)}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = load(tmp_path)
+    loaded = load(tmp_path, ignore_mismatched_sizes=True)
     for name, parameter in loaded.named_parameters():
         if name.startswith(lacking):
             assert parameter.isfinite().all() and parameter.abs().max() < 10, name

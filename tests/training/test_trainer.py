@@ -1,14 +1,22 @@
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    modeling_utils,
+)
 
-from capsule_heads import CapsuleTrainer
+from capsule_heads import CapsuleHeadConfig, CapsuleTrainer
 from capsule_heads.data.tokenization import tokenize, window_fields
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.training import OneCycle
@@ -362,3 +370,28 @@ def test_other_problem_types_learn(
     if task == "stsb":  # in the labels' own unit, around their own mean
         predictions = trainer.predict(validation).predictions.reshape(-1)
         assert np.abs(predictions - np.array(validation["labels"])).mean() < 1.0
+
+
+@pytest.mark.parametrize("fails", ["config", "weights", "tokenizer", "arguments"])
+def test_where_the_last_save_fails_the_earlier_model_stays(make_model, make_trainer, monkeypatch, fails):
+    trainer = make_trainer(make_model())
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in before} >= {"config.json", "model.safetensors", "tokenizer.json", "training_args.bin"}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    place, name = {
+        "config": (CapsuleHeadConfig, "to_json_file"),
+        "weights": (modeling_utils, "safe_save_file"),
+        "tokenizer": (PreTrainedTokenizerBase, "save_pretrained"),
+        "arguments": (torch, "save"),
+    }[fails]
+    monkeypatch.setattr(place, name, full)
+    with pytest.raises(
+        OSError, match=rf"^{folder} could not be written: \[Errno 28\] No space left on device\. .* as they"
+    ):
+        make_trainer(make_model(seed=1)).save_model()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
