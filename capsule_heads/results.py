@@ -19,6 +19,20 @@ import yaml
 
 SPLITS = ("validation", "test")
 _NOT_METRICS = ("loss", "runtime", "per_second", "preparation_time")
+_NUMBER = (int, float)
+_RUN_KEYS = {"task": str, "seed": int, "steps": int, "trained_parameters": int, "training_seconds": _NUMBER}
+_MEASURED_KEYS = {
+    "task": str,
+    "backbone": str,
+    "freeze_backbone": bool,
+    "head_type": str,
+    "metric": str,
+    "seeds": list,
+    "test": (dict, type(None)),
+    "trained_parameters": int,
+    "commit": str,
+    "date": str,
+}
 _PUBLISHED_KEYS = {
     "task": str,
     "method": str,
@@ -65,15 +79,28 @@ def read_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     """
     runs = []
     for path in paths:
+        name = f"{path} holds no results of scripts/train.py"
         try:
-            run = json.loads(Path(path).read_text(encoding="utf-8"))
-            missing = {"task", "seed", "steps", "trained_parameters", "training_seconds"} - set(run)
-            if missing:
-                raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no results of scripts/train.py: {error!r}") from None
+            run = read_json(path)
+        except OSError as error:
+            raise ValueError(f"{name}: {error.strerror}.") from None
+        metrics = {f"{split}_{name}" for split in SPLITS for name in _metrics(run)} & run.keys()
+        optional = {"backbone": (str, type(None)), **dict.fromkeys(metrics, (*_NUMBER, type(None)))}
+        keys = _RUN_KEYS | {key: types for key, types in optional.items() if key in run}
+        _check_record(run, keys, name)
         runs.append(run)
     return runs
+
+
+def _check_record(record: Any, keys: dict[str, Any], name: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{name}: {record!r} stands where keys and values are expected.")
+    missing = keys.keys() - record.keys()
+    if missing:
+        raise ValueError(f"{name}: {', '.join(sorted(missing))} missing.")
+    for key, types in keys.items():
+        if not isinstance(record[key], types):
+            raise ValueError(f"{name}: {key} is {record[key]!r}, of the wrong type.")
 
 
 def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[dict[str, Any]]:
@@ -136,7 +163,8 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
         date: of the runs, `YYYY-MM-DD`.
 
     Raises:
-        ValueError: if the commit is empty, the date is not of this form, or a record names no backbone.
+        ValueError: if the commit is empty, the date is not of this form, a record names no backbone, or the file holds
+            something else.
     """
     path = Path(path)
     if not commit:
@@ -146,7 +174,7 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
     except ValueError:
         raise ValueError(f"Expected the date of the runs as YYYY-MM-DD; got {date!r}.") from None
     measured = {}
-    for record in (json.loads(path.read_text(encoding="utf-8")) if path.exists() else []) + [
+    for record in (_read_measured(path) if path.exists() else []) + [
         {**record, "commit": commit, "date": date} for record in records
     ]:
         if not record["backbone"]:
@@ -154,6 +182,31 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
         measured[tuple(record[key] for key in ("task", "backbone", "head_type", "freeze_backbone", "metric"))] = record
     content = [measured[key] for key in sorted(measured)]
     write_json(path, content)
+
+
+def _read_measured(path: str | Path) -> list[dict[str, Any]]:
+    records, name = read_json(path, list), f"{path} holds no results that scripts/summarize.py put there"
+    for record in records:
+        _check_record(record, _MEASURED_KEYS, name)
+        if record["test"] is not None:
+            _check_record(record["test"], {"mean": _NUMBER, "sd": (*_NUMBER, type(None))}, name)
+    return records
+
+
+def read_json(path: str | Path, kind: type[dict | list] = dict) -> Any:
+    """Reads a JSON file that holds keys and values, or a list.
+
+    Raises:
+        ValueError: if it is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are not UTF-8
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, kind):
+        expected = {dict: "keys and values", list: "a list"}[kind]
+        raise ValueError(f"{path}: expected {expected}, found {type(content).__name__}.")
+    return content
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -173,15 +226,23 @@ def read_published(path: str | Path) -> list[dict[str, Any]]:
     """Reads and checks the file of published numbers.
 
     Raises:
-        ValueError: if a record lacks a key, has one too many or one of the wrong type, has no address as its source,
+        ValueError: if it holds no records, a record lacks a key, has one too many or one of the wrong type, has no
+            address as its source,
             or if two have the same task, method and year.
     """
-    records = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        records = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not YAML: {error}.") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} holds no records; expected a list of keys and values.")
     seen = set()
     for record in records:
         name = f"{path}: {record.get('task')}, {record.get('method')}, {record.get('year')}"
         if set(record) - {"remark"} != set(_PUBLISHED_KEYS):
-            raise ValueError(f"{name}: expected the keys {', '.join(_PUBLISHED_KEYS)}; got {', '.join(record)}.")
+            raise ValueError(
+                f"{name}: expected the keys {', '.join(_PUBLISHED_KEYS)}; got {', '.join(map(str, record))}."
+            )
         for key, types in _PUBLISHED_KEYS.items():
             if not isinstance(record[key], types):
                 raise ValueError(f"{name}: {key} is {record[key]!r}, of the wrong type.")
@@ -209,7 +270,7 @@ def collect_results(task: str, published: str | Path, measured: str | Path) -> l
         ValueError: if a file is not as it should be, or neither has results on the task.
     """
     published_records = read_published(published)
-    measured_records = json.loads(Path(measured).read_text(encoding="utf-8"))
+    measured_records = _read_measured(measured)
     results = [
         Result(
             method=record["method"],

@@ -12,11 +12,11 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 import argparse
 import json
 
-from transformers import AutoImageProcessor, AutoTokenizer, ImageClassificationPipeline, TextClassificationPipeline
+from transformers import ImageClassificationPipeline, TextClassificationPipeline
 
 from capsule_heads import CapsuleHeadForImageClassification
 from capsule_heads.training.command_line import OneLineParser, fail
-from capsule_heads.training.experiment import load_classifier
+from capsule_heads.training.experiment import load_classifier, load_image_processor, load_tokenizer
 
 
 def main() -> None:
@@ -29,14 +29,14 @@ def main() -> None:
         model = load_classifier(options.model)
         inputs = options.inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if isinstance(model, CapsuleHeadForImageClassification):
-            processor = AutoImageProcessor.from_pretrained(options.model)
+            processor = load_image_processor(options.model)
             missing = [name for name in inputs if not Path(name).is_file()]
             if missing:
                 raise FileNotFoundError(f"{missing[0]} is no file; the model classifies images, expected their files.")
             classify = ImageClassificationPipeline(model=model, image_processor=processor)
             predictions = [best[0] for best in classify(inputs, batch_size=options.batch_size, top_k=1)]
         else:
-            classify = TextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(options.model))
+            classify = TextClassificationPipeline(model=model, tokenizer=load_tokenizer(options.model))
             predictions = classify(
                 [split_pair(text) for text in inputs],
                 batch_size=options.batch_size,

@@ -60,12 +60,74 @@ def test_runs_of_different_experiments(runs, message):
         summarize_runs(runs)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"task": "sst5", "seed": 0}'])
-def test_files_that_are_no_results(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"[1]", ": expected keys and values, found list"),
+        (b"3", ": expected keys and values, found int"),
+        (b"{", " is not JSON: Expecting property name"),
+        (b"\xff", " is not JSON: 'utf-8' codec"),
+        (
+            b'{"task": "sst5", "seed": 0}',
+            " holds no results of .*: steps, trained_.*, training_.* missing",
+        ),
+    ],
+)
+def test_files_that_are_no_results(tmp_path, content, message):
     path = tmp_path / "results.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"results.json holds no results of scripts/train.py"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"results\.json{message}"):
         read_runs([path])
+
+
+@pytest.mark.parametrize(
+    "key, value", [("seed", "a"), ("steps", None), ("task", ["sst5"]), ("backbone", 3), ("test_accuracy", "0.5")]
+)
+def test_results_of_the_wrong_type(tmp_path, key, value):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**run(), key: value}))
+    with pytest.raises(ValueError, match=f"holds no results of .*: {key} is .*, of the wrong type"):
+        read_runs([path])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda records: {"results": records}, r"measured\.json: expected a list, found dict"),
+        (lambda records: [1], "holds no results that scripts/summarize.py put there: 1 stands where keys and values"),
+        (lambda records: [{"task": "sst5"}], "backbone, commit, date, .* missing"),
+        (lambda records: [{**records[0], "date": 2026}], "date is 2026, of the wrong type"),
+        (lambda records: [{**records[0], "test": {"mean": "x", "sd": None}}], "mean is 'x', of the wrong type"),
+    ],
+)
+def test_a_file_of_measured_results_that_is_none(tmp_path, published, change, message):
+    path = tmp_path / "measured.json"
+    write_measured(path, summarize_runs([run()]), "aaa", "2026-01-02")
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        write_measured(path, summarize_runs([run()]), "bbb", "2026-01-02")
+    with pytest.raises(ValueError, match=message):
+        collect_results("sst5", published(), path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "holds no records; expected a list of keys and values"),
+        (b"a: 1", "holds no records; expected a list"),
+        (b"- 1", "holds no records; expected a list"),
+        (b"{", "is not YAML: while parsing"),
+        (b"\xff", "is not YAML: 'utf-8' codec"),
+        (b"- 1: 2", "expected the keys task, .*; got 1"),
+    ],
+)
+def test_a_file_of_published_results_that_is_none(tmp_path, content, message):
+    path = tmp_path / "published.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_published(path)
 
 
 def test_measured_results_are_replaced_by_those_of_the_same_task_backbone_and_metric(tmp_path):

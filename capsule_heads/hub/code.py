@@ -6,12 +6,11 @@ of them in one folder. So the modules of this package lie side by side there, as
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
-from ..results import write_json, write_text
+from ..results import read_json, write_json, write_text
 from ..version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -45,16 +44,19 @@ def write_code(directory: str | os.PathLike) -> None:
 
     Raises:
         OSError: if there is no checkpoint, or it cannot be written to.
+        ValueError: if its configuration is none.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise OSError(f"{directory} holds no config.json; expected a directory that save_pretrained wrote.")
+    processor = directory / "preprocessor_config.json"
+    is_stereo = processor.is_file() and read_json(processor).get("image_processor_type") == "StereoImageProcessor"
+    read_json(directory / "config.json")  # before anything is written
     for name, text in flat_modules().items():
         write_text(directory / name, text)
     # Last: without these, nothing looks at the files.
     _add_to_json(directory / "config.json", {name: f"{FIRST}.{class_name}" for name, class_name in CLASSES.items()})
-    processor = directory / "preprocessor_config.json"
-    if processor.is_file() and json.loads(processor.read_text()).get("image_processor_type") == "StereoImageProcessor":
+    if is_stereo:
         _add_to_json(processor, {"AutoImageProcessor": f"{PROCESSORS}.StereoImageProcessor"})
 
 
@@ -83,5 +85,4 @@ def _flatten_imports(text: str) -> str:
 
 
 def _add_to_json(path: Path, auto_map: dict[str, str]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**content, "auto_map": auto_map})
+    write_json(path, {**read_json(path), "auto_map": auto_map})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..data.glue import GLUE_TASKS
 from ..data.glue import HUB_REPOSITORY as GLUE
 from ..data.images import IMAGE_DATASETS
+from ..models.configuration_capsule_head import CapsuleHeadConfig
 from ..models.loading import PACKAGE_PREFIX
-from ..results import SPLITS, is_metric, write_text
+from ..results import SPLITS, is_metric, read_json, write_text
 from ..version import __version__
 from .code import CLASSES
 
@@ -102,13 +102,10 @@ def model_card(
 
     Raises:
         OSError: if there is no checkpoint in the directory.
-        ValueError: if the metadata are not what the Hub takes.
+        ValueError: if the configuration is none, or the metadata are not what the Hub takes.
     """
     directory, results = Path(directory), results or {}
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OSError(f"{directory} holds no config.json; expected a directory that save_pretrained wrote.") from None
+    config = read_config(directory)
     model_class = config["architectures"][0]
     auto_class = next(name for name, class_name in CLASSES.items() if class_name == model_class)
     pipeline_tag, pipeline_input = TASKS[auto_class]
@@ -151,6 +148,35 @@ def model_card(
     )
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint.
+
+    Raises:
+        OSError: if there is none in the directory.
+        ValueError: if it is of another kind of model, or was not written by `save_pretrained`; names what is wrong.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise OSError(f"{directory} holds no config.json; expected a directory that save_pretrained wrote.")
+    config = read_json(path)
+    CapsuleHeadConfig.check_model_type(config, directory)
+    is_right = {
+        "architectures": lambda x: isinstance(x, list) and len(x) == 1 and x[0] in CLASSES.values(),
+        "base_config": lambda x: isinstance(x, dict) and "model_type" in x,
+        "base_model_name_or_path": lambda x: isinstance(x, str | None),
+        "base_model_revision": lambda x: isinstance(x, str | None),
+        "head_only": lambda x: isinstance(x, bool),
+        "head_type": lambda x: isinstance(x, str) and x in HEADS,
+        "id2label": lambda x: isinstance(x, dict) and all(map(str.isdecimal, x)),
+    }
+    config.setdefault("id2label", {})  # which is left out for two classes without names
+    for key, check in is_right.items():
+        if key not in config or not check(config[key]):
+            found = f"is {config[key]!r}" if key in config else "is missing"
+            raise ValueError(f"{key} {found} in {path}; expected what save_pretrained writes: save the model again.")
+    return config
+
+
 def _backbone(config: dict[str, Any]) -> str:
     kind, name = config["base_config"]["model_type"], config["base_model_name_or_path"]
     if config["base_model_revision"]:
@@ -163,7 +189,7 @@ def _backbone(config: dict[str, Any]) -> str:
 
 def _labels(config: dict[str, Any]) -> list[str]:
     """The names of the classes, if they have any but numbers."""
-    names = [name for _, name in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+    names = [name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))]
     return [] if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 

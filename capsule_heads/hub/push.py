@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from ..models.configuration_capsule_head import CapsuleHeadConfig
 from ..models.pretrained import CapsuleHeadPreTrainedModel
 from ..results import read_runs
 from .code import write_code
-from .model_card import MARKER, write_model_card
+from .model_card import MARKER, read_config, write_model_card
 
 LEFT_OUT = ("training_args.bin",)  # of a run: a pickle, which nobody should load
 
@@ -76,14 +75,13 @@ def push_run(directory: str | os.PathLike, repo_id: str, **options) -> CommitInf
         The commit.
 
     Raises:
-        ValueError: for a head whose backbone others cannot have, or a results.json that is none.
+        ValueError: for a head whose backbone others cannot have, or a config.json or results.json that is none.
         OSError: if there is no model in the directory, or pushing fails; the repository is then as it was.
     """
     directory = Path(directory).resolve()
     if not (directory / "config.json").is_file():
         raise OSError(f"{directory} holds no model: it has no config.json.")
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    CapsuleHeadConfig.check_model_type(config, directory)
+    config = read_config(directory)
     _check_reference(config["base_model_name_or_path"], config["head_only"])
     results = directory / "results.json"
     with tempfile.TemporaryDirectory() as folder:

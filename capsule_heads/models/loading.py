@@ -235,14 +235,20 @@ def _check_index(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        index = json.loads(path.read_bytes())
+        names = sorted(set(index["weight_map"].values()))
+        metadata = index["metadata"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        names = metadata = None
+    if not names or not isinstance(metadata, dict):
         raise OSError(
-            f"{path} is not an index of files: expected JSON with a weight_map. Save the model again."
-        ) from error
+            f"{path} is not an index of files: expected JSON with metadata and a weight_map. Save the model again."
+        )
     for name in map(str, names):
         if PurePath(name).name != name or not name.endswith(".safetensors"):
             raise OSError(f"{path} names the file {name}; expected safetensors files beside it.")
+        if not path.with_name(name).is_file():
+            raise OSError(f"{path} names the file {name}, which is not there. Fetch or save the model again.")
 
 
 def check_weights(source: str | os.PathLike, loading_info: dict[str, Any], may_differ: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -165,7 +167,7 @@ def load_processor(
     if task in STEREO_TASKS:
         return StereoImageProcessor()
     if task in IMAGE_DATASETS:
-        return AutoImageProcessor.from_pretrained(resolve_backbone(backbone), revision=revision)
+        return load_image_processor(backbone, revision)
     return load_tokenizer(backbone, revision, pad_token)
 
 
@@ -200,9 +202,36 @@ def prepare(
     return tokenize(datasets, processor, max_length, in_windows)
 
 
+def load_image_processor(backbone: str, revision: str | None = None) -> BaseImageProcessor:
+    """Loads a backbone's image processor.
+
+    Raises:
+        OSError: if it is not found, or cannot be read.
+    """
+    with _reading("image processor", backbone):
+        return AutoImageProcessor.from_pretrained(resolve_backbone(backbone), revision=revision)
+
+
+@contextlib.contextmanager
+def _reading(what: str, backbone: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise OSError(
+            f"The {what} of {backbone} cannot be read: one of its JSON files is damaged, or holds something else "
+            f"({error}). Fetch or save it again."
+        ) from error
+
+
 def load_tokenizer(backbone: str, revision: str | None = None, pad_token: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a backbone's tokenizer, and gives it a padding token where one is named."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(backbone), revision=revision)
+    """Loads a backbone's tokenizer, and gives it a padding token where one is named.
+
+    Raises:
+        ValueError: for a padding token that it does not have.
+        OSError: if it is not found, or cannot be read.
+    """
+    with _reading("tokenizer", backbone):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(backbone), revision=revision)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token is {pad_token!r}, which is not in the vocabulary of {backbone}'s tokenizer.")
@@ -246,7 +275,7 @@ def load_classifier(name_or_path: str) -> CapsuleHeadClassifier:
     config = CapsuleHeadConfig.from_pretrained(name_or_path)
     classes = (CapsuleHeadForSequenceClassification, CapsuleHeadForImageClassification)
     for model_class in classes:
-        if model_class.__name__ in (config.architectures or ()):
+        if config.architectures == [model_class.__name__]:
             return model_class.from_pretrained(name_or_path)
     raise ValueError(
         f"{name_or_path} is of {config.architectures}; expected {' or '.join(cls.__name__ for cls in classes)}."

@@ -75,6 +75,11 @@ def test_writing_it_to_a_directory(tmp_path):
     model = CapsuleHeadForSequenceClassification(CapsuleHeadConfig(config, d_inp=4, n_parts=2))
     model.save_pretrained(tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: expected keys and values, found list"):
+        write_code(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert not list(tmp_path.glob("*.py"))
     write_code(tmp_path)
     after = json.loads((tmp_path / "config.json").read_text())
     auto_map = after.pop("auto_map")

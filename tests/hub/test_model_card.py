@@ -1,5 +1,7 @@
 """The model card: what it says, and what it does not."""
 
+import json
+
 import pytest
 from huggingface_hub import ModelCard
 from transformers import BertConfig, ViTConfig
@@ -11,7 +13,7 @@ from capsule_heads import (
     CapsuleTrainer,
     CapsuleTrainingArguments,
 )
-from capsule_heads.hub import model_card, write_model_card
+from capsule_heads.hub import model_card, push_run, write_model_card
 from capsule_heads.models.configuration_capsule_head import label_fields
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
@@ -108,6 +110,32 @@ def test_a_card_that_someone_wrote_is_kept(make_checkpoint):
 def test_of_what_is_no_checkpoint(tmp_path):
     with pytest.raises(OSError, match=f"{tmp_path} holds no config.json; expected a directory that save_pretrained"):
         model_card(tmp_path, "me/x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([1], r"config\.json: expected keys and values, found list"),
+        ({"architectures": None}, "architectures is None in .*; expected what save_pretrained writes"),
+        ({"architectures": ["BertModel"]}, r"architectures is \['BertModel'\] in "),
+        ({"head_type": ["linear"]}, r"head_type is \['linear'\] in "),
+        ({"base_config": [1]}, r"base_config is \[1\] in "),
+        ({"id2label": ["good"]}, r"id2label is \['good'\] in "),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3 in "),
+        ({"model_type": "bert"}, "is of a bert model, not of a capsule-head model"),
+    ],
+)
+def test_of_a_configuration_that_is_none(make_checkpoint, changes, message):
+    directory = make_checkpoint()
+    file = directory / "config.json"
+    content = {**json.loads(file.read_text()), **changes} if isinstance(changes, dict) else changes
+    file.write_text(json.dumps(content))
+    for call in (model_card, push_run):
+        with pytest.raises(ValueError, match=message):
+            call(directory, "me/x")
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"architectures is missing in .*config\.json"):
+        model_card(directory, "me/x")
 
 
 def test_the_trainers_card_has_the_metrics_of_the_weights_it_is_of(tmp_path):

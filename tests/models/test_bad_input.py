@@ -217,7 +217,8 @@ def test_a_damaged_backbone(backbone_dir, trap, tmp_path, damage):
         ("/etc/passwd", "names the file /etc/passwd; expected safetensors files beside it"),
         ("pytorch_model.bin", "names the file pytorch_model.bin; expected safetensors files beside it"),
         (3, "names the file 3; expected safetensors files beside it"),
-        (None, "is not an index of files: expected JSON with a weight_map"),
+        ("none.safetensors", "names the file none.safetensors, which is not there"),
+        (None, "is not an index of files: expected JSON with metadata and a weight_map"),
     ],
 )
 def test_an_index_of_files_elsewhere(make_model, tmp_path, name, message):
@@ -228,9 +229,11 @@ def test_an_index_of_files_elsewhere(make_model, tmp_path, name, message):
     path.write_text(json.dumps(index))
     with pytest.raises(OSError, match=re.escape(message)):
         load(tmp_path)
-    path.write_text("{")
-    with pytest.raises(OSError, match="is not an index of files: expected JSON"):
-        load(tmp_path)
+    del index["metadata"]
+    for content in ("{", "[]", "3", '{"metadata": {}, "weight_map": {}}', json.dumps(index)):
+        path.write_text(content)
+        with pytest.raises(OSError, match="is not an index of files: expected JSON"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"[1]", b"3", b'"bert"', b"null", b"\xff\xfe\x00"])

@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -14,6 +16,7 @@ from capsule_heads.training.experiment import (
     check_labels_match,
     compute_metrics_of,
     evaluation_splits,
+    load_classifier,
     load_processor,
     load_task,
     load_tokenizer,
@@ -110,6 +113,33 @@ def test_load_tokenizer(bert, gpt2):
         load_tokenizer(gpt2, pad_token="<pad>")
     with pytest.raises(OSError, match="none_such"):
         load_tokenizer("package:none_such/model")
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"3", b"", b"{", b"\xff"])
+@pytest.mark.parametrize(
+    ("task", "name", "what"),
+    [
+        ("sst5", "tokenizer.json", "tokenizer"),
+        ("sst5", "tokenizer_config.json", "tokenizer"),
+        ("image_folder", "preprocessor_config.json", "image processor"),
+    ],
+)
+def test_files_of_a_processor_that_are_none(bert, tmp_path, task, name, what, content):
+    folder = tmp_path / "backbone"
+    shutil.copytree(bert, folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(OSError, match=rf"The {what} of {folder} cannot be read: .*again|not a valid JSON file"):
+        load_processor(task, str(folder))
+
+
+@pytest.mark.parametrize("architectures", [3, ["BertModel"], None])
+def test_a_checkpoint_that_is_no_classifier(bert, tmp_path, architectures):
+    model = CapsuleHeadForSequenceClassification.from_backbone(bert, num_labels=2)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": architectures}))
+    with pytest.raises(ValueError, match=r"is of .*; expected CapsuleHeadForSequenceClassification or"):
+        load_classifier(str(tmp_path))
 
 
 def test_build_model_for_classes(bert):
