@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
@@ -122,7 +123,8 @@ class SavingMixin:
         if not self.is_remote_code():
             vars(config).pop("auto_map", None)  # of a checkpoint with code, from which this one was loaded
         self._refer_to_backbone(refers_now)
-        in_place = kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process)
+        is_first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+        in_place = kwargs.get("distributed_checkpoint") or not (is_main_process and is_first)
         try:
             with contextlib.nullcontext(save_directory) if in_place else replacing(save_directory) as folder:
                 # transformers takes weights out of the dictionary as it writes them.
