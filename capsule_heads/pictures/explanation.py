@@ -117,5 +117,5 @@ def draw_deletion(curves: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_ylabel("mean probability of the predicted class")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     return figure

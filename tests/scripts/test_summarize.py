@@ -74,5 +74,5 @@ def test_mistakes(fails, tmp_path):
     assert f"{tmp_path}/none.json holds no results" in fails("summarize.py", tmp_path / "none.json")
     (tmp_path / "a.json").write_text("[1]")
     (tmp_path / "b.json").write_text("{")
-    for name in "ab":
-        assert f"{tmp_path}/{name}.json holds no results" in fails("summarize.py", tmp_path / f"{name}.json")
+    assert f"{tmp_path}/a.json: expected keys and values, found list" in fails("summarize.py", tmp_path / "a.json")
+    assert f"{tmp_path}/b.json" in fails("summarize.py", tmp_path / "b.json")

@@ -148,7 +148,7 @@ RUNS = {
         for pattern in (
             "os.rename /cache/*",
             "open /unfinished/checkpoint-3/trainer_state.json",
-            "open /unfinished/checkpoint-6/config.json",
+            "open /unfinished/checkpoint-6/unfinished-model/config.json",
             "open /unfinished/checkpoint-6/files.json",
             "os.rename /unfinished/checkpoint-6",
             "os.rename /checkpoint-3",

@@ -179,9 +179,11 @@ def test_every_option_of_the_model_reaches_it(bert):
         "freeze_backbone": False,
     }
     arguments = ModelArguments(bert, **options)
-    assert set(vars(arguments)) == {"backbone", "backbone_revision", *options}
+    assert set(vars(arguments)) == {"backbone", "backbone_revision", "pooling", *options}
     config = build_model(arguments, labelled([0, 1])).config
     assert {name: getattr(config, name) for name in options} == options
+    linear = ModelArguments(bert, head_type="linear", pooling="last")
+    assert build_model(linear, labelled([0, 1])).config.pooling == "last"
 
 
 def test_windows_of_texts(bert):

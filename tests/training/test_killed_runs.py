@@ -21,7 +21,7 @@ BEGAN_AT = {  # the checkpoint that each run goes on from
     "killed at step 7": 6,
     "killed before os.rename /cache/*": 0,
     "killed before open /unfinished/checkpoint-3/trainer_state.json": 0,
-    "killed before open /unfinished/checkpoint-6/config.json": 3,
+    "killed before open /unfinished/checkpoint-6/unfinished-model/config.json": 3,
     "killed before open /unfinished/checkpoint-6/files.json": 3,
     "killed before os.rename /unfinished/checkpoint-6": 3,
     "killed before os.rename /checkpoint-3": 6,
