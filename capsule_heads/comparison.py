@@ -12,7 +12,7 @@ CAPSULES = "capsules"
 TITLES = {
     "sst5": "SST-5, whole sentences (five classes)",
     "sst2_root": "SST-2, whole sentences of SST (two classes)",
-    "sst2": "SST-2 as in GLUE, its dev split",
+    "sst2": "SST-2 as in GLUE (validation: its dev split; test: whole sentences of SST's)",
 }
 REMARK = """Written by `scripts/write_results.py` from [results/heads.json](results/heads.json), nothing by hand.
 
