@@ -361,16 +361,21 @@ def _explain_batch(
     probabilities = found.scores.sigmoid() if is_multi_label else found.scores.softmax(-1)
     labels = tuple(model.config.id2label[k] for k in range(model.config.num_labels))
     is_token = [mask.bool().cpu() for mask in masks]
-    return [
-        Explanation(
-            labels=labels,
-            logits=found.scores[row].cpu(),
-            probabilities=probabilities[row].cpu(),
-            is_multi_label=is_multi_label,
-            parts=found.parts[row].cpu(),
-            credits=tuple(x[row].cpu()[mask[row]] for x, mask in zip(found.inputs, is_token)),
-            depths=tuple(model.config.depths),
-            **of_row,
+    explanations = []
+    for row, of_row in enumerate(known or [{}] * len(found.scores)):
+        credits = tuple(x[row].cpu()[mask[row]] for x, mask in zip(found.inputs, is_token))
+        if any(len(x) != len(of_row.get("tokens", x)) for x in credits):  # of a backbone that merges tokens
+            of_row = {"text": of_row["text"]}
+        explanations.append(
+            Explanation(
+                labels=labels,
+                logits=found.scores[row].cpu(),
+                probabilities=probabilities[row].cpu(),
+                is_multi_label=is_multi_label,
+                parts=found.parts[row].cpu(),
+                credits=credits,
+                depths=tuple(model.config.depths),
+                **of_row,
+            )
         )
-        for row, of_row in enumerate(known or [{}] * len(found.scores))
-    ]
+    return explanations

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import ResNetConfig, SwinConfig, ViTConfig, ViTImageProcessor
+from transformers import FunnelConfig, ResNetConfig, SwinConfig, ViTConfig, ViTImageProcessor
 
 from capsule_heads import (
     CapsuleHeadForImageClassification,
@@ -158,6 +158,23 @@ def test_prepared_inputs(make_model, tokenizer):
             a.by_word()
         with pytest.raises(ValueError, match="There is no image"):
             a.by_patch()
+
+
+def test_a_backbone_that_merges_tokens(tokenizer):
+    sizes = {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "block_sizes": [1, 1], "num_decoder_layers": 1}
+    torch.manual_seed(0)
+    model = CapsuleHeadForSequenceClassification.from_backbone(
+        FunnelConfig(vocab_size=64, architectures=["FunnelModel"], **sizes),
+        num_labels=3,
+        d_inp=8,
+        n_parts=6,
+        freeze_backbone=False,
+    )
+    (explanation,) = model.explain("the film is not good at all", tokenizer)
+    assert explanation.tokens is None and explanation.text == "the film is not good at all"
+    assert len({len(x) for x in explanation.credits}) > 1
+    with pytest.raises(ValueError, match="Words are not known"):
+        explanation.by_word()
 
 
 def test_long_texts_in_windows(make_model, tokenizer):
