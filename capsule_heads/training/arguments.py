@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -103,6 +104,12 @@ class CapsuleTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f'on_nonfinite is {self.on_nonfinite!r}; expected "stop" or "skip".')
+        for name, value in vars(self).items():  # max_grad_norm, for one, would carry it into the weights
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{name} is NaN; expected a number.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         # transformers checks these two against its own names: show it names it knows, and put ours back.
         ours = {}
         for name, own_value, stand_in in (("optim", RADAM, "adamw_torch"), ("lr_scheduler_type", ONE_CYCLE, "linear")):

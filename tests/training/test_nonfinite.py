@@ -291,6 +291,18 @@ def test_an_unknown_word_is_refused(arguments):
         arguments(on_nonfinite="ignore")
 
 
+@pytest.mark.parametrize("name", ["max_grad_norm", "learning_rate", "min_learning_rate", "num_train_epochs"])
+def test_options_that_are_no_number_are_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"{name} is NaN; expected a number"):
+        arguments(**{name: NAN})
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_batches_of_nothing_are_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"{name} is 0; expected 1 or more"):
+        arguments(**{name: 0})
+
+
 # Ten thousand hostile steps
 
 HOSTILE = {
