@@ -158,7 +158,8 @@ class VectorRouting(nn.Module):
                  y_j = sum_i credit_ij V_ij = (w_F1_j * sum_i credit_ij z_i) W_F2 + b_F2_j sum_i credit_ij
 
     The last form needs no votes: memory is linear in inputs and outputs. Without `n_inp`, one set of parameters serves
-    any number of inputs, and the betas are affine functions of `x_i`. The paper has no mask; with one, padding changes
+    any number of inputs, and the betas are affine functions of `x_i`. The equations are those of the author's published
+    implementation, not checked line by line against the paper. It has no mask; with one, padding changes
     nothing. Outputs wider than 1 are normalised at the end.
 
     Args:

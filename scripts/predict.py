@@ -28,6 +28,8 @@ def main() -> None:
     try:
         model = load_classifier(options.model)
         inputs = options.inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not inputs:
+            raise ValueError("There is nothing to classify; expected texts or files of images, or lines to read.")
         if isinstance(model, CapsuleHeadForImageClassification):
             processor = load_image_processor(options.model)
             missing = [name for name in inputs if not Path(name).is_file()]

@@ -244,6 +244,10 @@ def test_numbers_that_are_not_finite_end_a_training(fails, backbone, tmp_path):
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
+def test_nothing_to_predict(fails, reviews_model):
+    assert fails("predict.py", reviews_model).startswith("error: There is nothing to classify; expected texts")
+
+
 def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path):
     error = fails("evaluate.py", reviews_model, "--task", "sst5", "--source", trees)
     assert "trained for ['negative', 'positive'], and the dataset has ['very negative'," in error
