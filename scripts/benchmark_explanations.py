@@ -14,7 +14,6 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 
 import argparse
 import datetime
-import json
 import statistics
 
 import torch
@@ -23,6 +22,7 @@ from transformers import AutoTokenizer
 from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.faithfulness import compare_methods
 from capsule_heads.pictures import draw_deletion
+from capsule_heads.results import write_json
 from capsule_heads.training.command_line import OneLineParser, fail
 from capsule_heads.training.experiment import load_task
 
@@ -57,7 +57,7 @@ def main() -> None:
         print(f"| {name} | {cells[0]} | {cells[1]} | {1e3 * statistics.median(x.seconds for x in of_texts):.1f} |")
     if options.json:
         rows = {name: [x._asdict() for x in of_texts] for name, of_texts in found.items()}
-        Path(options.json).write_text(json.dumps({"options": vars(options), "texts": list(texts), "methods": rows}))
+        write_json(options.json, {"options": vars(options), "texts": list(texts), "methods": rows})
 
 
 def mean_and_error(values: list[float]) -> str:

@@ -18,7 +18,6 @@ import argparse
 import concurrent.futures
 import datetime
 import functools
-import json
 import multiprocessing
 import time
 
@@ -30,7 +29,7 @@ from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.models.loading import resolve_backbone
-from capsule_heads.results import write_json
+from capsule_heads.results import read_json, write_json
 from capsule_heads.training import CapsuleTrainingArguments
 from capsule_heads.training.command_line import OneLineParser, fail
 from capsule_heads.training.experiment import load_task, load_tokenizer
@@ -91,7 +90,7 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
     """One run, or what its file says of it."""
     file = Path(options.runs, options.task, f"{name.replace(' ', '_').replace(',', '')}_{rate:g}_{seed}.json")
     if file.exists():
-        return json.loads(file.read_text())
+        return read_json(file)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     states, names, tokenizer = load_states(options.task, options.source, options.backbone, options.max_phrases)
@@ -187,7 +186,7 @@ def main() -> None:
         "ablations": ablations,
     }
     path = Path(options.json)
-    records = [x for x in json.loads(path.read_text()) if x["task"] != options.task] if path.exists() else []
+    records = [x for x in read_json(path, list) if x["task"] != options.task] if path.exists() else []
     write_json(path, sorted([*records, record], key=lambda x: x["task"]))
     print(path)
 

@@ -11,10 +11,9 @@ from pathlib import Path
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
 
 import argparse
-import json
 
 from capsule_heads.comparison import render_results
-from capsule_heads.results import read_published, write_text
+from capsule_heads.results import read_json, read_published, write_text
 from capsule_heads.training.command_line import OneLineParser, fail
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     parser.add_argument("--output", default="docs/results.md")
     options = parser.parse_args()
     try:
-        records = json.loads(Path(options.heads).read_text(encoding="utf-8"))
+        records = read_json(options.heads, list)
         write_text(options.output, render_results(records, read_published(options.published)))
     except (KeyError, OSError, TypeError, ValueError) as error:
         fail(error)

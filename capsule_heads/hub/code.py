@@ -14,16 +14,8 @@ from ..results import read_json, write_json, write_text
 from ..version import __version__
 
 ROOT = Path(__file__).parents[1]
-PARTS = (
-    "ops",
-    "layers",
-    "mixup",
-    "weights",
-    "heads",
-    "control_heads",
-    "explain",
-    "models",
-)  # of the package: what models are made of
+# Of the package: what models are made of.
+PARTS = ("ops", "layers", "mixup", "weights", "heads", "control_heads", "explain", "models")
 # transformers keeps a copy of a local checkpoint's code for each first file: with one, there is one class of each name.
 FIRST = "modeling_capsule_head"
 CLASSES = {

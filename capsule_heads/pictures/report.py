@@ -56,7 +56,7 @@ def render_words(explanation: Explanation) -> str:
     """A text as HTML, its words in the colours of what they say for the predicted class; empty without words."""
     spans = [
         f'{html.escape(before)}<span style="background:{colour}" title="{credit:+.3f}">{html.escape(word)}</span>'
-        for before, word, credit, colour in _entry(explanation, None).get("words", ())
+        for before, word, credit, colour in _coloured_words(explanation)
     ]
     return f'<p style="font-size:1.15rem;line-height:2">{"".join(spans)}</p>' if spans else ""
 
@@ -78,14 +78,8 @@ def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
         draw_patches(explanation).savefig(buffer, format="png")
         entry["image"] = base64.b64encode(buffer.getvalue()).decode()
     if explanation.spans:
-        words = explanation.by_word()
-        credits = [float(explanation.against_others(word.credit)[k]) for word in words]
-        most = max(map(abs, credits))
-        end, entry["words"] = 0, []
-        for word, credit in zip(words, credits):
-            entry["words"].append((explanation.text[end : word.start], word.text, credit, _colour(credit, most)))
-            end = word.end
-        entry["rest"] = explanation.text[end:]
+        entry["words"] = _coloured_words(explanation)
+        entry["rest"] = explanation.text[explanation.spans[-1][1] :]
     if explanation.tokens is not None:
         credits = explanation.against_others(explanation.by_token_and_depth())[..., k]
         most = float(credits.abs().max())
@@ -95,6 +89,18 @@ def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
             for depth, column in zip(explanation.depths, credits.T.tolist())
         ]
     return entry
+
+
+def _coloured_words(explanation: Explanation) -> list[tuple[str, str, float, str]]:
+    """Per word of a text what stands before it, itself, its credit for the predicted class, and the colour of that."""
+    words = explanation.by_word() if explanation.spans else []
+    credits = [float(explanation.against_others(word.credit)[explanation.predicted]) for word in words]
+    most = max(map(abs, credits), default=0.0)
+    ends = [0, *(word.end for word in words)]
+    return [
+        (explanation.text[end : word.start], word.text, credit, _colour(credit, most))
+        for end, word, credit in zip(ends, words, credits)
+    ]
 
 
 def _colour(credit: float, most: float) -> str:
