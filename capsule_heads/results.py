@@ -26,6 +26,7 @@ _MEASURED_KEYS = {
     "backbone": str,
     "freeze_backbone": bool,
     "head_type": str,
+    "head_options": str,
     "metric": str,
     "seeds": list,
     "test": (dict, type(None)),
@@ -33,6 +34,7 @@ _MEASURED_KEYS = {
     "commit": str,
     "date": str,
 }
+_IDENTITY = ("task", "backbone", "head_type", "head_options", "freeze_backbone", "metric")
 _PUBLISHED_KEYS = {
     "task": str,
     "method": str,
@@ -112,9 +114,9 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
 
     Returns:
         One record per task, backbone, head and metric: `task`, `backbone`, `freeze_backbone`, `head_type` (of older
-        runs: frozen, "token_depth"), `metric`, `seeds`, `validation` and `test` (each
-        `{"mean": ..., "sd": ...}`, fractions of 1 for an accuracy; `sd` is None for one seed; None for the split if it
-        has no labels), `trained_parameters`, `steps`, `training_seconds` (mean).
+        runs: frozen, "token_depth"), `head_options` (those that are not default), `metric`, `seeds`, `validation` and
+        `test` (each `{"mean": ..., "sd": ...}`, fractions of 1 for an accuracy; `sd` is None for one seed; None for the
+        split if it has no labels), `trained_parameters`, `steps`, `training_seconds` (mean).
 
     Raises:
         ValueError: if runs of one task and backbone differ in their number of trained parameters or steps, or have the
@@ -122,10 +124,11 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
     """
     groups = defaultdict(list)
     for run in runs:
-        name, head_type = run.get("backbone") or backbone, run.get("head_type", "token_depth")
-        groups[run["task"], name, run.get("freeze_backbone", True), head_type].append(run)
+        name, frozen = run.get("backbone") or backbone, run.get("freeze_backbone", True)
+        head_type, head_options = run.get("head_type", "token_depth"), run.get("head_options", "")
+        groups[run["task"], name, frozen, head_type, head_options].append(run)
     records = []
-    for (task, name, frozen, head_type), group in groups.items():
+    for (task, name, frozen, head_type, head_options), group in groups.items():
         for key in ("trained_parameters", "steps"):
             values = sorted({run[key] for run in group})
             if len(values) > 1:
@@ -142,6 +145,7 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
                     "backbone": name,
                     "freeze_backbone": frozen,
                     "head_type": head_type,
+                    "head_options": head_options,
                     "metric": metric,
                     "seeds": seeds,
                     **{split: _mean_and_sd([run.get(f"{split}_{metric}") for run in group]) for split in SPLITS},
@@ -179,7 +183,7 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
     ]:
         if not record["backbone"]:
             raise ValueError(f"The runs of {record['task']} do not say which backbone they had; give its name.")
-        measured[tuple(record[key] for key in ("task", "backbone", "head_type", "freeze_backbone", "metric"))] = record
+        measured[tuple(record[key] for key in _IDENTITY)] = record
     content = [measured[key] for key in sorted(measured)]
     write_json(path, content)
 
@@ -309,6 +313,7 @@ def collect_results(task: str, published: str | Path, measured: str | Path) -> l
 def _method(record: dict[str, Any]) -> str:
     kind = record["head_type"]
     head = "capsule head" if kind in ("token_depth", "spatial_pose") else f"{kind.replace('_', ' ')} head"
+    head = f"{head} ({record['head_options']})" if record["head_options"] else head
     return f"{head}, {'frozen' if record['freeze_backbone'] else 'trained'} {record['backbone']}"
 
 

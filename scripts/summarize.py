@@ -37,7 +37,8 @@ def main() -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for record in records:
-        names = " | ".join(record[key] for key in ("task", "backbone", "head_type"))
+        head = ", ".join(filter(None, (record["head_type"], record["head_options"])))
+        names = " | ".join((record["task"], record["backbone"], head))
         seeds = ", ".join(map(str, record["seeds"]))
         scores = " | ".join(percent(record[split]) for split in SPLITS)
         print(

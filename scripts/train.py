@@ -81,6 +81,7 @@ def main() -> None:
         "backbone": model_arguments.backbone,
         "freeze_backbone": model_arguments.freeze_backbone,
         "head_type": model_arguments.head_type,
+        "head_options": model_arguments.head_options,
         "seed": arguments.seed,
         "steps": trainer.state.global_step,
         "training_seconds": seconds,

@@ -25,6 +25,7 @@ def test_means_and_standard_deviations():
         "backbone": "b",
         "freeze_backbone": True,
         "head_type": "token_depth",
+        "head_options": "",
         "metric": "accuracy",
         "seeds": [0, 1, 2],
         "validation": {"mean": 0.5, "sd": 0.0},
@@ -150,6 +151,14 @@ def test_measured_results_of_different_heads_stand_beside_each_other(tmp_path):
     write_measured(path, summarize_runs([run(head_type="linear", test_accuracy=0.25)]), "b", "2026-01-02")
     found = [(record["head_type"], record["test"]["mean"]) for record in json.loads(path.read_text())]
     assert found == [("linear", 0.25), ("spatial_pose", 0.5)]
+
+
+def test_runs_whose_heads_have_other_options_are_summarized_apart(tmp_path):
+    runs = [run(0), run(0, head_options="n_iters=2", test_accuracy=0.25)]
+    assert [record["test"]["mean"] for record in summarize_runs(runs)] == [0.5, 0.25]
+    write_measured(tmp_path / "measured.json", summarize_runs(runs), "a", "2026-01-02")
+    methods = {x.method for x in collect_results("sst5", DOCS / "published.yaml", tmp_path / "measured.json")}
+    assert {"capsule head, frozen b", "capsule head (n_iters=2), frozen b"} <= methods
 
 
 def test_measured_results_are_not_lost_where_writing_fails(tmp_path, monkeypatch):

@@ -124,6 +124,14 @@ class ModelArguments:
     mixup_alpha: float = field(default=0.2, metadata={"help": "Of the distribution of mixup's ratios; 0 for none."})
     class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class in the loss."})
 
+    @property
+    def head_options(self) -> str:
+        """The options of the head that are not default, such as "n_iters=2, mixup_alpha=0.0"; they tell runs apart."""
+        elsewhere = ("backbone", "backbone_revision", "freeze_backbone", "head_type", "strategy")
+        options = [option for option in fields(self) if option.name not in elsewhere]
+        values = {option.name: getattr(self, option.name) for option in options}
+        return ", ".join(f"{x.name}={values[x.name]}" for x in options if values[x.name] != x.default)
+
 
 def load_task(task: str, source: str | None = None, phrases: bool = True) -> DatasetDict:
     """Loads a task's splits, with `text` (and perhaps `text_pair`) or `image`, and `label`.
