@@ -82,6 +82,11 @@ class GlueMetric(evaluate.Metric):
         return {name: float(_SCORES[name](labels, guesses)) for name in _METRICS[self.config_name]}
 
 
+def metric_names(task: str) -> tuple[str, ...]:
+    """The names of a task's metrics; tasks as for `load_metric`."""
+    return _METRICS[task]
+
+
 def load_metric(task: str) -> evaluate.Metric:
     """Returns the metrics of a task as an `evaluate.Metric`, without asking the Hub.
 

@@ -13,9 +13,8 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 
 import argparse
 
-from PIL import Image
-
 from capsule_heads import CapsuleHeadForImageClassification
+from capsule_heads.data.images import open_image
 from capsule_heads.pictures import draw_parts, draw_patches, draw_tokens, render_report
 from capsule_heads.results import write_text
 from capsule_heads.training.command_line import OneLineParser, fail
@@ -48,7 +47,7 @@ def main() -> None:
             inputs = list(zip(*(split[name][:] for name in columns)))
             inputs = [values if len(values) > 1 else values[0] for values in inputs]
         elif is_image:
-            inputs = [Image.open(name) for name in options.inputs]
+            inputs = [open_image(name) for name in options.inputs]
         else:
             inputs = [tuple(text.split("\t", 1)) if "\t" in text else text for text in options.inputs]
         explanations = model.explain(inputs)

@@ -15,7 +15,8 @@ import json
 from transformers import ImageClassificationPipeline, TextClassificationPipeline
 
 from capsule_heads import CapsuleHeadForImageClassification
-from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.data.images import open_image
+from capsule_heads.training.command_line import OneLineParser, fail, positive_int
 from capsule_heads.training.experiment import load_classifier, load_image_processor, load_tokenizer
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or Hub name of the model")
     parser.add_argument("inputs", nargs="*", help="texts, or files of images; none: lines of standard input")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=positive_int, default=32)
     options = parser.parse_args()
     try:
         model = load_classifier(options.model)
@@ -32,11 +33,9 @@ def main() -> None:
             raise ValueError("There is nothing to classify; expected texts or files of images, or lines to read.")
         if isinstance(model, CapsuleHeadForImageClassification):
             processor = load_image_processor(options.model)
-            missing = [name for name in inputs if not Path(name).is_file()]
-            if missing:
-                raise FileNotFoundError(f"{missing[0]} is no file; the model classifies images, expected their files.")
+            images = (open_image(name) for name in inputs)  # one batch after another
             classify = ImageClassificationPipeline(model=model, image_processor=processor)
-            predictions = [best[0] for best in classify(inputs, batch_size=options.batch_size, top_k=1)]
+            predictions = [best[0] for best in classify(images, batch_size=options.batch_size, top_k=1)]
         else:
             classify = TextClassificationPipeline(model=model, tokenizer=load_tokenizer(options.model))
             predictions = classify(

@@ -23,6 +23,7 @@ from capsule_heads.training.experiment import (
     DataArguments,
     ModelArguments,
     build_model,
+    check_best_metric,
     compute_metrics_of,
     evaluation_splits,
     load_processor,
@@ -50,13 +51,14 @@ def main() -> None:
             model = build_model(model_arguments, datasets["train"], **windows_for(data, processor))
             prepared = prepare(datasets, processor, data.max_length, model.config.windowing is not None)
             train = prepared["train"]
+        validation = {name: prepared[name] for name in evaluation_splits(datasets, "validation")}
+        check_best_metric(arguments.metric_for_best_model, data.task, validation)
         if data.cache_hidden_states:  # the processes see to it among themselves
             train = HiddenStateCache(train, model.to(arguments.device), processor)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 
     is_text = isinstance(processor, PreTrainedTokenizerBase)
-    validation = {name: prepared[name] for name in evaluation_splits(datasets, "validation")}
     try:
         trainer = CapsuleTrainer(
             model=model,
@@ -72,7 +74,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start
         trainer.save_model()
-    except (FloatingPointError, OSError) as error:  # a loss or gradients; or where output_dir cannot be written to
+    except (FloatingPointError, OSError, ValueError) as error:  # numbers not finite, no place to write, inputs
         fail(error)
     trainer.remove_callback(EarlyStoppingCallback)  # it warns of an evaluation under another name than "eval"
 

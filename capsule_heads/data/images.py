@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
@@ -18,6 +19,23 @@ IMAGE_DATASETS = {
     "image_folder": (None, "image", "label"),
 }
 VALIDATION_SHARE = 0.1  # of the training images, where a dataset has no validation split
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Reads an image file, all of it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no image, or a damaged one; naming the file.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is no file; the model classifies images, expected their files.")
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises each of these
+        raise ValueError(f"{path} is no image that can be read: {error}.") from None
+    return image
 
 
 def load_images(task: str, source: str | os.PathLike[str] | None = None) -> datasets.DatasetDict:

@@ -70,13 +70,18 @@ def tokenize(
         Splits with the model's inputs, `labels`, and `length`, in tokens, by which batches are grouped.
 
     Raises:
-        ValueError: if there is no `text`, or the tokenizer has no padding token.
+        ValueError: if there is no `text`, the tokenizer has no padding token, or `max_length` leaves none of a text.
     """
     check_pad_token(tokenizer)
     columns = next(iter(datasets.values())).column_names
     if "text" not in columns:
         raise ValueError(f"The dataset has the columns {', '.join(columns)}; expected text (and text_pair for pairs).")
 
+    n_special = tokenizer.num_special_tokens_to_add(pair="text_pair" in columns)
+    if max_length is not None and max_length <= n_special:
+        raise ValueError(
+            f"max_length is {max_length}; expected more: the tokenizer adds {n_special} special tokens to each input."
+        )
     is_cut = max_length is not None or not in_windows
 
     def tokenize_batch(batch: dict) -> dict:

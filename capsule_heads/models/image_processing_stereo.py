@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,11 +33,24 @@ class StereoImageProcessor(BaseImageProcessor):
 
     def __init__(self, size: int | dict[str, int] = 96, **kwargs) -> None:
         super().__init__(**kwargs)
-        if isinstance(size, int):
-            size = {"height": size, "width": size}
-        if set(size) != {"height", "width"} or min(size.values()) < 1:
-            raise ValueError(f"size is {size}; expected a number of pixels, or a height and a width, of at least 1.")
-        self.size = dict(size)
+        sides = size if isinstance(size, dict) else {"height": size, "width": size}
+        if set(sides) != {"height", "width"} or not all(type(n) is int and n >= 1 for n in sides.values()):
+            raise ValueError(f"size is {size!r}; expected a number of pixels, or a height and a width, of at least 1.")
+        self.size = dict(sides)
+
+    @classmethod
+    def get_image_processor_dict(cls, source: str | os.PathLike, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers.
+
+        Raises:
+            OSError: Also for a file that is JSON but holds something else than keys and values.
+        """
+        fields, kwargs = super().get_image_processor_dict(source, **kwargs)
+        if not isinstance(fields, dict):
+            raise OSError(
+                f"{source} has a preprocessor_config.json without keys and values; expected what save_pretrained wrote."
+            )
+        return fields, kwargs
 
     def preprocess(self, images: Pair | Sequence[Pair], return_tensors: str | None = None, **kwargs) -> BatchFeature:
         """Prepares one pair, or several.

@@ -12,6 +12,16 @@ from transformers import TrainingArguments
 RADAM = "radam"
 ONE_CYCLE = "one_cycle"
 
+# What numbers may be: the least, and what they are below. What is None is not set.
+LIMITS = {
+    **dict.fromkeys(("learning_rate", "min_learning_rate", "backbone_learning_rate"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "min_adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), (1, math.inf)),
+    "dataloader_num_workers": (0, math.inf),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # what NumPy takes
+}
 
 # What a model card says of them, where they are set.
 DESCRIBED = (
@@ -107,9 +117,6 @@ class CapsuleTrainingArguments(TrainingArguments):
         for name, value in vars(self).items():  # max_grad_norm, for one, would carry it into the weights
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} is NaN; expected a number.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
         # transformers checks these two against its own names: show it names it knows, and put ours back.
         ours = {}
         for name, own_value, stand_in in (("optim", RADAM, "adamw_torch"), ("lr_scheduler_type", ONE_CYCLE, "linear")):
@@ -119,6 +126,11 @@ class CapsuleTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, own_value in ours.items():
             setattr(self, name, own_value)
+        for name, (least, below) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < below:
+                expected = f"{least} or more" if below == math.inf else f"{least} or more, and less than {below}"
+                raise ValueError(f"{name} is {value}; expected a number, {expected}.")
         if hasattr(TrainingArguments, "group_by_length"):  # before transformers 5.2
             self.group_by_length = self.train_sampling_strategy == "group_by_length"
 

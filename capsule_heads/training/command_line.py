@@ -40,6 +40,28 @@ class _GivenOptions(OneLineParser):
         return vars(namespace), rest
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without keys that are given twice, of which it would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key.value in (other.value for other in keys[:index]):
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def positive_int(text: str) -> int:
+    """The `type` of options that count something.
+
+    Raises:
+        argparse.ArgumentTypeError: for what is no whole number, or less than 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number, 1 or more")
+    return int(text)
+
+
 def fail(message: object) -> NoReturn:
     """Ends the program with status 2 and one line on stderr."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -95,7 +117,7 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: {getattr(error, 'strerror', None) or error}")
     except yaml.YAMLError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -26,7 +26,7 @@ from ..data.sst import STANFORD_URL, load_sst
 from ..data.stereo import prepare_stereo
 from ..data.tokenization import tokenize, window_fields
 from ..data.toy_norb import load_toy_norb
-from ..metrics import compute_metrics_for
+from ..metrics import compute_metrics_for, metric_names
 from ..models import (
     CapsuleHeadConfig,
     CapsuleHeadForImageClassification,
@@ -161,7 +161,12 @@ def load_task(task: str, source: str | None = None, phrases: bool = True) -> Dat
 
 def compute_metrics_of(task: str) -> Callable[[EvalPrediction], dict[str, float]]:
     """The `compute_metrics` of one of `TASKS`, for a Trainer."""
-    return compute_metrics_for(task if task in (*SST_TASKS, *GLUE_TASKS) else "classification")
+    return compute_metrics_for(metrics_task(task))
+
+
+def metrics_task(task: str) -> str:
+    """What the metrics of one of `TASKS` go by; see `load_metric`."""
+    return task if task in (*SST_TASKS, *GLUE_TASKS) else "classification"
 
 
 def load_processor(
@@ -291,16 +296,35 @@ def load_classifier(name_or_path: str) -> CapsuleHeadClassifier:
 
 
 def evaluation_splits(datasets: DatasetDict, prefix: str) -> dict[str, Dataset]:
-    """The splits whose name begins with a prefix (MNLI has two for validation) and that have labels."""
+    """The splits of a name that have labels; MNLI has two of validation, validation_matched and _mismatched."""
     return {
         name: split
         for name, split in datasets.items()
-        if name.startswith(prefix) and not _is_unlabelled(split.with_format("numpy")["label"][:])
+        if (name == prefix or name.startswith(f"{prefix}_"))
+        and not _is_unlabelled(split.with_format("numpy")["label"][:])
     }
 
 
 def _is_unlabelled(labels) -> bool:
     return bool(((labels == -1) | (labels != labels)).all())  # GLUE: -1, or NaN for numbers
+
+
+def check_best_metric(name: str | None, task: str, validation: Collection[str]) -> None:
+    """Checks `metric_for_best_model` before there is a first evaluation, whose metrics it would be looked for among.
+
+    Args:
+        name: the metric, perhaps beginning with `eval_`; None if the best model is not looked for.
+        task: one of `TASKS`.
+        validation: names of the splits that are evaluated: of several, each metric has the name before its own.
+
+    Raises:
+        ValueError: naming the metrics there are.
+    """
+    names = ["loss", *metric_names(metrics_task(task))]
+    if len(validation) > 1:
+        names = [f"{split}_{name}" for split in validation for name in names]
+    if name is not None and name.removeprefix("eval_") not in names:
+        raise ValueError(f"metric_for_best_model is {name}; expected one of {', '.join(names)}.")
 
 
 def check_labels_match(model: CapsuleHeadClassifier, dataset: Dataset) -> None:

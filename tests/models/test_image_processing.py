@@ -139,10 +139,30 @@ def test_a_pipeline_takes_images(processor, pairs):
     torch.testing.assert_close(torch.tensor(scores), expected)
 
 
-@pytest.mark.parametrize("size", [0, {"height": 96}, {"height": 96, "width": -1}, {"shortest_edge": 96}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        0,
+        True,
+        9.5,
+        "96",
+        [96, 96],
+        {"height": 96},
+        {"height": 96, "width": -1},
+        {"height": "96", "width": 96},
+        {"edge": 9},
+    ],
+)
 def test_sizes_that_are_none(size):
     with pytest.raises(ValueError, match=r"size is .*; expected a number of pixels, or a height and a width"):
         StereoImageProcessor(size)
+
+
+@pytest.mark.parametrize("content", ["[1]", '"x"'])
+def test_a_file_without_keys_is_refused(tmp_path, content):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(OSError, match=f"{tmp_path} has a preprocessor_config.json without keys and values"):
+        StereoImageProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,12 @@ def test_stereo_pairs_are_classified(call, fails, stereo_model, tmp_path):
     )
     line = fails("predict.py", stereo_model, tmp_path / "none.png")
     assert "none.png is no file; the model classifies images, expected their files" in line
+    whole = (tmp_path / "car.png").read_bytes()
+    for content in (whole[: len(whole) // 2], b"text", b""):
+        (tmp_path / "cut.png").write_bytes(content)
+        for script in ("predict.py", "explain.py"):
+            line = fails(script, stereo_model, tmp_path / "car.png", tmp_path / "cut.png")
+            assert line.startswith(f"error: {tmp_path / 'cut.png'} is no image that can be read: ")
 
 
 @pytest.mark.slow

@@ -190,6 +190,10 @@ def test_mistakes_in_training(fails, backbone, trees, tmp_path):
     assert error == "error: early_stopping_patience needs load_best_model_at_end."
     error = fails("train.py", config, "--resume_from_checkpoint", tmp_path / "none")
     assert error.startswith(f"error: resume_from_checkpoint is {tmp_path}/none, which is not a directory; expected a ")
+    error = fails("train.py", config, "--metric_for_best_model", "acuracy")
+    assert error == "error: metric_for_best_model is acuracy; expected one of loss, accuracy."
+    error = fails("train.py", config, "--max_length", "2")
+    assert error == "error: max_length is 2; expected more: the tokenizer adds 2 special tokens to each input."
     assert f"'{config}/run'" in fails("train.py", config, "--output_dir", f"{config}/run")  # inside a file
     assert not (tmp_path / "run" / "results.json").exists()
 
@@ -257,7 +261,11 @@ def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path)
         (tmp_path / f"{name}.tsv").write_text(f"{header}\tlabel\n0\tA cat sat.\tA cat.\tentailment\n")
     (tmp_path / "test.tsv").write_text(f"{header}\n0\tA dog sat.\tA dog.\n")
     error = fails("evaluate.py", reviews_model, "--task", "rte", "--source", tmp_path, "--split", "test")
-    assert error == "error: rte has no labelled split test; it has train, validation, test."
+    assert error == "error: rte has no labelled split 'test'; it has train, validation, test."
+    error = fails("evaluate.py", reviews_model, "--task", "reviews", "--split", "")
+    assert error == "error: reviews has no labelled split ''; it has train, validation, test."
+    error = fails("evaluate.py", reviews_model, "--task", "reviews", "--batch_size", "0")
+    assert error == "error: command line: argument --batch_size: 0 is no whole number, 1 or more"
     assert f"{tmp_path}/none" in fails("evaluate.py", tmp_path / "none", "--task", "reviews")
     assert "bert model, not of a capsule-head model" in fails("evaluate.py", backbone, "--task", "reviews")
     assert "--task" in fails("evaluate.py", reviews_model)

@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -55,6 +56,26 @@ def test_optimizers_and_schedules_of_transformers_can_be_named(tmp_path):
 def test_wrong_names_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong.values()))):
         CapsuleTrainingArguments(str(tmp_path), use_cpu=True, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"learning_rate": -1e-4}, "learning_rate is -0.0001; expected a number, 0 or more."),
+        ({"learning_rate": math.inf}, "learning_rate is inf; expected a number, 0 or more."),
+        ({"backbone_learning_rate": -1.0}, "backbone_learning_rate is -1.0; expected a number, 0 or more."),
+        ({"adam_beta1": 3.0}, "adam_beta1 is 3.0; expected a number, 0 or more, and less than 1."),
+        ({"min_adam_beta1": 1.0}, "min_adam_beta1 is 1.0; expected a number, 0 or more, and less than 1."),
+        ({"adam_beta2": -0.5}, "adam_beta2 is -0.5; expected a number, 0 or more, and less than 1."),
+        ({"seed": -1}, "seed is -1; expected a number, 0 or more, and less than 4294967296."),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1; expected a number, 0 or more."),
+        ({"save_total_limit": 0}, "save_total_limit is 0; expected a number, 1 or more."),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0; expected a number, 1 or more."),
+    ],
+)
+def test_numbers_beyond_their_limits_are_refused(tmp_path, field, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        CapsuleTrainingArguments(str(tmp_path), **field)
 
 
 def test_to_dict_and_json(tmp_path):

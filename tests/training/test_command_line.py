@@ -131,10 +131,12 @@ def test_a_mistake_of_the_file_is_one_although_the_command_line_overrides_it(con
         ("depths: []\n", "--depths.*expected at least one argument"),
         ("learning_rate: fast\n", "--learning_rate.*invalid float value: 'fast'"),
         ("freeze_backbone: perhaps\n", "--freeze_backbone.*expected.*got perhaps"),
-        ("task: sst3\n", "--task.*invalid choice: 'sst3'.*sst5"),
+        ("head_type: cube\n", "--head_type.*invalid choice: 'cube'.*token_depth"),
         ("save_strategy: no\n", "--save_strategy.*invalid choice: 'False'"),  # YAML's no: it has to be quoted
         ("optim: radom\n", "radom is not a valid OptimizerNames"),
         ("a: b: c\n", "not YAML"),
+        ("seed: 1\nseed: 2\n", "not YAML: seed is given twice .*, line [0-9]+"),
+        ("? [a]\n: 1\n", "not YAML"),
     ],
 )
 def test_mistakes_of_the_file_name_it(config, mistake, text, said):

@@ -299,7 +299,7 @@ def test_options_that_are_no_number_are_refused(arguments, name):
 
 @pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
 def test_batches_of_nothing_are_refused(arguments, name):
-    with pytest.raises(ValueError, match=f"{name} is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match=f"{name} is 0; expected a number, 1 or more"):
         arguments(**{name: 0})
 
 
