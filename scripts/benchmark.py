@@ -35,6 +35,7 @@ from capsule_heads.convert import build_network
 from capsule_heads.heads import TokenDepthHead
 from capsule_heads.ops import STRATEGIES, route
 from capsule_heads.ops.autograd import n_votes
+from capsule_heads.training.command_line import OneLineParser, at_least, file_to_write
 
 SEED = 0
 PARITY = 1e-5
@@ -328,12 +329,14 @@ def machine(device: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, in each of which every strategy runs once")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=5, help="rounds, in each of which every strategy runs once"
+    )
     parser.add_argument("--profile", action="store_true", help="what the time goes to, instead of ratios")
-    parser.add_argument("--json", type=Path, help="a file to write every measured time to")
+    parser.add_argument("--json", type=file_to_write, help="a file to write every measured time to")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda was asked for, and torch finds no CUDA device on this machine; use --device cpu.")

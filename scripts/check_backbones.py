@@ -26,12 +26,16 @@ from backbone_check import check_apart
 from backbone_report import render
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from capsule_heads.training.command_line import OneLineParser, at_least
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", help="comma-separated; by default all. Rows of other types are kept.")
     parser.add_argument("--output", default="docs/backbones", help="path without .md and .json (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=60, help="of computing, for each type (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=at_least(1), default=60, help="of computing, for each type (default: %(default)s)"
+    )
     options = parser.parse_args()
     names = options.types.split(",") if options.types else list(MODEL_MAPPING_NAMES)
     unknown = sorted(set(names) - set(MODEL_MAPPING_NAMES))

@@ -31,7 +31,7 @@ from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.models.loading import resolve_backbone
 from capsule_heads.results import read_json, write_json
 from capsule_heads.training import CapsuleTrainingArguments
-from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.training.command_line import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.training.experiment import load_task, load_tokenizer
 
 HEADS = {
@@ -143,17 +143,22 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=("sst5", "sst2_root", "sst2"))
     parser.add_argument("--source", help="where the task's data is")
     parser.add_argument("--backbone", default=BACKBONE)
-    parser.add_argument("--max_phrases", type=int, default=20_000, help="texts to train on, drawn once; 0 for all")
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--ablation_seeds", type=int, nargs="*", default=[0, 1, 2], help="of the ablations; none: none")
+    parser.add_argument(
+        "--max_phrases", type=at_least(0), default=20_000, help="texts to train on, drawn once; 0 for all"
+    )
+    parser.add_argument("--epochs", type=at_least(1), default=3)
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--ablation_seeds", type=at_least(0), nargs="*", default=[0, 1, 2], help="of the ablations; none: none"
+    )
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="runs side by side, with one thread each")
     parser.add_argument("--runs", default="runs/heads", help="folder for the results of runs")
-    parser.add_argument("--json", default="docs/results/heads.json", help="file for the comparison")
+    parser.add_argument("--json", type=file_to_write, default="docs/results/heads.json", help="file for the comparison")
     parser.add_argument("--commit", default="", help="that is measured")
     options = parser.parse_args()
-    try:  # computes what is not cached yet, once for all processes
+    try:  # reads what is there before it takes an hour; computes what is not cached yet, once for all processes
+        records = read_json(options.json, list) if options.json.exists() else []
         load_states(options.task, options.source, options.backbone, options.max_phrases)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
@@ -185,10 +190,9 @@ def main() -> None:
         "runs": [*best.values(), *runs],
         "ablations": ablations,
     }
-    path = Path(options.json)
-    records = [x for x in read_json(path, list) if x["task"] != options.task] if path.exists() else []
-    write_json(path, sorted([*records, record], key=lambda x: x["task"]))
-    print(path)
+    others = [x for x in records if x["task"] != options.task]
+    write_json(options.json, sorted([*others, record], key=lambda x: x["task"]))
+    print(options.json)
 
 
 if __name__ == "__main__":

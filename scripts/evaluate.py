@@ -15,7 +15,7 @@ import tempfile
 from datasets import DatasetDict
 
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.training.command_line import OneLineParser, fail, positive_int
+from capsule_heads.training.command_line import OneLineParser, at_least, fail
 from capsule_heads.training.experiment import (
     TASKS,
     check_labels_match,
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--source", help="where the data is, as in the training configurations")
     parser.add_argument("--split", default="validation", help="validation (default) or test")
-    parser.add_argument("--batch_size", type=positive_int, default=64)
+    parser.add_argument("--batch_size", type=at_least(1), default=64)
     options = parser.parse_args()
     try:
         datasets = load_task(options.task, options.source, phrases=False)

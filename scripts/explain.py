@@ -17,7 +17,7 @@ from capsule_heads import CapsuleHeadForImageClassification
 from capsule_heads.data.images import open_image
 from capsule_heads.pictures import draw_parts, draw_patches, draw_tokens, render_report
 from capsule_heads.results import write_text
-from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.training.command_line import OneLineParser, at_least, fail
 from capsule_heads.training.experiment import load_classifier, load_task
 
 
@@ -28,9 +28,9 @@ def main() -> None:
     parser.add_argument("--task", help="without inputs: whose test split to explain")
     parser.add_argument("--source", help="where the task's data is")
     parser.add_argument(
-        "--max_inputs", type=int, default=50, help="of the task, drawn at random (default 50); 0 for all"
+        "--max_inputs", type=at_least(0), default=50, help="of the task, drawn at random (default 50); 0 for all"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the sample")
     parser.add_argument("--output_dir", default="explanations", help="where to write (default explanations)")
     options = parser.parse_args()
     try:

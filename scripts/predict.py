@@ -16,7 +16,7 @@ from transformers import ImageClassificationPipeline, TextClassificationPipeline
 
 from capsule_heads import CapsuleHeadForImageClassification
 from capsule_heads.data.images import open_image
-from capsule_heads.training.command_line import OneLineParser, fail, positive_int
+from capsule_heads.training.command_line import OneLineParser, at_least, fail
 from capsule_heads.training.experiment import load_classifier, load_image_processor, load_tokenizer
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or Hub name of the model")
     parser.add_argument("inputs", nargs="*", help="texts, or files of images; none: lines of standard input")
-    parser.add_argument("--batch_size", type=positive_int, default=32)
+    parser.add_argument("--batch_size", type=at_least(1), default=32)
     options = parser.parse_args()
     try:
         model = load_classifier(options.model)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -51,15 +51,27 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def positive_int(text: str) -> int:
-    """The `type` of options that count something.
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an option that is a whole number, so many or more; 0 is the least there may be."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number, {least} or more")
+        return int(text)
+
+    return parse
+
+
+def file_to_write(text: str) -> Path:
+    """The `type` of an option that names a file which is written when all is done: its folder has to be there before.
 
     Raises:
-        argparse.ArgumentTypeError: for what is no whole number, or less than 1.
+        argparse.ArgumentTypeError: if it is not, or the file is a folder.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number, 1 or more")
-    return int(text)
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: expected a file in a folder that exists")
+    return path
 
 
 def fail(message: object) -> NoReturn:

@@ -1,12 +1,13 @@
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import HfArgumentParser
 
 from capsule_heads import CapsuleTrainingArguments
-from capsule_heads.training.command_line import OneLineParser, parse_config_and_options
+from capsule_heads.training.command_line import OneLineParser, at_least, file_to_write, parse_config_and_options
 from capsule_heads.training.experiment import DataArguments, ModelArguments
 
 CLASSES = (DataArguments, ModelArguments, CapsuleTrainingArguments)
@@ -225,3 +226,29 @@ def test_one_line_parser(capsys):
         parser.parse_args(["--size", "much"])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == "error: command line: argument --size: invalid int value: 'much'\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--count=0", "argument --count: 0 is no whole number, 1 or more"),
+        ("--count=-1", "argument --count: -1 is no whole number, 1 or more"),
+        ("--count=1.5", "argument --count: 1.5 is no whole number, 1 or more"),
+        (
+            "--file=none/x.json",
+            "argument --file: none/x.json cannot be written: expected a file in a folder that exists",
+        ),
+        ("--file=folder", "argument --file: folder cannot be written: expected a file in a folder that exists"),
+    ],
+)
+def test_types_of_options(tmp_path, monkeypatch, capsys, option, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    parser = OneLineParser()
+    parser.add_argument("--count", type=at_least(1))
+    parser.add_argument("--file", type=file_to_write)
+    given = parser.parse_args(["--count", "3", "--file", "folder/x.json"])
+    assert (given.count, given.file) == (3, Path("folder/x.json"))
+    with pytest.raises(SystemExit):
+        parser.parse_args([option])
+    assert capsys.readouterr().err == f"error: command line: {said}\n"
