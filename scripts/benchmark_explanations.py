@@ -40,6 +40,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     try:
         split = load_task(options.task, options.source, phrases=False)["test"]
+        if "text" not in split.column_names:
+            raise ValueError(f"{options.task} is of images; expected a task of texts.")
         texts = split.shuffle(seed=options.seed).select(range(min(options.max_texts or len(split), len(split))))["text"]
         model = CapsuleHeadForSequenceClassification.from_pretrained(options.model, freeze_backbone=False)
         found = compare_methods(model, AutoTokenizer.from_pretrained(options.model), list(texts))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import io
 import os
 from collections.abc import Callable
 from typing import Any
 
 import datasets
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import BaseImageProcessor
 
@@ -22,7 +24,7 @@ VALIDATION_SHARE = 0.1  # of the training images, where a dataset has no validat
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image file, all of it.
+    """Reads an image file, all of it, and turns it as the camera was held.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -30,12 +32,14 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is no file; the model classifies images, expected their files.")
+    return _read_image(path, os.fspath(path))
+
+
+def _read_image(file: str | os.PathLike[str] | io.BytesIO, name: str) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
+        return ImageOps.exif_transpose(Image.open(file))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises each of these
-        raise ValueError(f"{path} is no image that can be read: {error}.") from None
-    return image
+        raise ValueError(f"{name} is no image that can be read: {error}.") from None
 
 
 def load_images(task: str, source: str | os.PathLike[str] | None = None) -> datasets.DatasetDict:
@@ -66,7 +70,7 @@ def load_images(task: str, source: str | os.PathLike[str] | None = None) -> data
         if not {image, label} <= set(rows.column_names):
             raise ValueError(
                 f"The split {split} of {source or name} has the columns {', '.join(rows.column_names)}; expected "
-                f"{image} and {label}."
+                f"{image} and {label}, or train/CLASS/*.png and the like for two classes or more."
             )
     if "train" not in splits:
         raise ValueError(f"{source or name} has the splits {', '.join(splits)}; expected train.")
@@ -74,6 +78,11 @@ def load_images(task: str, source: str | os.PathLike[str] | None = None) -> data
     for old, new in ((image, "image"), (label, "label")):
         splits = splits if old == new else splits.rename_column(old, new)
     if "validation" not in splits:
+        if min(collections.Counter(splits["train"]["label"][:]).values()) < 2:
+            raise ValueError(
+                f"A class of {source or name} has a single training image, and validation needs one of its own; add "
+                "another, or a split named validation."
+            )
         parts = splits["train"].train_test_split(VALIDATION_SHARE, seed=0, stratify_by_column="label")
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     if "test" in splits and set(splits["test"].unique("label")) == {-1}:
@@ -84,13 +93,15 @@ def load_images(task: str, source: str | os.PathLike[str] | None = None) -> data
 def prepare_images(splits: datasets.DatasetDict, processor: BaseImageProcessor) -> datasets.DatasetDict:
     """Gives images the two columns that a Trainer takes, `pixel_values` and `labels`, made when they are read.
 
+    An image that cannot be read then is a ValueError that names its file.
+
     Args:
         splits: With `image` and `label`.
         processor: The backbone's image processor, which resizes and normalizes.
     """
-
     process = functools.partial(_process_images, processor)
-    return datasets.DatasetDict({name: with_pixel_values(split, process) for name, split in splits.items()})
+    files = splits.cast_column("image", datasets.Image(decode=False))  # whose errors would not name them
+    return datasets.DatasetDict({name: with_pixel_values(split, process) for name, split in files.items()})
 
 
 def with_pixel_values(split: datasets.Dataset, process: Callable[[list], list[Tensor]]) -> datasets.Dataset:
@@ -113,5 +124,9 @@ def _process_batch(process: Callable[[list], list[Tensor]], batch: dict[str, Any
     return {**batch, "pixel_values": process(batch["pixel_values"])}
 
 
-def _process_images(processor: BaseImageProcessor, images: list) -> list[Tensor]:
+def _process_images(processor: BaseImageProcessor, files: list[dict[str, Any]]) -> list[Tensor]:
+    images = [
+        _read_image(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"]), file["path"] or "An image")
+        for file in files
+    ]
     return list(processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"])

@@ -1,5 +1,7 @@
 """Labelled images from folders and files, with the columns, splits and preparation that a Trainer takes."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from capsule_heads.data.images import load_images, prepare_images
+from capsule_heads.data.images import load_images, open_image, prepare_images
 
 N_PER_CLASS = 10
 
@@ -71,6 +73,32 @@ def test_pixel_values_are_the_processors(folder):
         assert torch.equal(torch.as_tensor(found["pixel_values"]), expected) and expected.shape == (3, 8, 8)
         assert found["labels"] == splits["train"][index]["label"]
     assert prepared["train"]["labels"][:] == splits["train"]["label"][:]
+
+
+def test_an_image_that_cannot_be_read_is_named(folder):
+    path = folder / "train" / "cat" / "5.png"
+    path.write_bytes(path.read_bytes()[:200])
+    prepared = prepare_images(load_images("image_folder", folder), ViTImageProcessor(size={"height": 8, "width": 8}))
+    with pytest.raises(ValueError, match=rf"{path} is no image that can be read: .*truncated"):
+        for split in ("train", "validation"):
+            prepared[split][:]
+
+
+def test_images_are_turned_as_the_camera_was_held(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by a quarter
+    picture(0).save(tmp_path / "turned.jpg", exif=exif)
+    assert picture(0).size == (10, 12) and open_image(tmp_path / "turned.jpg").size == (12, 10)
+
+
+def test_classes_that_cannot_be_split(folder):
+    for path in (folder / "train" / "dog").glob("[1-9].png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"A class of .* has a single training image, and validation needs one"):
+        load_images("image_folder", folder)
+    shutil.rmtree(folder / "train" / "dog"), shutil.rmtree(folder / "test")
+    with pytest.raises(ValueError, match=r"the columns image; expected image and label, or train/CLASS/.* two classes"):
+        load_images("image_folder", folder)
 
 
 def test_mistakes(folder, tmp_path):
