@@ -126,7 +126,7 @@ class Explanation:
         is_special: which of them the tokenizer has added.
         spans: of each word, its first and last character in `text`, and its tokens; empty without a fast tokenizer.
         text: the text, or its first part and its second.
-        image: the image as it was given.
+        image: the image as it was given; of a stereo pair the left view, as the backbone takes it.
         n_pixels: rows and columns of the image as the backbone takes it.
         patch_size: rows and columns of a patch, where the backbone says them.
     """
@@ -340,6 +340,8 @@ def _prepare_images(model: PreTrainedModel, images: list, processor: Any) -> tup
     pixels = batch.get("pixel_values")
     if pixels is not None and pixels.ndim == 4:
         known["n_pixels"] = tuple(pixels.shape[-2:])
+        if pixels.shape[1] == 2:
+            images = list(pixels[:, 0].numpy())
     return batch, [{**known, "image": image} for image in images]
 
 

@@ -18,7 +18,7 @@ from capsule_heads.data.images import open_image
 from capsule_heads.pictures import draw_parts, draw_patches, draw_tokens, render_report
 from capsule_heads.results import write_text
 from capsule_heads.training.command_line import OneLineParser, at_least, fail
-from capsule_heads.training.experiment import load_classifier, load_task
+from capsule_heads.training.experiment import STEREO_TASKS, load_classifier, load_task
 
 
 def main() -> None:
@@ -43,6 +43,8 @@ def main() -> None:
             split = load_task(options.task, options.source, phrases=False)["test"].shuffle(seed=options.seed)
             split = split.select(range(min(options.max_inputs or len(split), len(split))))
             labels = split["label"][:]
+            if options.task in STEREO_TASKS:
+                split = split.with_format("numpy")  # pairs are arrays, not lists of numbers
             columns = [name for name in ("image", "text", "text_pair") if name in split.column_names]
             inputs = list(zip(*(split[name][:] for name in columns)))
             inputs = [values if len(values) > 1 else values[0] for values in inputs]

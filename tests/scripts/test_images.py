@@ -112,6 +112,15 @@ def test_a_trajectory_is_drawn(call, stereo_model, tmp_path):
     assert len(out.splitlines()) == 5 and Image.open(path).size[0] > 800
 
 
+@pytest.mark.slow
+def test_a_sample_of_stereo_pairs_is_explained(call, stereo_model, tmp_path):
+    options = ("--task", "toy_norb", "--max_inputs", 2, "--output_dir", tmp_path)
+    status, _, err = call("explain.py", stereo_model, *options)
+    assert status == 0, err
+    assert Image.open(tmp_path / "002.png").size[0] > 300
+    assert (tmp_path / "report.html").read_text().count("true: ") == 2
+
+
 def test_checkpoints_are_converted(call, fails, tmp_path):
     model = build_network("smallnorb")
     state_dict = {}
