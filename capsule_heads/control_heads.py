@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_size, check_widths
 from .heads import HeadOutput, TokenDepthInputs, check_inputs, mixed
 
 POOLINGS = ("mean", "first", "last")
@@ -27,7 +28,10 @@ class LinearHead(nn.Module):
 
     def __init__(self, *, d_emb: Sequence[int], n_out: int, pooling: str = "mean") -> None:
         super().__init__()
-        self.d_emb, self.pooling = tuple(d_emb), pooling
+        check_size("n_out", n_out)
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+        self.d_emb, self.pooling = check_widths(d_emb, at_most=1), pooling
         (width,) = self.d_emb
         self.affine = nn.Linear(width, n_out)
         self.reset_parameters()
@@ -66,7 +70,9 @@ class ScalarMixHead(nn.Module):
 
     def __init__(self, *, d_emb: Sequence[int], n_out: int, d_inp: int = 64) -> None:
         super().__init__()
-        self.d_emb = tuple(d_emb)
+        check_size("n_out", n_out)
+        check_size("d_inp", d_inp)
+        self.d_emb = check_widths(d_emb)
         if len(set(self.d_emb)) > 1:
             raise ValueError(
                 f'Hidden states have widths {", ".join(map(str, self.d_emb))}; head_type="scalar_mix" adds them up, '
@@ -115,6 +121,7 @@ class AttentivePoolingHead(TokenDepthInputs):
 
     def __init__(self, *, d_emb: Sequence[int], n_out: int, d_inp: int = 64) -> None:
         super().__init__(d_emb, d_inp)
+        check_size("n_out", n_out)
         self.query = nn.Parameter(torch.empty(d_inp))
         self.affine = nn.Linear(d_inp, n_out)
         self.reset_parameters()
@@ -172,6 +179,9 @@ class VectorRouting(nn.Module):
 
     def __init__(self, *, n_out: int, d_inp: int, d_out: int, n_inp: int | None = None, n_iters: int = 2) -> None:
         super().__init__()
+        for name, size in (("n_out", n_out), ("d_inp", d_inp), ("d_out", d_out), ("n_iters", n_iters)):
+            check_size(name, size)
+        check_size("n_inp", n_inp, or_none="variable")
         if n_out < 2:
             raise ValueError(f"n_out is {n_out}; expected 2 or more: a single output has nothing to compete with.")
         self.n_inp, self.n_iters, self.d_out = n_inp, n_iters, d_out
@@ -215,8 +225,10 @@ class VectorRouting(nn.Module):
             `x_out [...jh]`, and the credits `[...ij]` of the last iteration.
 
         Raises:
-            ValueError: for another number of inputs than it was built for.
+            ValueError: for another number of inputs than it was built for, or another width.
         """
+        if x_inp.ndim < 2 or x_inp.shape[-1] != len(self.W_F2):
+            raise ValueError(f"x_inp has shape {tuple(x_inp.shape)}; expected [..., n_inp, d_inp={len(self.W_F2)}].")
         if self.n_inp is not None and x_inp.shape[-2] != self.n_inp:
             raise ValueError(f"x_inp has {x_inp.shape[-2]} vectors; this layer was built for n_inp={self.n_inp}.")
         mask = x_inp.new_ones(x_inp.shape[:-1]) if mask is None else mask.to(x_inp.dtype)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_size, check_widths
 from .layers import Routing
 
 
@@ -87,7 +88,8 @@ class TokenDepthInputs(nn.Module):
 
     def __init__(self, d_emb: Sequence[int], d_inp: int) -> None:
         super().__init__()
-        self.d_emb = tuple(d_emb)
+        check_size("d_inp", d_inp)
+        self.d_emb = check_widths(d_emb)
         self.widths = list(dict.fromkeys(self.d_emb))
         self.detect_parts = nn.ModuleList(
             [PartDetector(self.d_emb.count(width), width, d_inp) for width in self.widths]
@@ -235,7 +237,8 @@ class SpatialPoseHead(nn.Module):
         **options,
     ) -> None:
         super().__init__()
-        self.d_emb = tuple(d_emb)
+        check_size("n_parts", n_parts)
+        self.d_emb = check_widths(d_emb, at_most=1)
         (width,) = self.d_emb
         self.n_parts, self.d_cov, self.d_cap = n_parts, d_cov, d_cap
         self.compute_a = nn.Sequential(nn.BatchNorm1d(width), PlaceConv(width, n_parts))
@@ -321,19 +324,34 @@ def check_inputs(
     hidden_states: Sequence[Tensor], mask: Tensor | Sequence[Tensor], d_emb: tuple[int, ...]
 ) -> list[Tensor]:
     """Checks the inputs of a head, and returns one mask per depth."""
+    if not isinstance(hidden_states, Sequence | Tensor):
+        raise TypeError(f"hidden_states is a {type(hidden_states).__name__}; expected a sequence of tensors.")
     if len(hidden_states) != len(d_emb):
         raise ValueError(
             f"{len(hidden_states)} hidden states were passed to a head built for {len(d_emb)}; expected one per depth: "
             "the embeddings, say, and the output of every layer."
         )
-    masks = [mask] * len(d_emb) if isinstance(mask, Tensor) else list(mask)
+    masks = [mask] * len(d_emb) if isinstance(mask, Tensor) else list(mask or ())
+    if len(masks) != len(d_emb) or not all(isinstance(x, Tensor) for x in [*hidden_states, *masks]):
+        raise ValueError(
+            f"The hidden states are {len(hidden_states)} of {_types(hidden_states)} and the masks {len(masks)} of "
+            f"{_types(masks)}; expected tensors, a hidden state per depth and one mask for all or for each."
+        )
     for x, m, width in zip(hidden_states, masks, d_emb, strict=True):
         if x.ndim != 3 or x.shape[-1] != width or x.shape[:-1] != m.shape:
             raise ValueError(
                 f"A hidden state has shape {tuple(x.shape)} and its mask {tuple(m.shape)}; expected [batch, tokens, "
                 f"{width}] and [batch, tokens]."
             )
+        if x.device != m.device:
+            raise ValueError(
+                f"A hidden state is on {x.device} and its mask on {m.device}; expected both on one device."
+            )
     return masks
+
+
+def _types(values: Sequence[object]) -> str:
+    return ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
 
 
 def _logit(mask: Tensor, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checks import check_size
 from .ops import check_routing_options, route
 
 
@@ -52,12 +53,10 @@ class Routing(nn.Module):
         strategy: str = "auto",
     ) -> None:
         super().__init__()
-        for name, size in (("d_cov", d_cov), ("d_inp", d_inp), ("d_out", d_out), ("n_inp", n_inp), ("n_out", n_out)):
-            optional = name in ("n_inp", "n_out")
-            if not (optional and size is None) and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ValueError(
-                    f"{name} is {size!r}; expected a positive whole number{' or None (variable)' if optional else ''}."
-                )
+        for name, size in (("d_cov", d_cov), ("d_inp", d_inp), ("d_out", d_out)):
+            check_size(name, size)
+        for name, size in (("n_inp", n_inp), ("n_out", n_out)):
+            check_size(name, size, or_none="variable")
         if not isinstance(single_beta, bool):
             raise ValueError(f"single_beta is {single_beta!r}; expected True or False.")
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)

@@ -1,9 +1,11 @@
 import math
+import re
 
 import pytest
 import torch
 
-from capsule_heads.heads import HeadOutput, TokenDepthHead
+from capsule_heads.control_heads import AttentivePoolingHead, LinearHead, ScalarMixHead, VectorRouting
+from capsule_heads.heads import HeadOutput, SpatialPoseHead, TokenDepthHead
 
 BATCH, TOKENS = 2, 6
 N_DEPTHS, WIDTH = 3, 10
@@ -291,3 +293,54 @@ def test_nothing_as_large_as_all_hidden_states_is_made():
             head(given, mask, mix=lambda x: torch.lerp(x.flip(0), x, 0.3)).a_out.sum().backward()
         assert len(sizes) > 50
         assert max(sizes) <= BATCH * tokens * width  # of one depth
+
+
+STATES = [torch.zeros(2, 5, 8)] * 2
+MASK = torch.ones(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("hidden_states", "mask", "error", "said"),
+    [
+        (None, MASK, TypeError, "hidden_states is a NoneType; expected a sequence of tensors."),
+        (["a", "b"], MASK, ValueError, "The hidden states are 2 of str and the masks 2 of Tensor; expected tensors"),
+        (STATES, None, ValueError, "The hidden states are 2 of Tensor and the masks 0 of nothing; expected tensors"),
+        (STATES, [MASK], ValueError, "The hidden states are 2 of Tensor and the masks 1 of Tensor; expected tensors"),
+        (STATES, MASK.to("meta"), ValueError, "A hidden state is on cpu and its mask on meta; expected both on one"),
+    ],
+)
+def test_inputs_that_are_none(hidden_states, mask, error, said):
+    with pytest.raises(error, match=re.escape(said)):
+        TokenDepthHead(d_emb=[8, 8], n_out=3, d_inp=4, n_parts=5)(hidden_states, mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: TokenDepthHead(d_emb=[], n_out=3), "d_emb is []; expected the width of each hidden state"),
+        (lambda: TokenDepthHead(d_emb=8, n_out=3), "d_emb is 8; expected the width of each hidden state"),
+        (lambda: TokenDepthHead(d_emb=[8, 0.5], n_out=3), "d_emb[1] is 0.5; expected a positive whole number."),
+        (lambda: TokenDepthHead(d_emb=[8], n_out=3, d_inp=-1), "d_inp is -1; expected a positive whole number."),
+        (lambda: TokenDepthHead(d_emb=[8], n_out=True), "n_out is True; expected a positive whole number"),
+        (lambda: SpatialPoseHead(d_emb=[8, 8], n_out=3), "d_emb has 2 widths; this head takes 1 hidden state."),
+        (lambda: SpatialPoseHead(d_emb=[8], n_out=3, n_parts=0), "n_parts is 0; expected a positive whole number."),
+        (lambda: LinearHead(d_emb=[8, 8], n_out=3), "d_emb has 2 widths; this head takes 1 hidden state."),
+        (lambda: LinearHead(d_emb=[8], n_out=3, pooling="max"), "pooling is 'max'; expected one of mean, first, last."),
+        (lambda: AttentivePoolingHead(d_emb=[8], n_out=None), "n_out is None; expected a positive whole number."),
+        (lambda: ScalarMixHead(d_emb=[8], n_out=3, d_inp=0), "d_inp is 0; expected a positive whole number."),
+        (lambda: VectorRouting(n_out=3, d_inp=0, d_out=2), "d_inp is 0; expected a positive whole number."),
+        (
+            lambda: VectorRouting(n_out=3, d_inp=4, d_out=2)(torch.zeros(2, 5, 3)),
+            "x_inp has shape (2, 5, 3); expected [..., n_inp, d_inp=4].",
+        ),
+        (
+            lambda: TokenDepthHead(d_emb=[8], n_out=3).routings[0](
+                torch.zeros(5), torch.zeros(5, 1, 64, device="meta")
+            ),
+            "There is a_inp on cpu, mu_inp on meta, W on cpu, B on cpu; expected all tensors on one device",
+        ),
+    ],
+)
+def test_sizes_and_devices_that_do_not_fit(make, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make()

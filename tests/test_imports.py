@@ -15,7 +15,7 @@ ROOT = Path(capsule_heads.__file__).parent
 
 # Each may import those of the levels before its own, and itself.
 LEVELS = (
-    ("version", "ops", "weights"),
+    ("version", "checks", "ops", "weights"),
     ("layers", "mixup"),
     ("heads",),
     ("control_heads", "explain"),

@@ -15,7 +15,7 @@ from ..version import __version__
 
 ROOT = Path(__file__).parents[1]
 # Of the package: what models are made of.
-PARTS = ("ops", "layers", "mixup", "weights", "heads", "control_heads", "explain", "models")
+PARTS = ("checks", "ops", "layers", "mixup", "weights", "heads", "control_heads", "explain", "models")
 # transformers keeps a copy of a local checkpoint's code for each first file: with one, there is one class of each name.
 FIRST = "modeling_capsule_head"
 CLASSES = {

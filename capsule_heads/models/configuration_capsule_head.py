@@ -12,11 +12,11 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..checks import check_dtype, check_size
 from ..control_heads import POOLINGS
 from ..ops import check_routing_options
 from .backbone_probe import probe_hidden_sizes_without_weights
 from .backbones import STACKS, TOWERS, Part, tower_config
-from .checks import check_dtype, check_size
 from .windows import Windowing
 
 CAPSULE_HEADS = ("token_depth", "spatial_pose")

@@ -56,6 +56,8 @@ def resolve_backbone(name_or_path: str | os.PathLike) -> str:
         OSError: if the package is not installed, or has no such folder, or a path leads to no directory.
         TypeError: for what is no name and no path.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"The backbone is {name_or_path!r}; expected a name on the Hub, a directory, or a model.")
     name_or_path = os.fspath(name_or_path)
     if not name_or_path.startswith(PACKAGE_PREFIX):
         # Only a path begins so. Asked for it, the Hub's client would speak of the letters that a name may have.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from ..checks import check_dtype
 from ..control_heads import AttentivePoolingHead, LinearHead, ScalarMixHead, VectorRouting
 from ..heads import PartDetector, PlaceConv
 from ..layers import Routing
@@ -26,7 +27,6 @@ from .backbones import (
     run_backbone,
     token_masks,
 )
-from .checks import check_dtype
 from .configuration_capsule_head import CapsuleHeadConfig
 from .loading import (
     BACKBONE_KWARGS,

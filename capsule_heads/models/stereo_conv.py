@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .checks import check_size
+from ..checks import check_size
 
 
 class StereoConvConfig(PreTrainedConfig):

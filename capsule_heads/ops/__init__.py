@@ -118,13 +118,17 @@ def route(
         `R [...ij]` (probabilities; each row sums to 1 over the outputs).
 
     Raises:
-        ValueError: for an unknown option, shapes that do not fit each other, or a strategy that does not serve them.
+        ValueError: for an unknown option, shapes that do not fit each other, tensors on several devices, or a strategy
+            that does not serve them.
         TypeError: for complex numbers, or a group that is none.
         ImportError: for a strategy, asked for by name, that needs what is not installed.
     """
     check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
     _check_shapes(a_inp, mu_inp, W, B, beta_use, beta_ign, n_out)
     tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign)
+    if any(tensor.device != mu_inp.device for tensor in tensors):
+        devices = (f"{name} on {tensor.device}" for name, tensor in zip(("a_inp", "mu_inp", "W", "B"), tensors))
+        raise ValueError(f"There is {', '.join(devices)}; expected all tensors on one device: move them with .to().")
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
