@@ -47,6 +47,8 @@ HEADS = {
     "attentive pooling": {"head_type": "attentive_pooling"},
     "vector routing": {"head_type": "vector_routing"},
     "capsules, 2 iterations": {"n_iters": 2},
+    "capsules, no mixup": {"mixup_alpha": 0.0},
+    "attentive pooling, no mixup": {"head_type": "attentive_pooling", "mixup_alpha": 0.0},
 }
 ABLATIONS = {
     "16 parts": {"n_parts": 16},
@@ -56,7 +58,6 @@ ABLATIONS = {
     "last 3 layers": {"depths": [-3, -2, -1]},
     "single beta": {"single_beta": True},
     "soft k-means": {"p_model": "skm"},
-    "no mixup": {"mixup_alpha": 0.0},
 }
 
 

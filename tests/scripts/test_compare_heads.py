@@ -24,9 +24,9 @@ def test_every_head_is_trained_and_written(run, backbone, tmp_path):
         tried = [x for x in record["tried"] if x["head"] == head]
         best = max(tried, key=lambda x: x["validation"])
         assert {x["rate"] for x in record["runs"] if x["head"] == head} == {best["rate"]}
-    assert len(record["ablations"]) == 12
+    assert len(record["ablations"]) == 11
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
-    assert len(before) == 9 + 3 + 12
+    assert len(before) == 9 + 3 + 11
 
     again = run("compare_heads.py", *data, *sizes, *files)  # what is there is not run again
     assert again.returncode == 0, again.stderr
