@@ -50,9 +50,12 @@ def test_the_page():
     assert "| linear, mean | 40.0 ± 0.0 | 41.3 ± 1.5 | 1,234 | 0.002 | 3 | 11 |" in page
     # The best control is chosen on validation, though another is better on the test split.
     verdict = f"(paired t-test over 3 seeds: p = {ttest_rel(OURS, WORSE).pvalue:.2g}; it wins)"
-    assert f"+7.7 points from the control best on validation, linear, mean {verdict}" in page
+    best = "Best on validation are 'capsules' and, of the controls, 'linear, mean': on the test split the former is"
+    assert f"{best} +7.7 points from the latter {verdict}" in page
     assert "| as it is | 50.0 ± 0.0 | 49.0 ± 1.4 |" in page  # of the seeds of the variants alone
     assert "| no mixup | 50.0 ± 0.0 | 47.0 ± 0.0 |" in page
+    assert "| head | 0.0005 | 0.002 |" in page and "| capsules | 50.0 | 50.0 |" in page
+    assert "with p < 0.05 for each, none is better than it." in page
     assert page.count("| m (A) | 2019 | 58.5 | [page 1](https://x) |") == 1
 
 
@@ -69,3 +72,9 @@ def test_the_verdict_is_honest(theirs, words):
 def test_nothing_to_write():
     with pytest.raises(ValueError, match=r"no results to write; run scripts/compare_heads\.py first"):
         render_results([], [])
+
+
+def test_variants_that_are_better_are_named():
+    better = [run("no mixup", seed, validation, 0.47) for seed, validation in enumerate((0.55, 0.56, 0.57))]
+    page = render_results([{**RECORD, "ablations": better}], [])
+    assert "with p < 0.05 for each, these are better than it: no mixup." in page
