@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
+
+from .hub.push import pushing_to
 from .models import CapsuleHeadForImageClassification
 from .pictures import draw_parts, draw_patches, draw_tokens, render_words
 from .results import write_text
@@ -84,13 +88,40 @@ def write_space(model: str, directory: str | Path) -> None:
 
     Args:
         model: Hub name of the classifier, which the Space loads.
-        directory: where to; `huggingface_hub.upload_folder(repo_type="space", ...)` pushes it.
+        directory: where to.
+
+    Raises:
+        ValueError: for a directory of this machine, which a Space cannot load.
     """
+    if Path(model).exists():
+        raise ValueError(f"{model} is a directory here, and a Space loads its model from the Hub; push it there first.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / "app.py", APP.format(model=model))
     write_text(directory / "requirements.txt", REQUIREMENTS.format(version=__version__))
     write_text(directory / "README.md", CARD.format(title=model.split("/")[-1], model=model))
+
+
+def push_space(model: str, repo_id: str) -> str:
+    """Pushes the page as a Space, in one commit; the Space is made if there is none.
+
+    Args:
+        model: as in `write_space`.
+        repo_id: the Space, "name" or "owner/name".
+
+    Returns:
+        Its address.
+
+    Raises:
+        ValueError: for a model that a Space cannot load, or a name that no repository can have.
+        OSError: if pushing fails.
+    """
+    with tempfile.TemporaryDirectory() as folder, pushing_to(repo_id):
+        write_space(model, folder)
+        api, kind = HfApi(), "space"
+        space = api.create_repo(repo_id, repo_type=kind, space_sdk="gradio", exist_ok=True)
+        api.upload_folder(repo_id=space.repo_id, repo_type=kind, folder_path=folder, commit_message="Upload the page")
+    return str(space)
 
 
 def main() -> None:
@@ -100,11 +131,15 @@ def main() -> None:
     parser.add_argument("model", help="directory or Hub name of a classifier of texts or images")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--write_space", help="write the files of a Space to this directory, in the place of serving")
+    parser.add_argument("--push_space", metavar="NAME", help="push it as a Space, in the place of serving")
     options = parser.parse_args()
     try:
         if options.write_space:
             write_space(options.model, options.write_space)
             print(options.write_space)
+        if options.push_space:
+            print(push_space(options.model, options.push_space))
+        if options.write_space or options.push_space:
             return
         build_demo(options.model).launch(server_port=options.port, show_error=True)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 LARGE_FILES = (".safetensors", ".bin", ".pt")  # the Hub's default .gitattributes, where tests need it
+API = "/api/(?:models|spaces)"  # they share their names here
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
@@ -284,12 +285,12 @@ class _Handler(BaseHTTPRequestHandler):
 ROUTES = (
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", "/api/repos/create", _Handler.create),
-    ("GET", f"/api/models/{REPO}", _Handler.info),
-    ("GET", f"/api/models/{REPO}/revision/(?P<revision>.+)", _Handler.info),
-    ("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
-    ("POST", f"/api/models/{REPO}/tag/(?P<revision>.+)", _Handler.tag),
-    ("POST", f"/api/models/{REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
-    ("POST", f"/api/models/{REPO}/commit/(?P<revision>.+)", _Handler.commit),
+    ("GET", f"{API}/{REPO}", _Handler.info),
+    ("GET", f"{API}/{REPO}/revision/(?P<revision>.+)", _Handler.info),
+    ("GET", f"{API}/{REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
+    ("POST", f"{API}/{REPO}/tag/(?P<revision>.+)", _Handler.tag),
+    ("POST", f"{API}/{REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
+    ("POST", f"{API}/{REPO}/commit/(?P<revision>.+)", _Handler.commit),
     ("GET HEAD", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     ("GET HEAD", r"/lfs/(?P<oid>\w+)", _Handler.download),

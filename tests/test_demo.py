@@ -87,6 +87,12 @@ def test_a_space(classifier, tmp_path, monkeypatch, capsys):
     assert "app_file: app.py" in (tmp_path / "space" / "README.md").read_text()
 
 
+def test_a_space_cannot_load_a_directory(classifier, tmp_path):
+    with pytest.raises(ValueError, match=f"{classifier} is a directory here, and a Space loads its model from the Hub"):
+        demo.write_space(str(classifier), tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
 def test_mistakes(classifier, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["capsule-heads", "demo", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):

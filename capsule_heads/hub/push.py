@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,18 @@ def _push(
     if include_code:
         write_code(folder)
     api = HfApi(token=token)
-    try:
+    with pushing_to(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         _keep_own_card(api, repo_id, folder)
         write_model_card(folder, repo_id, results, license=license, language=language, tags=tags or ())
         return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **commit_options)
+
+
+@contextlib.contextmanager
+def pushing_to(repo_id: str) -> Iterator[None]:
+    """Turns the many errors of pushing into an OSError that names the repository."""
+    try:
+        yield
     except (TypeError, ValueError):
         raise  # a wrong option, or a name that no repository can have
     except Exception as error:  # the client's own, those of its HTTP library, and plain RuntimeErrors

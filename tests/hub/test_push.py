@@ -313,3 +313,22 @@ def test_the_script_pushes_a_run_and_keeps_a_card_that_someone_wrote(hub, local_
     push("--commit_message", "Again")
     assert repository.files()["README.md"].content == b"# Mine\n"
     assert "auto_map" not in config_of(hub, "me/run")
+
+
+PUSH_SPACE = """
+import json, sys
+from capsule_heads import demo
+sys.argv = ["capsule-heads", "demo", "me/head", "--push_space", "me/page"]
+demo.main()
+print(json.dumps("pushed"))
+"""
+
+
+@pytest.mark.slow
+def test_the_page_is_pushed_as_a_space(hub, client):
+    assert client(PUSH_SPACE) == "pushed"
+    pushed = files(hub, "me/page")
+    assert {path for path in pushed if not path.startswith(".")} == {"README.md", "app.py", "requirements.txt"}
+    assert b"build_demo('me/head').launch()" in pushed["app.py"].content
+    assert yaml.safe_load(pushed["README.md"].content.split(b"---")[1])["sdk"] == "gradio"
+    assert "me/page cannot be pushed to: it takes a token" in client(PUSH_SPACE, token=None, fails=True)
