@@ -46,6 +46,7 @@ HEADS = {
     "scalar mix": {"head_type": "scalar_mix"},
     "attentive pooling": {"head_type": "attentive_pooling"},
     "vector routing": {"head_type": "vector_routing"},
+    "capsules, 1 iteration": {"n_iters": 1},  # uniform routing
     "capsules, 2 iterations": {"n_iters": 2},
     "capsules, no mixup": {"mixup_alpha": 0.0},
     "attentive pooling, no mixup": {"head_type": "attentive_pooling", "mixup_alpha": 0.0},
