@@ -11,6 +11,7 @@ from transformers import (
 
 from .layers import Routing
 from .models import (
+    PAPER,
     CapsuleHeadConfig,
     CapsuleHeadForAudioClassification,
     CapsuleHeadForImageClassification,
@@ -24,6 +25,7 @@ from .training import CapsuleTrainer, CapsuleTrainingArguments
 from .version import __version__
 
 __all__ = [
+    "PAPER",
     "CapsuleHeadConfig",
     "CapsuleHeadForAudioClassification",
     "CapsuleHeadForImageClassification",

@@ -17,10 +17,10 @@ TITLES = {
 REMARK = """Written by `scripts/write_results.py` from [results/heads.json](results/heads.json), nothing by hand.
 
 Every head takes the same hidden states of the same frozen backbone, in half precision from one cache, and is trained
-by the same trainer in the paper's regime: batches of 20 texts of like length, RAdam, one cycle, mixup. Its learning
-rate is the best of those tried, on the validation split, with one seed; the test split chose nothing. Accuracies are in
-percent, mean ± standard deviation over seeds. The time is that of training, on one thread, on a machine with other
-work: compare it roughly."""
+by the same trainer in the paper's regime: batches of 20 texts of like length, RAdam, one cycle, mixup; where a row says
+so without mixup, which is this package's default. Its learning rate is the best of those tried, on the validation
+split, with one seed; the test split chose nothing. Accuracies are in percent, mean ± standard deviation over seeds. The
+time is that of training, on one thread, on a machine with other work: compare it roughly."""
 VARIANTS = """Variants of the capsule head, with its learning rate. The last ones are what was suspected of holding it
 back, and are in `scripts/compare_heads.py` alone: initial betas drawn from a normal distribution (they are zeros);
 hidden states normalised at each depth; scores of parts that are means over inputs, not sums, so that they do not grow

@@ -20,7 +20,7 @@ from .models import (
     CapsuleHeadForSequenceClassification,
     StereoConvConfig,
 )
-from .models.configuration_capsule_head import label_fields
+from .models.configuration_capsule_head import PAPER, label_fields
 from .models.image_processing_stereo import StereoImageProcessor
 from .models.pretrained import CapsuleHeadPreTrainedModel
 
@@ -60,6 +60,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
             head_type="spatial_pose",
             freeze_backbone=False,
             strategy=strategy,
+            **PAPER,
             **label_fields(CATEGORIES),
         )
         return CapsuleHeadForImageClassification(config).eval()
@@ -68,6 +69,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
         base_model_name_or_path=GPT2_LARGE,
         head_only=True,
         strategy=strategy,
+        **PAPER,
         **label_fields(FINE_GRAINED_NAMES if network == "sst5_root" else BINARY_NAMES),
     )
     return CapsuleHeadForSequenceClassification(config, build=False).eval()

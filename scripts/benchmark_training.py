@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, load_sst, tokenize
 from capsule_heads.heads import HeadOutput, TokenDepthHead
 from capsule_heads.metrics import compute_metrics_for
@@ -75,7 +75,7 @@ def train_once(kind: str, seed: int, arguments: argparse.Namespace, data: datase
     set_seed(seed)
     tokenizer = load_tokenizer(arguments.backbone)
     backbone = resolve_backbone(arguments.backbone)
-    model = CapsuleHeadForSequenceClassification.from_backbone(backbone, num_labels=5)
+    model = CapsuleHeadForSequenceClassification.from_backbone(backbone, num_labels=5, **PAPER)
     if kind == "straightforward":
         head = StackedHead(d_emb=model.head.d_emb, n_out=5, strategy="original")
         head.load_state_dict(model.head.state_dict())

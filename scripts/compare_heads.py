@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
+from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainer
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
 from capsule_heads.heads import TokenDepthHead
 from capsule_heads.metrics import compute_metrics_for
@@ -146,7 +146,7 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
     fields = {**HEADS, **ABLATIONS}.get(name, {})
     set_seed(seed)
     base = CapsuleHeadForSequenceClassification.from_backbone(
-        resolve_backbone(options.backbone), num_labels=len(names), **fields
+        resolve_backbone(options.backbone), num_labels=len(names), **{**PAPER, **fields}
     ).config
     model = CapsuleHeadForSequenceClassification(base, build=False)
     CHANGES.get(name, lambda head: None)(model.head)

@@ -49,7 +49,7 @@ DESCRIBED = (
 
 @dataclass
 class CapsuleTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the regime of Heinsen (2019): RAdam, one cycle, batches of 20, and mixup in the model.
+    """`TrainingArguments` with the regime of Heinsen (2019): RAdam, one cycle, batches of 20.
 
     Defaults that differ from those of `TrainingArguments`:
 
@@ -69,8 +69,8 @@ class CapsuleTrainingArguments(TrainingArguments):
     | `on_nonfinite`                | "stop"            | (none)              |
 
     Any optimizer and schedule of transformers may be named instead. The paper has a batch of 20 on one device: with N
-    devices, or when accumulating over N steps, divide `per_device_train_batch_size` by N. Mixup is a field of the
-    model's configuration, `mixup_alpha`.
+    devices, or when accumulating over N steps, divide `per_device_train_batch_size` by N. The paper's mixup is a
+    field of the model's configuration, `mixup_alpha=0.2`, and off by default.
     """
 
     optim: str = field(default=RADAM, metadata={"help": f'"{RADAM}", or the name of an optimizer of transformers.'})

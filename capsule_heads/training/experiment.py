@@ -121,12 +121,14 @@ class ModelArguments:
     single_beta: bool = field(default=False, metadata={"help": "Use one beta for use and ignorance of data."})
     eps: float = field(default=1e-5, metadata={"help": "Added to counts of data and to variances in routing."})
     strategy: str = field(default="auto", metadata={"help": "How the routing to the parts is computed."})
-    mixup_alpha: float = field(default=0.2, metadata={"help": "Of the distribution of mixup's ratios; 0 for none."})
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Of the distribution of mixup's ratios; 0 for none. The paper's: 0.2."}
+    )
     class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class in the loss."})
 
     @property
     def head_options(self) -> str:
-        """The options of the head that are not default, such as "n_iters=2, mixup_alpha=0.0"; they tell runs apart."""
+        """The options of the head that are not default, such as "n_iters=2, mixup_alpha=0.2"; they tell runs apart."""
         elsewhere = ("backbone", "backbone_revision", "freeze_backbone", "head_type", "strategy")
         options = [option for option in fields(self) if option.name not in elsewhere]
         values = {option.name: getattr(self, option.name) for option in options}

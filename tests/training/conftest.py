@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, GPT2Config, PreTrainedTokenizerFast
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainingArguments
+from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainingArguments
 from capsule_heads.data.tokenization import tokenize
 
 WORDS = ["fine", "good", "great", "super", "sweet", "awful", "bad", "dull", "poor", "sad"]
@@ -57,7 +57,7 @@ def make_model(bert):
 
     def make(backbone=bert, seed=0, **fields):
         torch.manual_seed(seed)
-        fields = {"d_inp": 16, "n_parts": 8, **fields}
+        fields = {"d_inp": 16, "n_parts": 8, **PAPER, **fields}
         return CapsuleHeadForSequenceClassification.from_backbone(backbone, **fields)
 
     return make

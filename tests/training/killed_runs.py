@@ -17,7 +17,7 @@ from datasets import load_from_disk
 from processes import fork_processes
 from transformers import AutoTokenizer, TrainerCallback
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 
 SAVE_STEPS = 3  # there are 4 in each of 2 epochs: checkpoints 3 and 6 are within one, 8 is the last
@@ -79,7 +79,9 @@ def train(folder, fault=None, step=0, **fields):
         fault()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
-    model = CapsuleHeadForSequenceClassification.from_backbone(BACKBONE, d_inp=8, n_parts=4, **fields)
+    model = CapsuleHeadForSequenceClassification.from_backbone(
+        BACKBONE, **{"d_inp": 8, "n_parts": 4, **PAPER, **fields}
+    )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = CapsuleTrainingArguments(
         str(folder),

@@ -174,7 +174,7 @@ def test_every_option_of_the_model_reaches_it(bert):
         "single_beta": True,
         "eps": 1e-3,
         "strategy": "reference",
-        "mixup_alpha": 0.0,
+        "mixup_alpha": 0.3,
         "class_weights": [1.0, 3.0],
         "freeze_backbone": False,
     }
