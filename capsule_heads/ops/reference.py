@@ -38,7 +38,9 @@ def route_reference(
                 log_p = -(squared_distance / (2.0 * sig2)).sum((-2, -1)) - sig2.sqrt().log().sum((-2, -1))
             else:
                 log_p = F.log_softmax(-squared_distance.sum((-2, -1)), dim=-1)
-            R = torch.softmax(F.logsigmoid(a_out).unsqueeze(-2) + log_p, dim=-1)  # [...ij]
+            # logsigmoid(a), which ONNX only has as log(sigmoid(a)): -inf from some -18 on in ONNX Runtime.
+            log_sigmoid = -F.softplus(-a_out, threshold=80.0)  # beyond, exp might overflow, and both are linear
+            R = torch.softmax(log_sigmoid.unsqueeze(-2) + log_p, dim=-1)  # [...ij]
 
         # D-step: the share of each input's data that each output uses, and the rest, which it ignores.
         D_use = f_inp * R  # [...ij]

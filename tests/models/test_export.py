@@ -82,7 +82,7 @@ def test_one_program_for_any_batch_and_length(make_kind, kind):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_onnx_for_any_batch_and_length(make_kind, kind, tmp_path):
     model, inputs, dimensions = make_kind(kind)
     program = torch.export.export(model, (), inputs(3, 7), dynamic_shapes=dimensions)
@@ -95,6 +95,21 @@ def test_onnx_for_any_batch_and_length(make_kind, kind, tmp_path):
         assert expected.std() > 1e-3
         (logits,) = session.run(None, {name: x.numpy() for name, x in batch.items()})
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_where_scores_of_parts_are_low(make_kind, tmp_path):
+    model, inputs, dimensions = make_kind("text")
+    model.head.routings[0].beta_ign += torch.linspace(0.5, 1.0, 6)  # the cost of all that a part ignores
+    batch = inputs(2, 40)
+    parts, *_ = model.head.routings[0](*model.head.detect(*model._hidden_states(None, {"inputs_embeds": None, **batch})))
+    assert parts.max() > -30 and parts.min() < -60
+    program = torch.export.export(model, (), inputs(3, 7), dynamic_shapes=dimensions)
+    torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {name: x.numpy() for name, x in batch.items()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(**batch).logits, rtol=0, atol=1e-4)
 
 
 def test_exporting_takes_the_literal_loop_however_many_votes_there_are(make_kind, monkeypatch):
