@@ -4,9 +4,9 @@
     python scripts/write_results.py   # docs/results.md
 
 For each head every learning rate of `RATES` is tried with seed 0, and the one best on the validation split is trained
-with the other seeds; the variants of `ABLATIONS` take the rate of the capsule head. Training is the paper's regime
-otherwise, on phrases drawn once, the same for all; so are the batches of a seed. Each run is a file in `--runs`: what
-is there is not run again, so a comparison that was stopped goes on.
+with the other seeds; the variants of `ABLATIONS` and `CHANGES` take the rate of the capsule head. Training is the
+paper's regime otherwise, on phrases drawn once, the same for all; so are the batches of a seed. Each run is a file in
+`--runs`: what is there is not run again, so a comparison that was stopped goes on.
 """
 
 import sys
