@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -38,6 +38,16 @@ def check_widths(d_emb: object, at_most: int | None = None) -> tuple[int, ...]:
     for index, width in enumerate(d_emb):
         check_size(f"d_emb[{index}]", width)
     return tuple(d_emb)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Checks one of several words.
+
+    Raises:
+        ValueError: if it is none of them; naming all.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
 
 
 def check_dtype(dtype: object) -> None:

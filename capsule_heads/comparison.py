@@ -75,17 +75,11 @@ def _section(record: Mapping[str, Any], published: Sequence[Mapping[str, Any]]) 
         variants = _grouped(record["ablations"])
         parts += [VARIANTS, _table("variant", {**same_seeds, **variants}), _better(same_seeds["as it is"], variants)]
     if published:
-        lines = [
-            "Published, on the same test set:",
-            "",
-            "| method | year | test | source |",
-            "| --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {x['method']} ({x['authors']}) | {x['year']} | {x['accuracy']} | [{x['where']}]({x['url']}) |"
+        rows = [
+            [f"{x['method']} ({x['authors']})", str(x["year"]), str(x["accuracy"]), f"[{x['where']}]({x['url']})"]
             for x in sorted(published, key=lambda x: x["accuracy"])
         ]
-        parts += ["\n".join(lines)]
+        parts += ["Published, on the same test set:", _markdown(["method", "year", "test", "source"], rows)]
     return parts
 
 
@@ -98,22 +92,27 @@ def _grouped(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 def _table(what: str, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     header = [what, "validation", "test", "trained parameters", "learning rate", "seeds", "training, s"]
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    rows = []
     for name, runs in groups.items():
         scores = [_percent([x[split] for x in runs]) for split in ("validation", "test")]
         seconds = sum(x["seconds"] for x in runs) / len(runs)
-        cells = [name, *scores, f"{runs[0]['parameters']:,}", f"{runs[0]['rate']:g}", str(len(runs)), f"{seconds:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        sizes = [f"{runs[0]['parameters']:,}", f"{runs[0]['rate']:g}", str(len(runs)), f"{seconds:.0f}"]
+        rows.append([name, *scores, *sizes])
+    return _markdown(header, rows)
 
 
 def _rates(tried: Sequence[Mapping[str, Any]]) -> str:
     rates = sorted({x["rate"] for x in tried})
-    lines = [f"| head | {' | '.join(f'{rate:g}' for rate in rates)} |", f"|{' --- |' * (1 + len(rates))}"]
+    rows = []
     for name, runs in _grouped(tried).items():
         scores = {x["rate"]: _percent([x["validation"]]) for x in runs}
-        lines.append(f"| {name} | {' | '.join(scores.get(rate, '') for rate in rates)} |")
-    return "\n".join(lines)
+        rows.append([name, *(scores.get(rate, "") for rate in rates)])
+    return _markdown(["head", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], f"|{' --- |' * len(header)}", *lines[1:]])
 
 
 def _better(ours: Sequence[Mapping[str, Any]], variants: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

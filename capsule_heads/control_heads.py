@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_size, check_widths
+from .checks import check_choice, check_size, check_widths
 from .heads import HeadOutput, TokenDepthInputs, check_inputs, mixed
 
 POOLINGS = ("mean", "first", "last")
@@ -29,8 +29,7 @@ class LinearHead(nn.Module):
     def __init__(self, *, d_emb: Sequence[int], n_out: int, pooling: str = "mean") -> None:
         super().__init__()
         check_size("n_out", n_out)
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+        check_choice("pooling", pooling, POOLINGS)
         self.d_emb, self.pooling = check_widths(d_emb, at_most=1), pooling
         (width,) = self.d_emb
         self.affine = nn.Linear(width, n_out)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config
 
+from .checks import check_choice
 from .data.sst import BINARY_NAMES, FINE_GRAINED_NAMES
 from .data.stereo import CATEGORIES
 from .models import (
@@ -52,8 +53,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
     Raises:
         ValueError: for another name.
     """
-    if network not in NETWORKS:
-        raise ValueError(f"network is {network!r}; expected one of {', '.join(NETWORKS)}.")
+    check_choice("network", network, NETWORKS)
     if network == "smallnorb":
         config = CapsuleHeadConfig(
             StereoConvConfig(),

@@ -118,9 +118,11 @@ def push_space(model: str, repo_id: str) -> str:
     """
     with tempfile.TemporaryDirectory() as folder, pushing_to(repo_id):
         write_space(model, folder)
-        api, kind = HfApi(), "space"
-        space = api.create_repo(repo_id, repo_type=kind, space_sdk="gradio", exist_ok=True)
-        api.upload_folder(repo_id=space.repo_id, repo_type=kind, folder_path=folder, commit_message="Upload the page")
+        api = HfApi()
+        space = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True)
+        api.upload_folder(
+            repo_id=space.repo_id, repo_type="space", folder_path=folder, commit_message="Upload the page"
+        )
     return str(space)
 
 

@@ -340,7 +340,7 @@ def _prepare_images(model: PreTrainedModel, images: list, processor: Any) -> tup
     pixels = batch.get("pixel_values")
     if pixels is not None and pixels.ndim == 4:
         known["n_pixels"] = tuple(pixels.shape[-2:])
-        if pixels.shape[1] == 2:
+        if pixels.shape[1] == 2:  # stereo pairs
             images = list(pixels[:, 0].numpy())
     return batch, [{**known, "image": image} for image in images]
 

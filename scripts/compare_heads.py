@@ -149,7 +149,8 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
         resolve_backbone(options.backbone), num_labels=len(names), **{**PAPER, **fields}
     ).config
     model = CapsuleHeadForSequenceClassification(base, build=False)
-    CHANGES.get(name, lambda head: None)(model.head)
+    if name in CHANGES:
+        CHANGES[name](model.head)
     arguments = CapsuleTrainingArguments(
         str(file.parent / "unused"),
         num_train_epochs=options.epochs,

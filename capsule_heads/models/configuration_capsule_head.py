@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..checks import check_dtype, check_size
+from ..checks import check_choice, check_dtype, check_size
 from ..control_heads import POOLINGS
 from ..ops import check_routing_options
 from .backbone_probe import probe_hidden_sizes_without_weights
@@ -139,10 +139,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.window_length, self.window_overlap = window_length, window_overlap
         self.window_special_tokens = list(window_special_tokens)
         self._check_windows()
-        if head_type not in HEAD_TYPES:
-            raise ValueError(f"head_type is {head_type!r}; expected one of {', '.join(HEAD_TYPES)}.")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+        check_choice("head_type", head_type, HEAD_TYPES)
+        check_choice("pooling", pooling, POOLINGS)
         if pooling != "mean" and head_type != "linear":
             raise ValueError(f'pooling is {pooling!r}; only head_type="linear" chooses how to pool tokens.')
         self.head_type, self.pooling = head_type, pooling
@@ -266,8 +264,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
             ValueError: if it is no encoder-decoder, or has no such tower.
         """
         stack, tower = part
-        if stack not in STACKS:
-            raise ValueError(f"stack is {stack!r}; expected one of {', '.join(STACKS)}.")
+        check_choice("stack", stack, STACKS)
         if stack == "decoder" and not base_config.is_encoder_decoder:
             raise ValueError(
                 f'stack is "decoder", but {base_config.model_type} is no encoder-decoder: it has one stack, whichever '

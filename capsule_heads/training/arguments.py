@@ -14,14 +14,12 @@ ONE_CYCLE = "one_cycle"
 
 # What numbers may be: the least, and what they are below. What is None is not set.
 LIMITS = {
-    **dict.fromkeys(("learning_rate", "min_learning_rate", "backbone_learning_rate"), (0, math.inf)),
-    **dict.fromkeys(
-        ("num_train_epochs", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), (0, math.inf)
-    ),
+    **dict.fromkeys(("learning_rate", "min_learning_rate", "backbone_learning_rate", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("num_train_epochs", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, math.inf)),
+    "dataloader_num_workers": (0, math.inf),
     **dict.fromkeys(("adam_beta1", "min_adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), (1, math.inf)),
-    "dataloader_num_workers": (0, math.inf),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # what NumPy takes
 }
 

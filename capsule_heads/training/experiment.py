@@ -130,9 +130,8 @@ class ModelArguments:
     def head_options(self) -> str:
         """The options of the head that are not default, such as "n_iters=2, mixup_alpha=0.2"; they tell runs apart."""
         elsewhere = ("backbone", "backbone_revision", "freeze_backbone", "head_type", "strategy")
-        options = [option for option in fields(self) if option.name not in elsewhere]
-        values = {option.name: getattr(self, option.name) for option in options}
-        return ", ".join(f"{x.name}={values[x.name]}" for x in options if values[x.name] != x.default)
+        values = {x.name: getattr(self, x.name) for x in fields(self) if getattr(self, x.name) != x.default}
+        return ", ".join(f"{name}={value}" for name, value in values.items() if name not in elsewhere)
 
 
 def load_task(task: str, source: str | None = None, phrases: bool = True) -> DatasetDict:
