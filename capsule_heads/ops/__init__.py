@@ -9,24 +9,26 @@ rounding: in float32, with at most about the errors of the literal loop, and far
 | `moments`   | second moments of narrow inputs, streamed | weights shared by all inputs; CPU and CUDA               |
 | `votes`     | planes of votes, streamed                 | weights shared by all inputs; CPU and CUDA               |
 | `numba`     | fused kernels that stream                 | weights shared by all inputs; CPU, with numba installed  |
-| `triton`    | fused kernels that stream                 | weights shared by all inputs, moderate sizes; CUDA       |
+| `cuda`      | fused kernels that stream; the steps      | moderate sizes; CUDA, with Triton installed              |
+|             | between two passes happen in the first    |                                                          |
 
 `strategy="auto"` takes the first line of this table that holds:
 
 | where                                                                                          | it takes    |
 | ---------------------------------------------------------------------------------------------- | ----------- |
-| a parameter differs by input (`Routing` with `n_inp`), or the device is neither CPU nor CUDA     | `reference` |
 | `torch.export`, also for ONNX: the others are operators of this package, which nothing else has | `reference` |
+| on CUDA, the kernels serve the sizes, and no process has but a share of the inputs               | `cuda`      |
+| a parameter differs by input (`Routing` with `n_inp`), or the device is neither CPU nor CUDA     | `reference` |
 | on the CPU, fewer than `SMALL` numbers in all votes: the loop is done before a pass is set up  | `reference` |
 | on the CPU, and numba is installed: `pip install "capsule-heads[cpu]"`                           | `numba`     |
 | float32, and `d_cov d_inp (d_inp + 3) / 2 + 1 <= 8 d_cov d_out`: the inputs have few moments   | `moments`   |
 | otherwise (`moments` would cost float64 inputs digits)                                         | `votes`     |
 
-It never takes `triton`, which has not been run on a GPU yet: ask for it by name. A strategy asked for by name that does
-not serve the shapes raises an error. Second derivatives: `reference` only, the others raise a `NotImplementedError`.
+A strategy asked for by name that does not serve the shapes raises an error. Second derivatives:
+`reference` only, the others raise a `NotImplementedError`.
 
-All but `reference` route one input that is split over processes: see `group` in `route`. "auto" then takes what it
-takes for many votes, as shares may differ in size.
+All but `reference` and `cuda` route one input that is split over processes: see `group` in `route`. "auto" then takes
+what it takes for many votes elsewhere, as shares may differ in size.
 """
 
 from __future__ import annotations
@@ -42,9 +44,17 @@ from torch import Tensor
 from .autograd import n_votes, route_in_passes
 from .reference import route_reference
 
+
+def _route_cuda(*tensors: Tensor, **options) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    from .cuda import route_cuda  # only here: not everyone has Triton
+
+    return route_cuda(*tensors, **options)
+
+
 STRATEGIES = {
     "reference": route_reference,
-    **{name: functools.partial(route_in_passes, name) for name in ("moments", "votes", "numba", "triton")},
+    **{name: functools.partial(route_in_passes, name) for name in ("moments", "votes", "numba")},
+    "cuda": _route_cuda,
 }
 P_MODELS = ("gaussian", "skm")
 SMALL = 250_000  # numbers in all votes, [...ijch]
@@ -157,15 +167,31 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+@functools.cache
+def _has_triton() -> bool:
+    """Return whether Triton is installed, without importing it: Linux alone has it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _is_served_on_cuda(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int) -> bool:
+    if mu_inp.device.type != "cuda" or not _has_triton():
+        return False
+    from . import cuda  # only here: not everyone has Triton
+
+    return cuda.unserved(mu_inp, parameters, n_out) is None
+
+
 def _choose_strategy(
     mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int, dtype: torch.dtype, is_split: bool = False
 ) -> str:
     """The second table at the head of this file."""
     d_cov, d_inp = mu_inp.shape[-2:]
     d_out = parameters[0].shape[-1]
-    if any(parameter.shape[0] > 1 for parameter in parameters) or mu_inp.device.type not in ("cpu", "cuda"):
-        return "reference"
     if torch.compiler.is_exporting():
+        return "reference"
+    if not is_split and _is_served_on_cuda(mu_inp, parameters, n_out):
+        return "cuda"
+    if any(parameter.shape[0] > 1 for parameter in parameters) or mu_inp.device.type not in ("cpu", "cuda"):
         return "reference"
     if mu_inp.device.type == "cpu" and not is_split and n_votes(mu_inp, n_out, d_out) < SMALL:
         return "reference"
@@ -184,6 +210,18 @@ def _check_strategy(strategy: str, mu_inp: Tensor, parameters: tuple[Tensor, ...
             f'strategy "{strategy}" is an operator of this package, which an exported program would need wherever it '
             'runs. Export with strategy="auto" or "reference".'
         )
+    if strategy == "cuda":
+        from . import cuda  # only here: not everyone has Triton
+
+        if mu_inp.device.type != "cuda" and not cuda.is_interpreted():
+            raise ValueError(
+                f'strategy "cuda" runs on CUDA, and the inputs are on {mu_inp.device}. Move them there, use '
+                'strategy="auto", or set TRITON_INTERPRET=1 before Triton is imported: the kernels then run, slowly.'
+            )
+        clause = cuda.unserved(mu_inp, parameters, n_out)
+        if clause is not None:
+            raise ValueError(f'strategy "cuda" does not serve these inputs: {clause}. Use strategy="auto".')
+        return
     n_inp = max(parameter.shape[0] for parameter in parameters)
     if n_inp > 1:
         raise ValueError(
@@ -205,10 +243,6 @@ def _check_strategy(strategy: str, mu_inp: Tensor, parameters: tuple[Tensor, ...
                 'strategy "numba" is made of kernels that numba compiles, and numba is not installed: '
                 '`pip install "capsule-heads[cpu]"`, or use strategy="auto".'
             )
-    if strategy == "triton":
-        from . import triton  # only here: not everyone has it
-
-        triton.check(mu_inp, d_out=parameters[0].shape[-1], n_out=n_out)
 
 
 def _check_group(group: dist.ProcessGroup, strategy: str) -> None:
@@ -217,11 +251,11 @@ def _check_group(group: dist.ProcessGroup, strategy: str) -> None:
             f"group is {group!r}; expected a process group, such as torch.distributed.group.WORLD, or None where this "
             "process has all inputs."
         )
-    if strategy == "reference":
+    if strategy in ("reference", "cuda"):
         raise ValueError(
-            'Only strategies that stream route inputs split over processes, and "reference" does not; they need '
-            'weights that all inputs share, on CPU or CUDA. Use strategy="auto" with such weights (`Routing` without '
-            "n_inp), or leave group out, with all inputs in each process."
+            f'Only "moments", "votes" and "numba" route inputs split over processes, and "{strategy}" does not; they '
+            'need weights that all inputs share, on CPU or CUDA. Use strategy="auto" with such weights (`Routing` '
+            "without n_inp), or leave group out, with all inputs in each process."
         )
 
 

@@ -18,6 +18,9 @@ from .passes import Passes
 
 # With fewer numbers than this in all votes, time goes into calls and not arithmetic: double precision costs nothing.
 SMALL_VOTES = 500_000
+SECOND_DERIVATIVES = (
+    'The fast strategies of routing have first derivatives only; for second ones, route with strategy="reference".'
+)
 # "capsule_heads", or of a copy that came along with a checkpoint: a second operator of one name would break the first.
 _NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")
 
@@ -164,9 +167,7 @@ def _(strategy, d_a_out, d_mu_out, d_sig2_out, d_R, a_inp, mu_inp, W, B, beta_us
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(
-        'The fast strategies of routing have first derivatives only; for second ones, route with strategy="reference".'
-    )
+    raise NotImplementedError(SECOND_DERIVATIVES)
 
 
 _backward.register_autograd(_no_second_derivative)
