@@ -51,6 +51,7 @@ class CapsuleTrainer(Trainer):
         self.add_callback(_SetEpoch)
         self._checkpoint: Path | None = None  # the one that is being written
         self._step_check = StepCheck(self)
+        self._filters_losses = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers; what to resume from is as in `resolve_checkpoint`.
@@ -66,7 +67,12 @@ class CapsuleTrainer(Trainer):
                 self.model, self.model.names_of_frozen_backbone()
             )
         self._step_check.before_training()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        # This filter of transformers reads two numbers from the device per batch; ours reads none.
+        self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = self._filters_losses
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -133,7 +139,18 @@ class CapsuleTrainer(Trainer):
         self._step_check.after_batch(loss, inputs)
         if self.accelerator.sync_gradients:
             self._step_check.after_last_batch(model)
-        return loss
+        return self._step_check.filter_loss(loss) if self._filters_losses else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = self._step_check.norm  # transformers would compute it once more
+        if norm is None:
+            return super()._clip_grad_norm(model)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float | None:
+        # Without clipping, transformers would compute the norm by clipping to infinity, which multiplies all gradients.
+        return super()._get_grad_norm(model, self._step_check.norm if grad_norm is None else grad_norm)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
