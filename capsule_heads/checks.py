@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether the values of a tensor may be checked.
+
+    On another device than the CPU that would wait for the device. While compiling it would break the graph.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_size(name: str, size: object, or_none: str | None = None) -> None:

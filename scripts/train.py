@@ -24,6 +24,7 @@ from capsule_heads.training.experiment import (
     ModelArguments,
     build_model,
     check_best_metric,
+    check_cache_options,
     compute_metrics_of,
     evaluation_splits,
     load_processor,
@@ -42,6 +43,7 @@ def main() -> None:
     try:
         if patience and not arguments.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end.")
+        check_cache_options(data, arguments.dataloader_num_workers)
         checkpoint = resolve_checkpoint(arguments.resume_from_checkpoint, arguments.output_dir)
         with arguments.main_process_first():
             datasets = load_task(data.task, data.source, data.phrases)
@@ -55,6 +57,8 @@ def main() -> None:
         check_best_metric(arguments.metric_for_best_model, data.task, validation)
         if data.cache_hidden_states:  # the processes see to it among themselves
             train = HiddenStateCache(train, model.to(arguments.device), processor)
+            if data.cache_on_device:
+                train.to(arguments.device)
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
 

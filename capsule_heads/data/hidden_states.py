@@ -19,10 +19,12 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..weights import plain_weights
-from .state_file import ABOUT, StateFile
+from .state_file import ABOUT, StateFile, gigabytes
 
 # What a configuration says of where the backbone comes from, not of what it computes.
 NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
+
+TOKENS_AT_ONCE = 10_000  # that are copied to a device
 
 
 class CapsuleCollator(DataCollatorWithPadding):
@@ -40,15 +42,45 @@ class CapsuleCollator(DataCollatorWithPadding):
         if "hidden_states" not in features[0]:
             return super().__call__(features)
         states = [feature["hidden_states"] for feature in features]
-        lengths = torch.tensor([len(x) for x in states])
-        hidden_states = torch.zeros(len(states), int(lengths.max()), *states[0].shape[1:], dtype=torch.float16)
-        for padded, x in zip(hidden_states.numpy(), states):  # read from disk straight to where they stay
-            padded[: len(x)] = x
-        mask = torch.arange(hidden_states.shape[1]) < lengths[:, None]
-        batch = {"hidden_states": hidden_states, "attention_mask": mask.long()}
+        lengths = np.array([len(x) for x in states])
+        pad = _pad_on_device if isinstance(states[0], Tensor) else _pad
+        mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None])
+        batch = _Batch(hidden_states=pad(states, lengths), attention_mask=mask.long())
         if "labels" in features[0]:
             batch["labels"] = torch.from_numpy(np.asarray([feature["labels"] for feature in features]))
         return batch
+
+
+class _Batch(dict):
+    """A batch of which hidden states may be on a device: a data loader can pin the others alone."""
+
+    def pin_memory(self) -> _Batch:
+        return _Batch({name: x.pin_memory() if x.device.type == "cpu" else x for name, x in self.items()})
+
+
+def _pad(states: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
+    """Return `[texts, longest, depths, width]`, zero behind each text."""
+    shape = len(states), int(lengths.max()), *states[0].shape[1:]
+    # In a process that uses a GPU, straight to memory that it copies from: a data loader need not copy it once more.
+    padded = torch.empty(shape, dtype=torch.float16, pin_memory=torch.cuda.is_initialized())
+    for row, x in zip(padded.numpy(), states):  # read from disk straight to where they stay
+        row[: len(x)] = x
+        row[len(x) :] = 0
+    return padded
+
+
+def _pad_on_device(states: Sequence[Tensor], lengths: np.ndarray) -> Tensor:
+    """Return what `_pad` does, of states on one device: by few launches, and without waiting for the device."""
+    if torch.utils.data.get_worker_info() is not None and states[0].device.type != "cpu":
+        raise ValueError(
+            f"The hidden states are on {states[0].device}, which worker processes of a data loader cannot share; set "
+            "dataloader_num_workers to 0."
+        )
+    packed = torch.cat([*states, states[0].new_zeros(1, *states[0].shape[1:])])  # the last one is for padding
+    starts, positions = np.cumsum(lengths) - lengths, np.arange(lengths.max())
+    index = np.where(positions < lengths[:, None], starts[:, None] + positions, len(packed) - 1)
+    index = torch.from_numpy(index.reshape(-1)).to(packed.device, non_blocking=True)
+    return packed.index_select(0, index).unflatten(0, (len(states), len(positions)))
 
 
 class HiddenStateCache(Dataset):
@@ -65,6 +97,8 @@ class HiddenStateCache(Dataset):
     when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in memory.
     `CapsuleTrainer` groups them by length; transformers' own Trainer does that with its own datasets only, and needs
     `train_sampling_strategy="random"` here.
+
+    `to(device)` keeps them on a GPU, or in memory. Batches are then made there: no states are read or copied in a step.
 
     It takes `2 * depths * width` bytes of disk a token: see `estimate`. To have a cache of several datasets at once
     (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
@@ -124,6 +158,35 @@ class HiddenStateCache(Dataset):
         texts = _find_texts(dataset, _input_names(dataset, tokenizer))
         return StateFile(Path(), {}, texts.ends, _token_shape(model)).n_bytes
 
+    def to(self, device: torch.device | str) -> HiddenStateCache:
+        """Keep all hidden states on a device; rows then have them as tensors there.
+
+        A data loader cannot have worker processes then, unless the device is the CPU.
+
+        Args:
+            device: such as "cuda", or "cpu" to keep them in memory.
+
+        Returns:
+            The cache itself.
+
+        Raises:
+            ValueError: If the device has less memory free than they take.
+        """
+        device = torch.device(device)
+        free = _free_memory(device)
+        if free is not None and free < self.n_bytes:
+            raise ValueError(
+                f"The hidden states take {gigabytes(self.n_bytes)}, and {device} has {gigabytes(free)} of memory free; "
+                "leave them on disk (cache_on_device=False), or use fewer depths."
+            )
+        source = self._file.open()
+        states = torch.empty(source.shape, dtype=torch.float16, device=device)
+        for start in range(0, len(source), TOKENS_AT_ONCE):
+            part = np.array(source[start : start + TOKENS_AT_ONCE])  # a copy: torch warns of memory it may not write
+            states[start : start + len(part)] = torch.from_numpy(part)
+        self._states = states
+        return self
+
     @property
     def column_names(self) -> list[str]:
         """What a row has."""
@@ -149,6 +212,12 @@ class HiddenStateCache(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_states": None}  # the process that gets it maps the file anew
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device; None if it does not say."""
+    module = torch.get_device_module(device)
+    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else None
 
 
 def _check_arguments(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

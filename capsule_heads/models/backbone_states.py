@@ -178,14 +178,18 @@ def _mask_of(x: Tensor, mask: Tensor | None, backbone: nn.Module) -> Tensor:
         return torch.ones(x.shape[:2], device=x.device)
     if mask.shape[1] == n_tokens:
         return mask
-    full = torch.full((1,), mask.shape[1], device=mask.device)
-    if frame_counts(backbone, full) == n_tokens and bool((mask.long().diff(dim=-1) <= 0).all()):
-        return torch.arange(n_tokens, device=mask.device) < frame_counts(backbone, mask.sum(-1).long())[:, None]
     if n_tokens > mask.shape[1]:
         # Tokens that the backbone adds by itself, before those of the input.
         return F.pad(mask, (n_tokens - mask.shape[1], 0), value=1)
     # A token that stands for several inputs is one as soon as one of them is.
-    return F.adaptive_max_pool1d(mask[:, None].float(), n_tokens)[:, 0]
+    pooled = F.adaptive_max_pool1d(mask[:, None].float(), n_tokens)[:, 0]
+    if frame_counts(backbone, torch.full((1,), mask.shape[1])) != n_tokens:
+        return pooled
+    counts = frame_counts(backbone, mask.sum(-1).long())
+    counted = torch.arange(n_tokens, device=mask.device) < counts[:, None]
+    # The mask decides on its own device: to read it would wait for that.
+    is_padded_right = (mask.long().diff(dim=-1) <= 0).all()
+    return torch.where(is_padded_right, counted.to(pooled.dtype), pooled)
 
 
 def frame_counts(backbone: nn.Module, lengths: Tensor) -> Tensor | None:

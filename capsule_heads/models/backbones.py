@@ -12,6 +12,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from ..checks import is_readable
 from .backbone_states import Layout, arrange, hidden_states_of
 from .stereo_conv import StereoConvConfig, StereoConvModel
 
@@ -220,7 +221,7 @@ def all_hidden_states(
 
 
 def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
-    """Checks that a mask is of as many samples and tokens as there are, and between 0 and 1.
+    """Checks that a mask is of as many samples and tokens as there are and, on the host, between 0 and 1.
 
     Raises:
         ValueError: if not.
@@ -232,8 +233,7 @@ def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens], here {tuple(shape)}."
         )
-    # Not while compiling: it reads values, which would break the graph.
-    if torch.compiler.is_compiling() or attention_mask.numel() == 0:
+    if not is_readable(attention_mask) or attention_mask.numel() == 0:
         return
     low, high = attention_mask.min().item(), attention_mask.max().item()  # NaN if one is
     if not 0 <= low <= high <= 1:
@@ -241,7 +241,7 @@ def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
 
 
 def _check_tokens(input_ids: Tensor, backbone: PreTrainedModel) -> None:
-    """Checks what a tokenizer made. Ids are looked at on the CPU alone: elsewhere it would wait for the device."""
+    """Checks what a tokenizer made; the ids themselves only where they are on the host."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f'input_ids are a {type(input_ids).__name__}; expected a tensor: return_tensors="pt".')
     if input_ids.is_floating_point() or input_ids.ndim != 2:
@@ -250,19 +250,37 @@ def _check_tokens(input_ids: Tensor, backbone: PreTrainedModel) -> None:
         )
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected a sample and a token at least.")
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
-        return
+    if is_readable(input_ids):
+        check_ids(input_ids, count_embeddings(backbone), backbone.config.model_type)
+
+
+def count_embeddings(backbone: PreTrainedModel | None) -> int | None:
+    """Return the number of tokens that a backbone has embeddings of; None if it has no table of them."""
     try:
         embedding = backbone.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # some hash ids
-        return
-    if not isinstance(embedding, nn.Embedding):
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+
+
+def check_ids(input_ids: Tensor, n_embeddings: int | None, model_type: str) -> None:
+    """Checks that there is an embedding of each token, on the host.
+
+    Args:
+        input_ids: the tokens.
+        n_embeddings: as `count_embeddings` returns it.
+        model_type: of the backbone, for the message.
+
+    Raises:
+        ValueError: if there is none of a token.
+    """
+    if n_embeddings is None or input_ids.numel() == 0:
         return
     low, high = input_ids.min().item(), input_ids.max().item()
-    if not 0 <= low <= high < embedding.num_embeddings:
+    if not 0 <= low <= high < n_embeddings:
         raise ValueError(
-            f"input_ids go from {low} to {high}, and the {backbone.config.model_type} backbone has embeddings for 0 to "
-            f"{embedding.num_embeddings - 1}; use its own tokenizer, or resize_token_embeddings."
+            f"input_ids go from {low} to {high}, and the {model_type} backbone has embeddings for 0 to "
+            f"{n_embeddings - 1}; use its own tokenizer, or resize_token_embeddings."
         )
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import is_readable
 from .configuration_capsule_head import CapsuleHeadConfig
 
 
@@ -19,7 +20,7 @@ def infer_problem_type(config: CapsuleHeadConfig, labels: Tensor) -> str:
 
 
 def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
-    """Checks labels against the problem type.
+    """Checks labels against the problem type; their values only where they are on the host.
 
     Raises:
         ValueError: naming what was given and what was expected.
@@ -35,8 +36,7 @@ def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; {problem_type} expects [batch, {n}].")
     if labels.shape[0] == 0:
         raise ValueError("labels are of no sample, and a mean loss needs at least one.")
-    # Not while compiling: it reads values, which would break the graph.
-    if torch.compiler.is_compiling():
+    if not is_readable(labels):
         return
     low, high = labels.min().item(), labels.max().item()  # NaN if one is
     if problem_type == "single_label_classification" and not 0 <= low <= high < n:
@@ -48,9 +48,13 @@ def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
 
 
 def problem_targets(config: CapsuleHeadConfig, labels: Tensor) -> Tensor:
-    """`[batch, num_labels]`, float32: one-hot classes, 0 or 1 per label, or values in units of the head's output."""
+    """Return `[batch, num_labels]`, float32: one-hot classes, 0 or 1 per label, or values in the head's units.
+
+    A class that does not exist raises an error on any device: on a GPU, the device's own.
+    """
     if config.problem_type == "single_label_classification":
-        return (labels[:, None] == torch.arange(config.num_labels, device=labels.device)).float()
+        one_hot = torch.zeros(labels.shape[0], config.num_labels, device=labels.device)
+        return one_hot.scatter_(1, labels.long()[:, None], 1.0)
     targets = labels.float().view(len(labels), -1)
     return (targets - config.label_mean) / config.label_std if config.problem_type == "regression" else targets
 
@@ -71,7 +75,9 @@ def problem_loss(config: CapsuleHeadConfig, logits: Tensor, targets: Tensor) -> 
     """
     if config.problem_type == "regression":
         return F.mse_loss((logits - config.label_mean) / config.label_std, targets)
-    weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=logits.device)
+    weights = None
+    if config.class_weights is not None:  # a copy that waited for the device would stop the step
+        weights = torch.tensor(config.class_weights).to(logits.device, non_blocking=True)
     if config.problem_type == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, targets, weight=weights)
     if weights is not None:

@@ -162,7 +162,8 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         values = capsules.a_out
         if self.regressor is not None:
             poses = capsules.mu_out.flatten(1)
-            values = self.regressor(poses.to(self.regressor.weight.dtype)).to(poses.dtype)
+            with torch.autocast(poses.device.type, enabled=False):  # values are in float32, as scores are
+                values = self.regressor(poses.to(self.regressor.weight.dtype)).to(poses.dtype)
         return config.label_mean + config.label_std * values
 
     def explain(self, inputs: Any, processor: Any | None = None, batch_size: int = 16) -> list[Explanation]:

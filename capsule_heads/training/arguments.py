@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from transformers import TrainingArguments
 
 # Names of ours for two of transformers' fields, which only admit the names it knows.
@@ -66,6 +67,9 @@ class CapsuleTrainingArguments(TrainingArguments):
     | `train_sampling_strategy`     | "group_by_length" | "random"            |
     | `on_nonfinite`                | "stop"            | (none)              |
 
+    Batches are copied to a GPU while it computes: there `accelerator_config` has `non_blocking=True`, unless it says
+    otherwise or `dataloader_pin_memory` is False. Without a GPU no memory is pinned.
+
     Any optimizer and schedule of transformers may be named instead. The paper has a batch of 20 on one device: with N
     devices, or when accumulating over N steps, divide `per_device_train_batch_size` by N. The paper's mixup is a
     field of the model's configuration, `mixup_alpha=0.2`, and off by default.
@@ -117,6 +121,10 @@ class CapsuleTrainingArguments(TrainingArguments):
         for name, value in vars(self).items():  # max_grad_norm, for one, would carry it into the weights
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} is NaN; expected a number.")
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to copy to: torch would warn of it
+        elif self.accelerator_config is None or isinstance(self.accelerator_config, dict):
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory, **(self.accelerator_config or {})}
         # transformers checks these two against its own names: show it names it knows, and put ours back.
         ours = {}
         for name, own_value, stand_in in (("optim", RADAM, "adamw_torch"), ("lr_scheduler_type", ONE_CYCLE, "linear")):

@@ -86,6 +86,13 @@ class DataArguments:
             "(HF_DATASETS_CACHE), which nothing empties."
         },
     )
+    cache_on_device: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the cached hidden states in the memory of the GPU, and make batches there. Needs "
+            "cache_hidden_states, and dataloader_num_workers: 0."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
@@ -132,6 +139,28 @@ class ModelArguments:
         elsewhere = ("backbone", "backbone_revision", "freeze_backbone", "head_type", "strategy")
         values = {x.name: getattr(self, x.name) for x in fields(self) if getattr(self, x.name) != x.default}
         return ", ".join(f"{name}={value}" for name, value in values.items() if name not in elsewhere)
+
+
+def check_cache_options(arguments: DataArguments, n_workers: int) -> None:
+    """Check the options of the cache of hidden states.
+
+    Args:
+        arguments: which options.
+        n_workers: number of worker processes of a data loader.
+
+    Raises:
+        ValueError: If a cache is to be kept on the device without a cache, or with worker processes.
+    """
+    if arguments.cache_on_device and not arguments.cache_hidden_states:
+        raise ValueError(
+            "cache_on_device is true and cache_hidden_states is false; expected a cache to keep on the device: set "
+            "cache_hidden_states to true."
+        )
+    if arguments.cache_on_device and n_workers:
+        raise ValueError(
+            f"dataloader_num_workers is {n_workers}; cache_on_device expects 0, as worker processes cannot share a "
+            "device: leave dataloader_num_workers out."
+        )
 
 
 def load_task(task: str, source: str | None = None, phrases: bool = True) -> DatasetDict:

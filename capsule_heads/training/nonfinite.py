@@ -8,19 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what batch normalisation has of all batches
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # a process has all gradients
 NOTHING = "nothing of the last batch in another run, without mixup"
 MOST = 4  # names, or samples, in a message
 
 
 class StepCheck:
-    """Checks the loss of each batch of a step, and its gradients before they reach the weights.
+    """Checks the losses of a step, and its gradients before they reach the weights.
+
+    It reads one number from the device per step: whether all losses and the norm of the gradients are finite. The
+    Trainer's own filter of logged losses reads two per batch. `filter_loss` replaces that filter, and reads none.
 
     All processes come to the same decision. Gradients whose norm overflows count as not finite: Trainer divides by the
     norm, and that gives NaN. Under a gradient scaler (fp16) gradients may overflow as long as its scale is above 1: it
@@ -29,35 +33,52 @@ class StepCheck:
 
     Args:
         trainer: whose steps they are.
+
+    Attributes:
+        norm: the norm of the step's gradients, once they were found finite; None if parts of them are elsewhere.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._batch: tuple[Tensor, Mapping[str, Any]] | None = None
-        self._statistics: list[tuple[Tensor, Tensor]] | None = None
-        self._tensors: tuple[dict[str, nn.Parameter], list[Tensor]] | None = None
+        self._batches: list[tuple[Tensor, Mapping[str, Any]]] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._statistics: list[tuple[list[Tensor], list[Tensor]]] | None = None
+        self._shown: Tensor | None = None
+        self.norm: Tensor | None = None
 
-    def _of_model(self) -> tuple[dict[str, nn.Parameter], list[Tensor]]:
-        """The model's parameters by name, and its batch statistics: found once, as a backbone has many modules."""
-        if self._tensors is None:
-            model = self._trainer.model
-            buffers = [x for name, x in model.named_buffers() if name.rpartition(".")[2] in STATISTICS]
-            self._tensors = dict(model.named_parameters()), buffers
-        return self._tensors
+    def _find_tensors(self) -> None:
+        """Finds the model's parameters by name, and its batch statistics, with room for a copy of these."""
+        model = self._trainer.model
+        self._parameters = dict(model.named_parameters())
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # what one launch copies
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] in STATISTICS:
+                by_kind.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        self._statistics = [(buffers, [x.clone() for x in buffers]) for buffers in by_kind.values()]
 
     def before_training(self) -> None:
         """To be called before the first step: modules may have been added or replaced since the last training."""
-        self._tensors = None
+        self._statistics = None
 
     def before_batch(self) -> None:
         """To be called before the forward pass of each batch."""
-        if self._statistics is None:  # the first of the step
-            self._statistics = [(x, x.clone()) for x in self._of_model()[1]]
+        if self._batches:  # not the first of the step
+            return
+        self.norm = None
+        if self._statistics is None:  # once, as a backbone has many modules
+            self._find_tensors()
+        for buffers, copies in self._statistics:
+            torch._foreach_copy_(copies, buffers)
 
     def after_batch(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """To be called after the backward pass of each batch."""
-        if self._batch is None or self._batch[0].isfinite():  # else there is one to report already
-            self._batch = (loss, inputs)
+        self._batches.append((loss, inputs))
+
+    def filter_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss or, where it is not finite, the last one that was: the log shows a mean of these."""
+        last = torch.zeros_like(loss) if self._shown is None else self._shown
+        self._shown = torch.where(loss.isfinite(), loss, last)
+        return self._shown
 
     def after_last_batch(self, model: nn.Module) -> None:
         """To be called when the gradients of a step are complete.
@@ -69,18 +90,26 @@ class StepCheck:
             FloatingPointError: naming what is not finite and where, if steps are not to be left out, or if weights are
                 not finite, which leaving out steps does not mend.
         """
-        (loss, inputs), statistics = self._batch, self._statistics
-        self._batch = self._statistics = None
-        parameters, _ = self._of_model()
+        batches, parameters = self._batches, self._parameters
+        self._batches = []
         gradients = {f"the gradient of {name}": x.grad for name, x in parameters.items() if x.grad is not None}
-        bad_losses, is_finite = self._judge(loss, gradients)
-        if not bad_losses and (is_finite or self._scaler_sees_to_it()):
+        losses = torch.stack([loss for loss, _ in batches])
+        norm = torch.nn.utils.get_total_norm([_local(x) for x in gradients.values()])
+        # NaN unless all losses are finite. Processes' norms are put together by their squares.
+        found = losses.mul(0).sum() + norm.to(losses.device).float().square()
+        accelerator = self._trainer.accelerator
+        if accelerator.reduce(found).isfinite():  # the one read of the step
+            self.norm = norm if self._is_whole(gradients.values()) else None
             return
-        for x, before in statistics:
-            x.copy_(before)
+        bad_losses = int(accelerator.reduce(losses.isfinite().logical_not().sum()))
+        if not bad_losses and self._scaler_sees_to_it():
+            return
+        for buffers, copies in self._statistics:
+            torch._foreach_copy_(buffers, copies)
         # All processes go the same way: the model may be spread over them.
         broken = gather_object(_places(parameters))
         of_gradients = [] if bad_losses else _places(gradients)
+        inputs = next((inputs for loss, inputs in batches if not loss.isfinite()), batches[-1][1])
         places = broken or gather_object(self._of_process(self._in_batch(model, inputs) + of_gradients))
         what = "loss" if bad_losses else "norm of the gradients"
         step = self._trainer.state.global_step + 1
@@ -95,12 +124,11 @@ class StepCheck:
         logger.warning("%s The step is left out.", message)
         self._drop(parameters.values())
 
-    def _judge(self, loss: Tensor, gradients: Mapping[str, Tensor]) -> tuple[int, bool]:
-        """In how many processes a loss is not finite, and whether the norm of all gradients is."""
-        norm = torch.nn.utils.get_total_norm([_local(x) for x in gradients.values()])
-        found = torch.stack([(~loss.isfinite()).float(), norm.to(loss.device).float().square()])
-        bad_losses, squares = self._trainer.accelerator.reduce(found).tolist()
-        return int(bad_losses), squares < math.inf
+    def _is_whole(self, gradients: Iterable[Tensor]) -> bool:
+        """Whether this process has all gradients, as they are: not spread over processes, and not scaled."""
+        accelerator = self._trainer.accelerator
+        has_all = accelerator.distributed_type in WHOLE and not any(hasattr(x, "to_local") for x in gradients)
+        return has_all and accelerator.scaler is None
 
     def _scaler_sees_to_it(self) -> bool:
         scaler = self._trainer.accelerator.scaler

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import RandomSampler, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -21,12 +21,17 @@ from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
 from ..hub import check_backbone_is_shared, write_model_card
+from ..models.losses import infer_problem_type
 from ..models.pretrained import CapsuleHeadPreTrainedModel
 from ..models.saving import replacing
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
 from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
+from .host_checks import CheckedCollator
 from .nonfinite import StepCheck
 from .schedule import OneCycle
+
+# The inputs of `[batch, tokens, ...]`; of others the batch size alone differs.
+OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "hidden_states")
 
 
 class CapsuleTrainer(Trainer):
@@ -51,6 +56,7 @@ class CapsuleTrainer(Trainer):
         self.add_callback(_SetEpoch)
         self._checkpoint: Path | None = None  # the one that is being written
         self._step_check = StepCheck(self)
+        self._filters_losses = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers; what to resume from is as in `resolve_checkpoint`.
@@ -66,7 +72,12 @@ class CapsuleTrainer(Trainer):
                 self.model, self.model.names_of_frozen_backbone()
             )
         self._step_check.before_training()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        # This filter of transformers reads two numbers from the device per batch; ours reads none.
+        self._filters_losses, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = self._filters_losses
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -129,11 +140,24 @@ class CapsuleTrainer(Trainer):
                 is not finite, at which depth, in which samples.
         """
         self._step_check.before_batch()
+        if self.args.torch_compile:
+            _spare_compilations(self.model, self._prepare_inputs(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_check.after_batch(loss, inputs)
         if self.accelerator.sync_gradients:
             self._step_check.after_last_batch(model)
-        return loss
+        return self._step_check.filter_loss(loss) if self._filters_losses else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = self._step_check.norm  # transformers would compute it once more
+        if norm is None:
+            return super()._clip_grad_norm(model)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float | None:
+        # Without clipping, transformers would compute the norm by clipping to infinity, which multiplies all gradients.
+        return super()._get_grad_norm(model, self._step_check.norm if grad_norm is None else grad_norm)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
@@ -235,6 +259,15 @@ class CapsuleTrainer(Trainer):
             **{k: v for entry in state.log_history if entry["step"] == step for k, v in entry.items()},
         }
 
+    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        # The data loader moves batches to the device, so their values are checked as they are made.
+        collator = self.data_collator
+        self.data_collator = CheckedCollator.for_model(collator, self.model)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         # transformers drops the column of lengths, which the model does not take, before it looks for it.
         dataset, args = self.train_dataset, self.args
@@ -252,6 +285,20 @@ class CapsuleTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
         # transformers would group these by length too: predictions would come in another order than their texts.
         return None
+
+
+def _spare_compilations(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Tells torch.compile which sizes differ by batch, and settles the problem type before it compiles.
+
+    It would compile for the sizes of the first batch, and again for others. The first forward pass would change the
+    configuration, and the second be compiled for that.
+    """
+    if isinstance(model, CapsuleHeadPreTrainedModel) and isinstance(inputs.get("labels"), Tensor):
+        model.config.problem_type = infer_problem_type(model.config, inputs["labels"])
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            for dimension in range(min(value.ndim, 2 if name in OF_TOKENS else 1)):
+                torch._dynamo.maybe_mark_dynamic(value, dimension)
 
 
 class _SetEpoch(TrainerCallback):

@@ -22,6 +22,7 @@ from capsule_heads import (
     CapsuleTrainingArguments,
     StereoImageProcessor,
 )
+from capsule_heads.data import hidden_states
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.data.tokenization import tokenize, window_fields
 
@@ -618,3 +619,67 @@ def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path
     assert max(from_texts) > 1.02 * min(from_texts)
     # The batches are the same, in the same order; the states are rounded to half precision.
     np.testing.assert_allclose(losses(True), from_texts, rtol=5e-3)
+
+
+# Kept on a device
+
+
+def test_batches_made_on_a_device_are_those_from_disk(make_model, monkeypatch):
+    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 7)  # several copies, the last one smaller
+    train = texts(20).select([3, 0, 3, *range(20)])
+    from_disk = HiddenStateCache(train, make_model(), make_tokenizer())
+    kept = HiddenStateCache(train, make_model(), make_tokenizer())
+    assert kept.to("cpu") is kept
+    assert isinstance(kept[0]["hidden_states"], torch.Tensor) and kept.column_names == from_disk.column_names
+    collator = CapsuleCollator(make_tokenizer())
+    for rows in [0, 1, 2, 5], [7], range(23), [4, 4, 22]:
+        expected = collator([from_disk[i] for i in rows])
+        batch = collator([kept[i] for i in rows])
+        assert batch.keys() == expected.keys()
+        for name, x in expected.items():
+            assert batch[name].dtype == x.dtype and torch.equal(batch[name], x), name
+    (batch,) = DataLoader(kept, batch_size=23, collate_fn=collator, num_workers=1)
+    assert torch.equal(batch["hidden_states"], collator([from_disk[i] for i in range(23)])["hidden_states"])
+
+
+def test_training_on_a_kept_cache_is_that_on_the_file(make_model, tmp_path):
+    weights = []
+    for kept in False, True:
+        cached = HiddenStateCache(texts(20), make_model(), make_tokenizer())
+        if kept:
+            cached.to("cpu")
+        model = make_model(mixup_alpha=0.0)
+        fields = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+        fields |= {"num_train_epochs": 2, "per_device_train_batch_size": 6}
+        arguments = CapsuleTrainingArguments(str(tmp_path / "run"), **fields)
+        collator = CapsuleCollator(make_tokenizer())
+        CapsuleTrainer(model, arguments, train_dataset=cached, data_collator=collator).train()
+        weights.append(torch.nn.utils.parameters_to_vector(model.head.parameters()))
+    assert torch.equal(*weights)
+
+
+def test_a_device_with_too_little_memory_is_refused(make_model, monkeypatch):
+    cached = HiddenStateCache(texts(20), make_model(), make_tokenizer())
+    monkeypatch.setattr(hidden_states, "_free_memory", lambda device: 5000)
+    with pytest.raises(ValueError, match=r"The hidden states take 0\.0 MB, and cpu has 0\.0 MB of memory free; leave"):
+        cached.to("cpu")
+    assert isinstance(cached[0]["hidden_states"], np.ndarray)
+    monkeypatch.setattr(hidden_states, "_free_memory", lambda device: cached.n_bytes)
+    cached.to("cpu")
+
+
+def test_worker_processes_cannot_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    rows = [{"hidden_states": torch.zeros(3, 2, 4, dtype=torch.float16, device="meta")}]
+    collator = CapsuleCollator(make_tokenizer())
+    with pytest.raises(ValueError, match=r"hidden states are on meta, which worker.*set dataloader_num_workers to 0"):
+        collator(rows)
+
+
+def test_a_data_loader_pins_what_is_on_the_host(monkeypatch):
+    rows = [{"hidden_states": torch.zeros(3, 2, 4, dtype=torch.float16, device="meta"), "labels": 1}]
+    batch = CapsuleCollator(make_tokenizer())(rows)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: f"pinned {self.device}")
+    pinned = batch.pin_memory()
+    assert pinned["hidden_states"] is batch["hidden_states"]
+    assert pinned["attention_mask"] == pinned["labels"] == "pinned cpu"

@@ -100,7 +100,7 @@ def arguments(tmp_path):
     """arguments(**fields): quiet ones, on the CPU, that save nothing unless asked to."""
 
     def make(cls=CapsuleTrainingArguments, **fields):
-        fields = {"output_dir": str(tmp_path / "run"), "save_strategy": "no", **fields}
-        return cls(use_cpu=True, disable_tqdm=True, report_to=[], **fields)
+        fields = {"output_dir": str(tmp_path / "run"), "save_strategy": "no", "use_cpu": True, **fields}
+        return cls(disable_tqdm=True, report_to=[], **fields)
 
     return make

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -108,3 +109,28 @@ def test_what_a_model_card_says_of_them(tmp_path):
     assert (described["max_steps"], described["lr_scheduler_type"]) == (7, "linear")
     assert not {"num_train_epochs", "min_learning_rate", "min_adam_beta1"} & described.keys()
     assert describe_arguments(TrainingArguments(str(tmp_path)))["optim"] == "adamw_torch_fused"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"accelerator_config": {"split_batches": False}}, True),
+        ({"accelerator_config": {"non_blocking": False}}, False),
+        ({"dataloader_pin_memory": False}, False),
+    ],
+    ids=str,
+)
+def test_copies_to_a_gpu_are_asynchronous_unless_the_user_says_otherwise(tmp_path, monkeypatch, fields, expected):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    arguments = CapsuleTrainingArguments(str(tmp_path), **fields)
+    assert arguments.accelerator_config.non_blocking is expected
+    assert arguments.dataloader_pin_memory is fields.get("dataloader_pin_memory", True)
+
+
+def test_nothing_is_pinned_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    arguments = CapsuleTrainingArguments(str(tmp_path))
+    assert not arguments.dataloader_pin_memory and not arguments.accelerator_config.non_blocking
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not CapsuleTrainingArguments(str(tmp_path), use_cpu=True).dataloader_pin_memory

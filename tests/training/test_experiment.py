@@ -13,6 +13,7 @@ from capsule_heads.training.experiment import (
     DataArguments,
     ModelArguments,
     build_model,
+    check_cache_options,
     check_labels_match,
     compute_metrics_of,
     evaluation_splits,
@@ -235,3 +236,12 @@ def test_check_labels_match(bert):
         check_labels_match(model(classes), numbers)
     with pytest.raises(ValueError, match=r"for numbers, and the dataset has \['no', 'yes'\]"):
         check_labels_match(model(numbers), classes)
+
+
+def test_a_cache_is_kept_on_the_device_only_where_it_can_be():
+    check_cache_options(DataArguments("reviews", cache_hidden_states=True, cache_on_device=True), n_workers=0)
+    check_cache_options(DataArguments("reviews", cache_hidden_states=True), n_workers=2)
+    with pytest.raises(ValueError, match=r"cache_on_device is true and cache_hidden_states is false; .* to true\."):
+        check_cache_options(DataArguments("reviews", cache_on_device=True), n_workers=0)
+    with pytest.raises(ValueError, match="dataloader_num_workers is 2; cache_on_device expects 0"):
+        check_cache_options(DataArguments("reviews", cache_hidden_states=True, cache_on_device=True), n_workers=2)

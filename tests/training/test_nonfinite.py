@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -138,6 +139,26 @@ def test_such_a_step_is_left_out_if_so_configured(train, spoil, caplog):
         "Step 2: the loss is not finite. Not finite: the hidden state at depth 0 in samples 0, the"
     )
     assert messages[0].endswith("The step is left out.")
+
+
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_a_loss_that_is_not_finite_is_logged_only_if_asked_for(spoil, arguments, is_filtered):
+    args = arguments(
+        on_nonfinite="skip",
+        logging_steps=1,
+        logging_nan_inf_filter=is_filtered,
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+    )
+    batches = spoil(2, "hidden_states", 0, NAN)
+    trainer = CapsuleTrainer(make_head(), args, train_dataset=batches, data_collator=lambda rows: rows[0])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, is_filtered, is_filtered]  # NaN stays in a sum
+    assert not is_filtered or losses[2] == losses[1]
+    assert args.logging_nan_inf_filter is is_filtered
 
 
 @pytest.mark.parametrize("value", [INF, 3e38], ids=["infinite", "of infinite norm"])
