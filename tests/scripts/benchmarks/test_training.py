@@ -1,4 +1,4 @@
-"""scripts/benchmark_training.py on a few phrases."""
+"""scripts/benchmarks/training.py on a few phrases."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def trees(tmp_path_factory):
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_it_times_both_ways_and_writes_everything(run, backbone, trees, tmp_path):
     options = ("--backbone", backbone, "--max_phrases", 8, "--scratch", tmp_path, "--json", tmp_path / "times.json")
-    done = run("benchmark_training.py", "--source", trees, *SMALL, *options)
+    done = run("benchmarks/training.py", "--source", trees, *SMALL, *options)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "times.json").read_text())
     kinds = [(row["kind"], row["seed"]) for row in written["runs"]]
@@ -39,6 +39,6 @@ def test_it_times_both_ways_and_writes_everything(run, backbone, trees, tmp_path
 
 
 def test_without_a_source(call):
-    status, _, err = call("benchmark_training.py")
+    status, _, err = call("benchmarks/training.py")
     assert status == 2
     assert "--source is missing: the directory of the trees" in err

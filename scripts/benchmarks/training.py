@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Times training on SST-5 phrases against a straightforward loop, run by run in one process, and compares accuracies.
 
-    python scripts/benchmark_training.py --source DIRECTORY_OF_TREES --json benchmark_training.json
-    python scripts/benchmark_training.py --source DIRECTORY_OF_TREES --max_phrases 0   # all phrases: takes a day
+    python scripts/benchmarks/training.py --source DIRECTORY_OF_TREES --json benchmark_training.json
+    python scripts/benchmarks/training.py --source DIRECTORY_OF_TREES --max_phrases 0   # all phrases: takes a day
 
 `straightforward` trains the way of the paper's code: hidden states of all depths are stacked, mixed, projected and
 routed by the literal loop; batches are random, padded to the longest; the backbone runs in every epoch. `ours`
