@@ -228,3 +228,22 @@ def test_a_device_that_is_not_there(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cuda was asked for, and torch finds no CUDA device"):
         run(benchmark, monkeypatch, "--device", "cuda")
+
+
+@pytest.mark.gpu
+def test_on_cuda_launches_are_counted_and_alternatives_timed(benchmark, monkeypatch, tmp_path, capsys):
+    run(benchmark, monkeypatch, "--device", "cuda", "--repeats", "2", "--json", str(tmp_path / "times.json"))
+    written = json.loads((tmp_path / "times.json").read_text())
+    runs = {row["strategy"]: row for row in written["runs"]}
+    assert {"original", "reference", "moments", "votes", benchmark.COMPILED} <= runs.keys()
+    assert "numba" not in runs and sum(name.startswith(benchmark.ATTENTION) for name in runs) == 1
+    for row in runs.values():
+        assert len(row["forward_backward"]) == 2 and min(row["forward_backward"]) > 0
+        assert row["launches"] > 0 and row["busy"] > 0 and row["peak_memory"] > 0
+    assert "times the bound" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_it_profiles_kernels_on_cuda(benchmark, monkeypatch, capsys):
+    run(benchmark, monkeypatch, "--device", "cuda", "--profile")
+    assert re.search(r"\| a small case \| `votes` \| `.+` \| [\d,]+ \| \d+\.\d+ \|", capsys.readouterr().out)
