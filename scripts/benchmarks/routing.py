@@ -52,7 +52,7 @@ from capsule_heads.training.command_line import OneLineParser, at_least, file_to
 
 SEED = 0
 PARITY = 1e-5
-WINDOWS = {"warmup": 20, "rep": 80}  # milliseconds that a contestant runs in a round on CUDA
+WINDOWS = {"warmup": 10, "rep": 40}  # milliseconds that a contestant runs in a round on CUDA
 MOST_SECONDS_TO_COMPILE = 60
 N_QUERIES = 64
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
