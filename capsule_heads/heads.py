@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,19 @@ class PartDetector(nn.Module):
                 projected.append(F.linear(x.to(self.affine.weight.dtype), self.affine.weight) + offset)
         return projected
 
+    def project_together(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """Return what `project` does as one tensor, `[batch, tokens, n_depths, d_inp]`, for states of one shape.
+
+        On a GPU it takes a few launches for all of them, instead of several for each.
+        """
+        first = hidden_states[0]
+        if first.device.type != "cuda" or torch.compiler.is_compiling():
+            return torch.stack(self.project(hidden_states), dim=2)
+        offsets, weight = self.affine(self.depth_emb), self.affine.weight
+        if torch.is_autocast_enabled("cuda"):  # it does not see products that are written to where they stay
+            weight = weight.to(torch.get_autocast_dtype("cuda"))
+        return _ProjectTogether.apply(weight, offsets.to(weight.dtype), *hidden_states)
+
     def activate(self, projected: Tensor) -> Tensor:
         """Swish and layer normalisation, `[..., d_inp]`."""
         return self.norm(F.silu(projected))
@@ -106,17 +119,20 @@ class TokenDepthInputs(nn.Module):
         Arguments and errors as in `TokenDepthHead.forward`.
         """
         masks = check_inputs(hidden_states, mask, self.d_emb)
-        projected = [None] * len(self.d_emb)
-        for width, detector in zip(self.widths, self.detect_parts):
-            depths = [depth for depth, d_emb in enumerate(self.d_emb) if d_emb == width]
-            for depth, x in zip(depths, detector.project([hidden_states[depth] for depth in depths])):
-                projected[depth] = x
-        if len(self.widths) == 1 and all(x.shape == projected[0].shape for x in projected):
+        if len(self.widths) == 1 and all(x.shape == hidden_states[0].shape for x in hidden_states):
             # What mixes samples commutes with the affine map, and has less to mix behind it.
-            x = mixed(torch.stack(projected, dim=2), mix)
+            x = mixed(self.detect_parts[0].project_together(hidden_states), mix)
             x = self.detect_parts[0].activate(x).flatten(1, 2)
-            a = _logit(torch.stack(masks, dim=2), x).flatten(1)
+            if all(m is masks[0] for m in masks):
+                a = _logit(masks[0], x)[:, :, None].expand(-1, -1, len(masks)).flatten(1)
+            else:
+                a = _logit(torch.stack(masks, dim=2), x).flatten(1)
         else:
+            projected = [None] * len(self.d_emb)
+            for width, detector in zip(self.widths, self.detect_parts):
+                depths = [depth for depth, d_emb in enumerate(self.d_emb) if d_emb == width]
+                for depth, x in zip(depths, detector.project([hidden_states[depth] for depth in depths])):
+                    projected[depth] = x
             detectors = [self.detect_parts[self.widths.index(width)] for width in self.d_emb]
             x = torch.cat([detector.activate(mixed(x, mix)) for detector, x in zip(detectors, projected)], dim=1)
             a = _logit(torch.cat(masks, dim=1), x)
@@ -307,6 +323,52 @@ class _LinearOfHalf(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
         return None, grad.flatten(0, -2).mT @ ctx.scratch.copy_(x).flatten(0, -2), None
+
+
+class _ProjectTogether(torch.autograd.Function):
+    """The products of an affine map with many hidden states, and its offsets, in few launches.
+
+    Some states at a time are copied side by side, in the dtype of the weight, and multiplied in one batched product.
+    What they are copied to is small: for the backward pass the states are kept as they were given.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, offsets: Tensor, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *states)
+        n_rows = states[0].shape[:-1].numel()
+        projected = weight.new_empty(n_rows, len(states), weight.shape[0])
+        for part, x in _side_by_side(states, weight.dtype):
+            by_depth = projected.transpose(0, 1)[part]
+            torch.bmm(x, weight.mT.expand(len(x), -1, -1), out=by_depth)
+        return projected.add_(offsets).view(*states[0].shape[:-1], len(states), -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *states = ctx.saved_tensors
+        by_depth = grad.flatten(0, -3).transpose(0, 1)  # [depths,rows,d_inp]
+        d_weight, d_offsets = None, by_depth.sum(1)
+        if ctx.needs_input_grad[0]:
+            d_weight = torch.zeros_like(weight)
+            for part, x in _side_by_side(states, weight.dtype):
+                d_weight.addmm_(by_depth[part].flatten(0, 1).mT, x.flatten(0, 1))
+        needed = ctx.needs_input_grad[2:]
+        d_states = ((d @ weight).view(x.shape).to(x.dtype) if need else None
+                    for d, x, need in zip(by_depth, states, needed))  # fmt: skip
+        return d_weight, d_offsets, *d_states
+
+
+_SIDE_BY_SIDE = 2**24  # numbers of hidden states that are copied at a time: 64 MiB in float32
+
+
+def _side_by_side(states: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some states at a time: which they are, and `[states, batch * tokens, d_emb]` in a buffer used again."""
+    flat = [x.flatten(0, -2) for x in states]
+    n_together = min(len(flat), max(1, _SIDE_BY_SIDE // max(1, flat[0].numel())))
+    buffer = flat[0].new_empty(n_together, *flat[0].shape, dtype=dtype)
+    for start in range(0, len(flat), n_together):
+        part = slice(start, min(len(flat), start + n_together))
+        yield part, torch.stack(flat[part], out=buffer[: part.stop - start])
 
 
 def _is_kept_in_half(x: Tensor, weight: Tensor) -> bool:

@@ -13,13 +13,17 @@ def draw_mixup(n_samples: int, alpha: float, device: torch.device) -> tuple[Tens
     Args:
         n_samples: batch size.
         alpha: both parameters of the Beta distribution of the shares.
-        device: where to put the result. The draws come from torch's generator of that device.
+        device: where to put the result. The draws come from torch's generator of the CPU: the same on every device, and
+            nothing waits for one.
 
     Returns:
         `ratio [batch]`, float32 in [0, 1], and `partner [batch]`, a permutation of the batch's indices.
     """
-    concentration = torch.full((n_samples,), float(alpha), device=device)
-    return Beta(concentration, concentration).sample(), torch.randperm(n_samples, device=device)
+    concentration = torch.full((n_samples,), float(alpha))
+    drawn = Beta(concentration, concentration).sample(), torch.randperm(n_samples)
+    if device.type != "cuda":
+        return tuple(x.to(device) for x in drawn)
+    return tuple(x.pin_memory().to(device, non_blocking=True) for x in drawn)
 
 
 def mix(tensor: Tensor, ratio: Tensor, partner: Tensor) -> Tensor:
@@ -34,4 +38,4 @@ def mix(tensor: Tensor, ratio: Tensor, partner: Tensor) -> Tensor:
         `[batch, ...]`, of the tensor's dtype.
     """
     ratio = ratio.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
-    return torch.lerp(tensor[partner], tensor, ratio)
+    return torch.lerp(tensor.index_select(0, partner), tensor, ratio)  # an index would be sorted in the backward pass

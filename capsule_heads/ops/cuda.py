@@ -90,7 +90,7 @@ class Sizes(NamedTuple):
         BC, BH = _power(d_cov), _power(d_out)
         BJ = max(_power(n_out), 16 // BH, 1)  # a matrix product takes 16 columns at least
         N = BJ * BH
-        sizes = cls(d_cov, d_inp, n_out, d_out, 1, BC, _power(d_inp), BJ, BH, max(1, tile // (BC * N)))
+        sizes = cls(d_cov, d_inp, n_out, d_out, 1, BC, _power(d_inp), BJ, BH, max(1, tile // 2 // (BC * N)))
         if sizes.is_narrow:
             return sizes._replace(BI=max(1, 32 * _N_WARPS // BJ))  # an input and output for each thread
         BI = max(16 // BC, 1, min(128, tile // N) // BC)
@@ -266,7 +266,9 @@ class _Shared(NamedTuple):
         # Three TF32 products are as exact as one in float32 and several times faster, but take more registers.
         precision = "ieee" if self.is_double or self.sizes.N > 256 else "tf32x3"
         constants = {"EPS": self.eps, "SKM": self.p_model == "skm", "PRECISION": precision}
-        options = {"num_warps": _N_WARPS, "num_stages": 1}
+        options: dict[str, Any] = {"num_warps": _N_WARPS, "num_stages": 1}
+        if self.sizes.is_narrow:
+            options["maxnreg"] = 128  # the merge at the end would take more: then half of the programs fit
         return {**self.some("T C D J H BI BC BD BJ BH BP"), **constants, **options}
 
 

@@ -461,41 +461,52 @@ def statistics_kernel(
 
 
 @triton.jit
-def _narrow_votes(
-    mu_ptr, centre_ptr, W_ptr, i, n_inp,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+def _narrow_inputs(mu_ptr, centre_ptr, i, n_inp, C: tl.constexpr, D: tl.constexpr, BJ: tl.constexpr):
+    """The numbers of the inputs `i [BI]`, less their centre: a tuple of `[BI,BJ]`, row after row.
+
+    Each thread loads what it needs, though its neighbours load the same: to hand it on would take a barrier.
+    """
+    at = tl.broadcast_to(i[:, None] * (C * D), [i.shape[0], BJ])
+    x = ()
+    for q in tl.static_range(C * D):
+        number = tl.load(mu_ptr + at + q, mask=at < n_inp * (C * D), other=0.0) - tl.load(centre_ptr + q)
+        x = x + (number,)  # noqa: RUF005 - Triton has no unpacking
+    return x
+
+
+@triton.jit
+def _narrow_weights(W_ptr, D: tl.constexpr, H: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):
+    """The numbers of the weights, a tuple of `[BI,BJ]`, row after row."""
+    W = ()
+    for q in tl.static_range(D * H):
+        W = W + (_of_plane(W_ptr, q // H, q % H, BI, BJ, BH),)  # noqa: RUF005
+    return W
+
+
+@triton.jit
+def _narrow_votes(x, W, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
     """Planes of votes, a tuple of `[BI,BJ]`, `c` after `c` and for each one `h` after `h`."""
-    j = tl.arange(0, BJ)
     u = ()
-    for c in tl.static_range(C):
-        for h in tl.static_range(H):
-            plane = tl.zeros([i.shape[0], BJ], dtype=mu_ptr.dtype.element_ty)
-            for d in tl.static_range(D):
-                x = _narrow_x(mu_ptr, centre_ptr, i, n_inp, c, d, C, D)
-                plane += x[:, None] * tl.load(W_ptr + d * (BJ * BH) + j * BH + h)[None, :]
-            u = u + (plane,)
+    for p in tl.static_range(C * H):
+        plane = x[(p // H) * D] * W[p % H]
+        for d in tl.static_range(1, D):
+            plane += x[(p // H) * D + d] * W[d * H + p % H]
+        u = u + (plane,)  # noqa: RUF005
     return u
 
 
 @triton.jit
-def _narrow_x(mu_ptr, centre_ptr, i, n_inp, c, d, C: tl.constexpr, D: tl.constexpr):
-    """Column `d` of row `c` of the inputs `i`, less their centre, `[BI]`."""
-    x = tl.load(mu_ptr + (i * C + c) * D + d, mask=i < n_inp, other=0.0)
-    return x - tl.load(centre_ptr + c * D + d)
-
-
-@triton.jit
-def _of_plane(ptr, row, h, BJ: tl.constexpr, BH: tl.constexpr):
-    """The numbers of a plane's row, `[1,BJ]`."""
-    return tl.load(ptr + row * (BJ * BH) + tl.arange(0, BJ) * BH + h)[None, :]
+def _of_plane(ptr, row, h, BI: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):
+    """The numbers of a plane's row, the same for each input: `[BI,BJ]`."""
+    at = tl.broadcast_to(tl.arange(0, BJ)[None, :] * BH + h, [BI, BJ])
+    return tl.load(ptr + row * (BJ * BH) + at)
 
 
 @triton.jit
 def _zero_planes(n: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, dtype: tl.constexpr):
     planes = ()
     for _ in tl.static_range(n):
-        planes = planes + (tl.zeros([BI, BJ], dtype=dtype),)
+        planes = planes + (tl.zeros([BI, BJ], dtype=dtype),)  # noqa: RUF005
     return planes
 
 
@@ -527,17 +538,18 @@ def narrow_statistics_kernel(
     mean, scatter = _zero_planes(C * H, BI, BJ, dtype), _zero_planes(C * H, BI, BJ, dtype)
     for block in range(first, tl.minimum(first + n_blocks_each, tl.cdiv(n_inp, BI))):
         i = block * BI + tl.arange(0, BI)
-        u = _narrow_votes(mu_ptr, centre_ptr, W_ptr, i, n_inp, C, D, H, BJ, BH)
+        x, W = _narrow_inputs(mu_ptr, centre_ptr, i, n_inp, C, D, BJ), _narrow_weights(W_ptr, D, H, BI, BJ, BH)
+        u = _narrow_votes(x, W, C, D, H)
         energy = tl.zeros([BI, BJ], dtype=dtype)
         z = ()
         for p in tl.static_range(C * H):
             if FIRST:
                 plane = u[p]
             else:
-                plane = u[p] - _of_plane(own_e_ptr, p // H, p % H, BJ, BH)
-                plane *= _of_plane(own_e_ptr, C + p // H, p % H, BJ, BH)
+                plane = u[p] - _of_plane(own_e_ptr, p // H, p % H, BI, BJ, BH)
+                plane *= _of_plane(own_e_ptr, C + p // H, p % H, BI, BJ, BH)
                 energy += plane * plane
-            z = z + (plane,)
+            z = z + (plane,)  # noqa: RUF005
         R = _probabilities(energy, own_e_ptr + 2 * C * N, J, BI, BJ, FIRST)
         if HAS_R:
             tl.store(R_ptr + i[:, None] * J + j[None, :], R, mask=(i < n_inp)[:, None] & (j < J)[None, :])
@@ -549,8 +561,8 @@ def narrow_statistics_kernel(
         new_mean, new_scatter = (), ()
         for p in tl.static_range(C * H):
             distance = z[p] - mean[p]
-            new_mean = new_mean + (mean[p] + distance * fraction,)
-            new_scatter = new_scatter + (scatter[p] + D_use * distance * (z[p] - new_mean[p]),)
+            new_mean = new_mean + (mean[p] + distance * fraction,)  # noqa: RUF005
+            new_scatter = new_scatter + (scatter[p] + D_use * distance * (z[p] - new_mean[p]),)  # noqa: RUF005
         mean, scatter = new_mean, new_scatter
 
     row = program.to(tl.int64) * BI + tl.arange(0, BI)
@@ -706,7 +718,18 @@ def gradients_kernel(
     for block in range(first, tl.minimum(first + n_blocks_each, tl.cdiv(n_inp, BI))):
         i = block * BI + tl.arange(0, BI)
         f = _load_f(a_ptr, block, n_inp, BI)
-        u = _votes(mu_ptr, centre_ptr, W_ptr, block, n_inp, C, D, N, BI, BC, BD, PRECISION)
+        has_row = (row % BC < C) & (block * BI + row // BC < n_inp)
+        at_row = (block * BI + row // BC) * C + row % BC
+        if ONE_CHUNK:  # what is read of the inputs is read at once: the GPU waits but once
+            has_x = has_row[:, None] & (d < D)[None, :]
+            x = _load_x(mu_ptr, centre_ptr, block, n_inp, 0, C, D, BI, BC, BD)
+            d_x = tl.zeros([BI * BC, BD], dtype=dtype)
+            if ADD:
+                d_x = tl.load(d_mu_ptr + at_row[:, None] * D + d[None, :], mask=has_x, other=0.0)
+            u = tl.dot(x, _load_W(W_ptr, 0, N, BD), input_precision=PRECISION, out_dtype=dtype)
+            u = tl.reshape(u, [BI, BC, N])
+        else:
+            u = _votes(mu_ptr, centre_ptr, W_ptr, block, n_inp, C, D, N, BI, BC, BD, PRECISION)
         # Numbers of a column are loaded where they are used: held from block to block, they would not fit in registers.
         use_mean = _load_rows(use_ptr, 2 * C, C, BC, N)
         linear = _load_rows(use_ptr, 0, C, BC, N)
@@ -737,26 +760,26 @@ def gradients_kernel(
         _store_d_f(d_f_ptr, sums_ptr, i, n_inp, f, d_f, C, N, FIRST, ADD)
 
         d_u = tl.reshape(d_u, [BI * BC, N])
-        has_row = (row % BC < C) & (block * BI + row // BC < n_inp)
-        at_row = (block * BI + row // BC) * C + row % BC
-        for start in range(0, D, BD):
-            W = _load_W(W_ptr, start, N, BD)
-            d_x = tl.dot(d_u, tl.trans(W), input_precision=PRECISION, out_dtype=dtype)
-            at_x = d_mu_ptr + at_row[:, None] * D + (start + d)[None, :]
-            has_x = has_row[:, None] & (start + d < D)[None, :]
-            if ADD:
-                d_x += tl.load(at_x, mask=has_x, other=0.0)
-            tl.store(at_x, d_x, mask=has_x)
-            x = _load_x(mu_ptr, centre_ptr, block, n_inp, start, C, D, BI, BC, BD)
-            if ONE_CHUNK:
-                d_W = tl.dot(tl.trans(x), d_u, acc=d_W, input_precision=PRECISION, out_dtype=dtype)
-            else:
+        if ONE_CHUNK:
+            W = tl.trans(_load_W(W_ptr, 0, N, BD))
+            d_x = tl.dot(d_u, W, acc=d_x, input_precision=PRECISION, out_dtype=dtype)
+            tl.store(d_mu_ptr + at_row[:, None] * D + d[None, :], d_x, mask=has_x)
+            d_W = tl.dot(tl.trans(x), d_u, acc=d_W, input_precision=PRECISION, out_dtype=dtype)
+        else:
+            for start in range(0, D, BD):
+                of_x = tl.dot(d_u, tl.trans(_load_W(W_ptr, start, N, BD)), input_precision=PRECISION, out_dtype=dtype)
+                at_x = d_mu_ptr + at_row[:, None] * D + (start + d)[None, :]
+                has_of_x = has_row[:, None] & (start + d < D)[None, :]
+                if ADD:
+                    of_x += tl.load(at_x, mask=has_of_x, other=0.0)
+                tl.store(at_x, of_x, mask=has_of_x)
+                of_inputs = _load_x(mu_ptr, centre_ptr, block, n_inp, start, C, D, BI, BC, BD)
+                of_W = tl.dot(tl.trans(of_inputs), d_u, input_precision=PRECISION, out_dtype=dtype)
                 at_W = d_W_ptr + (start + d)[:, None] * N + n[None, :]
                 has_W = (start + d < D)[:, None]
-                of_block = tl.dot(tl.trans(x), d_u, input_precision=PRECISION, out_dtype=dtype)
                 if ADD or block > first:
-                    of_block += tl.load(at_W, mask=has_W, other=0.0)
-                tl.store(at_W, of_block, mask=has_W)
+                    of_W += tl.load(at_W, mask=has_W, other=0.0)
+                tl.store(at_W, of_W, mask=has_W)
         if not ONE_CHUNK:
             tl.debug_barrier()  # the next block adds to the same rows of d_W
 
@@ -828,15 +851,18 @@ def narrow_gradients_kernel(
     for block in range(first, tl.minimum(first + n_blocks_each, tl.cdiv(n_inp, BI))):
         i = block * BI + tl.arange(0, BI)
         f = _load_f(a_ptr, block, n_inp, BI)
-        u = _narrow_votes(mu_ptr, centre_ptr, W_ptr, i, n_inp, C, D, H, BJ, BH)
+        x, W = _narrow_inputs(mu_ptr, centre_ptr, i, n_inp, C, D, BJ), _narrow_weights(W_ptr, D, H, BI, BJ, BH)
+        u = _narrow_votes(x, W, C, D, H)
         d_D = tl.broadcast_to(tl.load(use_ptr + 3 * C * N + j, mask=j < J, other=0.0)[None, :], [BI, BJ])
         energy = tl.zeros([BI, BJ], dtype=dtype)
         for p in tl.static_range(C * H):
-            v = u[p] - _of_plane(use_ptr, 2 * C + p // H, p % H, BJ, BH)
-            d_D += v * (_of_plane(use_ptr, p // H, p % H, BJ, BH) + _of_plane(use_ptr, C + p // H, p % H, BJ, BH) * v)
+            v = u[p] - _of_plane(use_ptr, 2 * C + p // H, p % H, BI, BJ, BH)
+            d_D += v * (
+                _of_plane(use_ptr, p // H, p % H, BI, BJ, BH) + _of_plane(use_ptr, C + p // H, p % H, BI, BJ, BH) * v
+            )
             if not FIRST:
-                z = u[p] - _of_plane(e_ptr, p // H, p % H, BJ, BH)
-                z *= _of_plane(e_ptr, C + p // H, p % H, BJ, BH)
+                z = u[p] - _of_plane(e_ptr, p // H, p % H, BI, BJ, BH)
+                z *= _of_plane(e_ptr, C + p // H, p % H, BI, BJ, BH)
                 energy += z * z
         R = _probabilities(energy, e_ptr + 2 * C * N, J, BI, BJ, FIRST)
         D_use = f[:, None] * R
@@ -850,17 +876,20 @@ def narrow_gradients_kernel(
 
         new_sum, new_sum_z, d_u = (), (), ()
         for p in tl.static_range(C * H):
-            v = u[p] - _of_plane(use_ptr, 2 * C + p // H, p % H, BJ, BH)
-            linear, square = _of_plane(use_ptr, p // H, p % H, BJ, BH), _of_plane(use_ptr, C + p // H, p % H, BJ, BH)
+            v = u[p] - _of_plane(use_ptr, 2 * C + p // H, p % H, BI, BJ, BH)
+            linear, square = (
+                _of_plane(use_ptr, p // H, p % H, BI, BJ, BH),
+                _of_plane(use_ptr, C + p // H, p % H, BI, BJ, BH),
+            )
             plane = D_use * (linear + 2.0 * square * v)
             if not FIRST:
-                scale = _of_plane(e_ptr, C + p // H, p % H, BJ, BH)
-                z = (u[p] - _of_plane(e_ptr, p // H, p % H, BJ, BH)) * scale
+                scale = _of_plane(e_ptr, C + p // H, p % H, BI, BJ, BH)
+                z = (u[p] - _of_plane(e_ptr, p // H, p % H, BI, BJ, BH)) * scale
                 d_z = -2.0 * z * d_logits
-                new_sum = new_sum + (sum_d_z[p] + d_z,)
-                new_sum_z = new_sum_z + (sum_d_z_z[p] + d_z * z,)
+                new_sum = new_sum + (sum_d_z[p] + d_z,)  # noqa: RUF005
+                new_sum_z = new_sum_z + (sum_d_z_z[p] + d_z * z,)  # noqa: RUF005
                 plane += scale * d_z
-            d_u = d_u + (plane,)
+            d_u = d_u + (plane,)  # noqa: RUF005
         if not FIRST:
             sum_d_z, sum_d_z_z = new_sum, new_sum_z
 
@@ -868,8 +897,8 @@ def narrow_gradients_kernel(
         for q in tl.static_range(D * H):
             of_W = d_W[q]
             for c in tl.static_range(C):
-                of_W += _narrow_x(mu_ptr, centre_ptr, i, n_inp, c, q // H, C, D)[:, None] * d_u[c * H + q % H]
-            new_d_W = new_d_W + (of_W,)
+                of_W += x[c * D + q // H] * d_u[c * H + q % H]
+            new_d_W = new_d_W + (of_W,)  # noqa: RUF005
         d_W = new_d_W
         for c in tl.static_range(C):
             for start in tl.static_range(0, D, 4):  # four sums over outputs at a time: they share their barriers
@@ -879,8 +908,8 @@ def narrow_gradients_kernel(
                     of_column = of_x[k]
                     if start + k < D:
                         for h in tl.static_range(H):
-                            of_column += d_u[c * H + h] * _of_plane(W_ptr, start + k, h, BJ, BH)
-                    products = products + (of_column,)
+                            of_column += d_u[c * H + h] * W[(start + k) * H + h]
+                    products = products + (of_column,)  # noqa: RUF005
                 d_x = tl.reduce((products[0], products[1], products[2], products[3]), 1, _add_4)
                 for k in tl.static_range(4):
                     if start + k < D:
@@ -901,7 +930,7 @@ def narrow_gradients_kernel(
             # bias = centre W + B, once for each sample
             of_bias = tl.zeros([BI, BJ], dtype=dtype)
             for c in tl.static_range(C):
-                d_bias = _of_plane(sums_ptr, c, q % H, BJ, BH).to(dtype)
+                d_bias = _of_plane(sums_ptr, c, q % H, BI, BJ, BH).to(dtype)
                 of_bias += tl.load(centre_ptr + c * D + q // H) * d_bias
             of_W += tl.where((program % n_programs == 0) & (lane == 0)[:, None], of_bias, 0.0)
         tl.store(at_W, of_W)
