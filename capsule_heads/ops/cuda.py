@@ -90,7 +90,7 @@ class Sizes(NamedTuple):
         BC, BH = _power(d_cov), _power(d_out)
         BJ = max(_power(n_out), 16 // BH, 1)  # a matrix product takes 16 columns at least
         N = BJ * BH
-        sizes = cls(d_cov, d_inp, n_out, d_out, 1, BC, _power(d_inp), BJ, BH, max(1, tile // 2 // (BC * N)))
+        sizes = cls(d_cov, d_inp, n_out, d_out, 1, BC, _power(d_inp), BJ, BH, max(1, tile // (BC * N)))
         if sizes.is_narrow:
             return sizes._replace(BI=max(1, 32 * _N_WARPS // BJ))  # an input and output for each thread
         BI = max(16 // BC, 1, min(128, tile // N) // BC)
@@ -267,8 +267,6 @@ class _Shared(NamedTuple):
         precision = "ieee" if self.is_double or self.sizes.N > 256 else "tf32x3"
         constants = {"EPS": self.eps, "SKM": self.p_model == "skm", "PRECISION": precision}
         options: dict[str, Any] = {"num_warps": _N_WARPS, "num_stages": 1}
-        if self.sizes.is_narrow:
-            options["maxnreg"] = 128  # the merge at the end would take more: then half of the programs fit
         return {**self.some("T C D J H BI BC BD BJ BH BP"), **constants, **options}
 
 
@@ -278,7 +276,12 @@ def _prepare_options(about: _Shared) -> dict[str, Any]:
 
 
 def _statistics_options(about: _Shared, first: bool, last: bool, has_R: bool) -> dict[str, Any]:
-    return {**about.of_passes(), "FIRST": first, "LAST": last, "HAS_R": has_R}
+    return {**about.of_passes(), "FIRST": first, "LAST": last, "HAS_R": has_R, **_two_programs(not about.is_double)}
+
+
+def _two_programs(is_needed: bool) -> dict[str, int]:
+    """Limit registers such that a multiprocessor holds two programs: what does not fit is of the merge at the end."""
+    return {"maxnreg": 65536 // (2 * 32 * _N_WARPS)} if is_needed else {}
 
 
 def _start_options(about: _Shared, has_a: bool, has_mu: bool, has_sig2: bool) -> dict[str, Any]:
@@ -287,23 +290,28 @@ def _start_options(about: _Shared, has_a: bool, has_mu: bool, has_sig2: bool) ->
 
 
 def _gradients_options(about: _Shared, first: bool, add: bool, has_d_R: bool) -> dict[str, Any]:
-    return {**about.of_passes(), "FIRST": first, "ADD": add, "HAS_D_R": has_d_R}
+    flags = {"FIRST": first, "ADD": add, "HAS_D_R": has_d_R}
+    if about.sizes.is_narrow:
+        return {**about.of_passes(), **flags, **_two_programs(not about.is_double)}
+    return {**about.of_passes(), **flags, "BP": max(1, about.sizes.BP // 2)}  # the merge has more to hold
 
 
 def _parameters_options(about: _Shared) -> dict[str, Any]:
     return {**about.some("C D J H BJ BH"), "BLOCK": _BLOCK, "BP": 32, "num_warps": 4}
 
 
-def _programs(mu_inp: Tensor, inputs_of_block: int, at_most: int = 2**31) -> tuple[int, int]:
-    """Return how many programs share the blocks of a sample, and how many blocks each has."""
+def _programs(mu_inp: Tensor, inputs_of_block: int, most: int) -> tuple[int, int]:
+    """Return how many programs share the blocks of a sample, and how many blocks each has; all samples have `most`."""
     n_blocks = -(-mu_inp.shape[1] // inputs_of_block)
-    n_programs = max(1, min(_n_programs(mu_inp.device) // len(mu_inp), at_most, n_blocks))
+    n_programs = max(1, min(most // len(mu_inp), n_blocks))
     n_blocks_each = -(-n_blocks // n_programs)
     return -(-n_blocks // n_blocks_each), n_blocks_each
 
 
-def _programs_of_passes(mu_inp: Tensor, s: Sizes) -> tuple[int, int]:
-    return _programs(mu_inp, s.BI, _MAX_BUFFER // (len(mu_inp) * s.D * s.N * s.rows_of_program))
+def _programs_of_gradients(mu_inp: Tensor, s: Sizes) -> tuple[int, int]:
+    """Return the same for a backward pass: for wide inputs a multiprocessor holds but one program of it."""
+    most = _n_programs(mu_inp.device) // (1 if s.is_narrow else 2)
+    return _programs(mu_inp, s.BI, min(most, _MAX_BUFFER // (s.D * s.N * s.rows_of_program)))
 
 
 @functools.cache
@@ -367,12 +375,12 @@ def forward(
     a_out, mu_out, sig2_out, R, packed, centre, e_steps, state, counters = results
 
     prepare = _launcher("prepare_kernel", about, *kind)
-    n_programs, n_blocks_each = _programs(mu_inp, prepare.options["BB"])
+    n_programs, n_blocks_each = _programs(mu_inp, prepare.options["BB"], _n_programs(mu_inp.device))
     partial = state.new_empty(n * n_programs, d_cov * d_inp + 1)
     tensors = (a_inp, mu_inp, W, B, packed, partial, counters, centre, state)
     prepare(n * n_programs + len(packed) // 16, *tensors, n_inp, n, n_programs, n_blocks_each)
 
-    n_programs, n_blocks_each = _programs_of_passes(mu_inp, s)
+    n_programs, n_blocks_each = _programs(mu_inp, s.BI, _n_programs(mu_inp.device))
     partial = mu_inp.new_empty(n * n_programs * s.rows_of_program, 1 + 2 * d_cov, s.N)
     tensors = (a_inp, mu_inp, centre, packed, e_steps, partial, counters, state, beta_use, beta_ign)
     name = "narrow_statistics_kernel" if s.is_narrow else "statistics_kernel"
@@ -399,7 +407,7 @@ def backward(
     use, sums = new(n, 3 * d_cov + 1, s.N), state.new_empty(n, d_cov + 3, s.N)
     d_a_inp, d_mu_inp = torch.empty_like(a_inp), torch.empty_like(mu_inp)
     d_parameters = [torch.empty_like(x) for x in (W, B, beta_use, beta_ign)]
-    n_programs, n_blocks_each = _programs_of_passes(mu_inp, s)
+    n_programs, n_blocks_each = _programs_of_gradients(mu_inp, s)
     n_rows = n * n_programs * s.rows_of_program
     partial, parts_of_d_W = new(n_rows, 1 + 2 * d_cov, s.N), new(n_rows, d_inp, s.N)
 
