@@ -21,7 +21,7 @@ def draw_mixup(n_samples: int, alpha: float, device: torch.device) -> tuple[Tens
     """
     concentration = torch.full((n_samples,), float(alpha))
     drawn = Beta(concentration, concentration).sample(), torch.randperm(n_samples)
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return tuple(x.to(device) for x in drawn)
     return tuple(x.pin_memory().to(device, non_blocking=True) for x in drawn)
 
