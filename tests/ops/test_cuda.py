@@ -508,11 +508,11 @@ def run_without_interpreter(program, *arguments, **environment):
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
 
 
-# The most bytes of each thread, by kernel; no other spills.
+# The most bytes of each thread, by kernel; others spill 64 at most.
 SPILLED = {
     "statistics_kernel": 640,
-    "gradients_kernel": 640,
-    "narrow_statistics_kernel": 640,
+    "gradients_kernel": 1280,
+    "narrow_statistics_kernel": 320,
     "narrow_gradients_kernel": 320,
 }
 
@@ -530,7 +530,7 @@ def test_kernels_compile_and_fit_into_a_multiprocessor(tmp_path):
     for kernel in compiled:
         if kernel["capability"] == 80:
             assert kernel["shared"] <= 99 * 1024, kernel  # of a consumer GPU
-        assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], 0), kernel
+        assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], 64), kernel
 
 
 # ---------------------------------------------------------------------------------------------------------------------
