@@ -341,7 +341,6 @@ def check_float32(run, shape, options, settings, kind):
 FLOAT32_CASES = {
     "wide": case(TEXT, 17, 3, "gaussian", batch=()),
     "narrow": case(SQUARES, 5, 3, "gaussian", batch=()),
-    "own": case(OWN, 5, 3, "gaussian", batch=()),
 }
 KINDS = ("plain", "30", "offset")
 
