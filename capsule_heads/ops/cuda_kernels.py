@@ -34,7 +34,7 @@ import triton.language as tl
 
 @triton.jit
 def _sigmoid(x):
-    """For both signs without overflow, and in float64 to the last digits."""
+    """Return the sigmoid without overflow for either sign, exact in float64 too."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
@@ -188,7 +188,7 @@ def _sum_programs(
 
 @triton.jit
 def _columns(J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr):
-    """For each column its output and its `h`, `[N]`; and which rows and columns are real, `[BC,N]`."""
+    """Return the output and the `h` of each column, `[N]`, and which rows and columns are real, `[BC,N]`."""
     n = tl.arange(0, BJ * BH)
     j, h = n // BH, n % BH
     is_real = (tl.arange(0, BC) < C)[:, None] & ((j < J) & (h < H))[None, :]
