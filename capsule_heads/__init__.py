@@ -1,31 +1,29 @@
-"""Routing-capsule heads (Heinsen, 2019) on the hidden states of transformers."""
+"""Routing-capsule heads (Heinsen, 2019) on the hidden states of transformers.
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-)
+Names are imported when they are first used, so that `import capsule_heads` is fast. transformers' auto classes know
+the models as soon as both packages are imported, in whichever order.
+"""
 
-from .layers import Routing
-from .models import (
-    PAPER,
-    CapsuleHeadConfig,
-    CapsuleHeadForAudioClassification,
-    CapsuleHeadForImageClassification,
-    CapsuleHeadForSequenceClassification,
-    CapsuleHeadModel,
-    StereoConvConfig,
-    StereoConvModel,
-    StereoImageProcessor,
-)
-from .training import CapsuleTrainer, CapsuleTrainingArguments
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from wrapt import register_post_import_hook
+
+from .lazy import lazy_names
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .layers import Routing
+    from .models import (
+        CapsuleHeadConfig,
+        CapsuleHeadForAudioClassification,
+        CapsuleHeadForImageClassification,
+        CapsuleHeadForSequenceClassification,
+        CapsuleHeadModel,
+    )
+    from .training import CapsuleTrainer, CapsuleTrainingArguments
+
 __all__ = [
-    "PAPER",
     "CapsuleHeadConfig",
     "CapsuleHeadForAudioClassification",
     "CapsuleHeadForImageClassification",
@@ -34,15 +32,27 @@ __all__ = [
     "CapsuleTrainer",
     "CapsuleTrainingArguments",
     "Routing",
-    "StereoConvConfig",
-    "StereoConvModel",
-    "StereoImageProcessor",
     "__version__",
 ]
 
-AutoConfig.register(CapsuleHeadConfig.model_type, CapsuleHeadConfig)
-AutoModel.register(CapsuleHeadConfig, CapsuleHeadModel)
-AutoModelForAudioClassification.register(CapsuleHeadConfig, CapsuleHeadForAudioClassification)
-AutoModelForImageClassification.register(CapsuleHeadConfig, CapsuleHeadForImageClassification)
-AutoModelForSequenceClassification.register(CapsuleHeadConfig, CapsuleHeadForSequenceClassification)
-AutoImageProcessor.register(StereoConvConfig, StereoImageProcessor)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Routing": "layers",
+        "CapsuleTrainer": "training",
+        "CapsuleTrainingArguments": "training",
+        **{name: "models" for name in __all__ if name.startswith("CapsuleHead")},
+    },
+)
+
+# A module of transformers, and the one of this package that registers classes there when it is imported.
+for _auto, _own in (
+    ("configuration_auto", "models.configuration_capsule_head"),
+    ("modeling_auto", "models.modeling_capsule_head"),
+    ("configuration_auto", "paper.configuration_stereo_conv"),
+    ("modeling_auto", "paper.modeling_stereo_conv"),
+    ("image_processing_auto", "paper.image_processing_stereo"),
+):
+    register_post_import_hook(
+        lambda _, own=_own: import_module(f".{own}", __name__), f"transformers.models.auto.{_auto}"
+    )

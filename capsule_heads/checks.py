@@ -1,4 +1,4 @@
-"""Checks that layers, heads, configurations and loading share."""
+"""Checks that layers, heads, configurations and checkpoints share."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def is_readable(tensor: Tensor) -> bool:
 
 
 def check_size(name: str, size: object, or_none: str | None = None) -> None:
-    """Checks a number of things, or a width.
+    """Check a size, or a number of things.
 
     Args:
-        name: what it is the size of.
-        size: the number.
-        or_none: what None stands for; without it, None is none.
+        name: the argument's name.
+        size: its value.
+        or_none: the meaning of None; without it, None is an error.
 
     Raises:
-        ValueError: if it is no positive whole number.
+        ValueError: If the size is not a positive whole number.
     """
     if size is None and or_none is not None:
         return
@@ -34,36 +34,38 @@ def check_size(name: str, size: object, or_none: str | None = None) -> None:
         raise ValueError(f"{name} is {size!r}; expected a positive whole number{alternative}.")
 
 
-def check_widths(d_emb: object, at_most: int | None = None) -> tuple[int, ...]:
-    """Checks the widths of the hidden states that a head takes, and returns them as a tuple.
+def check_hidden_sizes(hidden_sizes: object, at_most: int | None = None) -> tuple[int, ...]:
+    """Check the sizes of the hidden states that a head takes, and return them as a tuple.
 
     Raises:
-        ValueError: if they are no sequence of sizes, none, or more than `at_most`.
+        ValueError: If they are no sequence of sizes, there are none, or more than `at_most`.
     """
-    if isinstance(d_emb, str) or not isinstance(d_emb, Sequence) or not d_emb:
-        raise ValueError(f"d_emb is {d_emb!r}; expected the width of each hidden state, such as [768] * 13.")
-    if at_most is not None and len(d_emb) > at_most:
-        raise ValueError(f"d_emb has {len(d_emb)} widths; this head takes {at_most} hidden state.")
-    for index, width in enumerate(d_emb):
-        check_size(f"d_emb[{index}]", width)
-    return tuple(d_emb)
+    if isinstance(hidden_sizes, str) or not isinstance(hidden_sizes, Sequence) or not hidden_sizes:
+        raise ValueError(
+            f"hidden_sizes is {hidden_sizes!r}; expected the size of each hidden state, such as [768] * 13."
+        )
+    if at_most is not None and len(hidden_sizes) > at_most:
+        raise ValueError(f"hidden_sizes has {len(hidden_sizes)} sizes; this head takes {at_most} hidden state.")
+    for index, size in enumerate(hidden_sizes):
+        check_size(f"hidden_sizes[{index}]", size)
+    return tuple(hidden_sizes)
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Checks one of several words.
+    """Check an argument that is one of several words.
 
     Raises:
-        ValueError: if it is none of them; naming all.
+        ValueError: If it is another word.
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
 
 
 def check_dtype(dtype: object) -> None:
-    """Checks a dtype as transformers takes it: a `torch.dtype` or its name, "auto", or None.
+    """Check a dtype as transformers takes it: a `torch.dtype` or its name, "auto", or None.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: If it is something else.
     """
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (None, "auto") and not isinstance(named, torch.dtype):

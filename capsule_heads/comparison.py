@@ -23,7 +23,7 @@ split, with one seed; the test split chose nothing. Accuracies are in percent, m
 time is that of training, on one thread, on a machine with other work: compare it roughly."""
 VARIANTS = """Variants of the capsule head, with its learning rate. The last ones are what was suspected of holding it
 back, and are in `scripts/compare_heads.py` alone: initial betas drawn from a normal distribution (they are zeros);
-hidden states normalised at each depth; scores of parts that are means over inputs, not sums, so that they do not grow
+hidden states normalised at each layer; scores of parts that are means over inputs, not sums, so that they do not grow
 with a text; and such means weighted by a learned query, as in attentive pooling."""
 PAPER = """## The paper's numbers
 

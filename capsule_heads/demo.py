@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
+from .cli.options import OneLineParser, fail
+from .files import write_text
 from .hub.push import pushing_to
 from .models import CapsuleHeadForImageClassification
 from .pictures import draw_parts, draw_patches, draw_tokens, render_words
-from .results import write_text
-from .training.command_line import OneLineParser, fail
 from .training.experiment import load_classifier
 from .version import __version__
 
@@ -59,7 +59,7 @@ def build_demo(model: str) -> gradio.Blocks:
         if value is None or (isinstance(value, str) and not value.strip()):
             raise gradio.Error("There is nothing to explain yet: give a text or an image.")
         try:
-            (explanation,) = classifier.explain(value)
+            (explanation,) = explain(classifier, value)
         except (OSError, TypeError, ValueError) as error:
             raise gradio.Error(str(error)) from error
         scores = dict(zip(explanation.labels, explanation.probabilities.tolist()))

@@ -7,7 +7,6 @@ project's own, which `summarize_runs` and `write_measured` make from the results
 from __future__ import annotations
 
 import datetime
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,10 +16,9 @@ from typing import Any
 
 import yaml
 
-SPLITS = ("validation", "test")
-_NOT_METRICS = ("loss", "runtime", "per_second", "preparation_time")
-_NUMBER = (int, float)
-_RUN_KEYS = {"task": str, "seed": int, "steps": int, "trained_parameters": int, "training_seconds": _NUMBER}
+from .files import read_json, write_json
+from .hub.results import NUMBER, SPLITS, check_record, metrics_of
+
 _MEASURED_KEYS = {
     "task": str,
     "backbone": str,
@@ -73,38 +71,6 @@ class Result:
     source: str
 
 
-def read_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Reads files that scripts/train.py wrote.
-
-    Raises:
-        ValueError: if a file is none of these.
-    """
-    runs = []
-    for path in paths:
-        name = f"{path} holds no results of scripts/train.py"
-        try:
-            run = read_json(path)
-        except OSError as error:
-            raise ValueError(f"{name}: {error.strerror}.") from None
-        metrics = {f"{split}_{name}" for split in SPLITS for name in _metrics(run)} & run.keys()
-        optional = {"backbone": (str, type(None)), **dict.fromkeys(metrics, (*_NUMBER, type(None)))}
-        keys = _RUN_KEYS | {key: types for key, types in optional.items() if key in run}
-        _check_record(run, keys, name)
-        runs.append(run)
-    return runs
-
-
-def _check_record(record: Any, keys: dict[str, Any], name: str) -> None:
-    if not isinstance(record, dict):
-        raise ValueError(f"{name}: {record!r} stands where keys and values are expected.")
-    missing = keys.keys() - record.keys()
-    if missing:
-        raise ValueError(f"{name}: {', '.join(sorted(missing))} missing.")
-    for key, types in keys.items():
-        if not isinstance(record[key], types):
-            raise ValueError(f"{name}: {key} is {record[key]!r}, of the wrong type.")
-
-
 def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[dict[str, Any]]:
     """Means and standard deviations over the seeds of equal runs.
 
@@ -138,7 +104,7 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
         seeds = sorted(run["seed"] for run in group)
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"Runs of {task} with backbone {name!r} have seeds {seeds}; expected each seed once.")
-        for metric in _metrics(group[0]):
+        for metric in metrics_of(group[0]):
             records.append(
                 {
                     "task": task,
@@ -191,39 +157,10 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
 def _read_measured(path: str | Path) -> list[dict[str, Any]]:
     records, name = read_json(path, list), f"{path} holds no results that scripts/summarize.py put there"
     for record in records:
-        _check_record(record, _MEASURED_KEYS, name)
+        check_record(record, _MEASURED_KEYS, name)
         if record["test"] is not None:
-            _check_record(record["test"], {"mean": _NUMBER, "sd": (*_NUMBER, type(None))}, name)
+            check_record(record["test"], {"mean": NUMBER, "sd": (*NUMBER, type(None))}, name)
     return records
-
-
-def read_json(path: str | Path, kind: type[dict | list] = dict) -> Any:
-    """Reads a JSON file that holds keys and values, or a list.
-
-    Raises:
-        ValueError: if it is not JSON, or holds something else.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are not UTF-8
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(content, kind):
-        expected = {dict: "keys and values", list: "a list"}[kind]
-        raise ValueError(f"{path}: expected {expected}, found {type(content).__name__}.")
-    return content
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file, whole or not at all: under another name first."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def read_published(path: str | Path) -> list[dict[str, Any]]:
@@ -315,16 +252,6 @@ def _method(record: dict[str, Any]) -> str:
     head = "capsule head" if kind in ("token_depth", "spatial_pose") else f"{kind.replace('_', ' ')} head"
     head = f"{head} ({record['head_options']})" if record["head_options"] else head
     return f"{head}, {'frozen' if record['freeze_backbone'] else 'trained'} {record['backbone']}"
-
-
-def is_metric(name: str) -> bool:
-    """Whether a key of a run's results, such as "test_accuracy", is a metric, not a loss or a time."""
-    return not name.endswith(_NOT_METRICS)
-
-
-def _metrics(run: dict[str, Any]) -> list[str]:
-    names = (name.removeprefix(f"{split}_") for split in SPLITS for name in run if name.startswith(f"{split}_"))
-    return [name for name in dict.fromkeys(names) if is_metric(name)]
 
 
 def _mean_and_sd(values: list[float | None]) -> dict[str, float | None] | None:

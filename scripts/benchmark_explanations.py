@@ -2,7 +2,7 @@
 
     python scripts/benchmark_explanations.py MODEL --task sst2_root --json explanations.json --picture deletion.png
 
-For sentences of the test split, drawn at random: comprehensiveness and sufficiency (see `capsule_heads.faithfulness`),
+For sentences of the test split, drawn at random: comprehensiveness and sufficiency (see `capsule_heads.explain.faithfulness`),
 with standard errors over sentences, deletion curves, and time per explanation, one sentence at a time. Captum's
 integrated gradients and gradient x input, attention rollout, leave-one-out and a random order are the others.
 """
@@ -20,10 +20,10 @@ import torch
 from transformers import AutoTokenizer
 
 from capsule_heads import CapsuleHeadForSequenceClassification
-from capsule_heads.faithfulness import compare_methods
+from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
+from capsule_heads.explain.faithfulness import compare_methods
+from capsule_heads.files import write_json
 from capsule_heads.pictures import draw_deletion
-from capsule_heads.results import write_json
-from capsule_heads.training.command_line import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.training.experiment import load_task
 
 

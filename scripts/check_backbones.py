@@ -26,7 +26,7 @@ from backbone_check import check_apart
 from backbone_report import render
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from capsule_heads.training.command_line import OneLineParser, at_least
+from capsule_heads.cli.options import OneLineParser, at_least
 
 
 def main() -> None:

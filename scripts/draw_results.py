@@ -11,9 +11,9 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 
 import argparse
 
+from capsule_heads.cli.options import OneLineParser, fail
 from capsule_heads.pictures import draw_results
 from capsule_heads.results import collect_results
-from capsule_heads.training.command_line import OneLineParser, fail
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TITLES = {

@@ -13,8 +13,10 @@ import argparse
 import numpy as np
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from capsule_heads.data import load_smallnorb
-from capsule_heads.data.toy_norb import render_sequence
+from capsule_heads.cli.options import OneLineParser, fail
+from capsule_heads.paper.smallnorb import load_smallnorb
+from capsule_heads.paper.toy_norb import render_sequence
+from capsule_heads.paper.trajectory import FACTORS
 from capsule_heads.pictures import (
     activated_poses,
     compute_capsules,
@@ -22,8 +24,6 @@ from capsule_heads.pictures import (
     pose_trajectory,
     select_sequence,
 )
-from capsule_heads.pictures.trajectory import FACTORS
-from capsule_heads.training.command_line import OneLineParser, fail
 
 OTHERS = ("instance", "elevation", "azimuth", "lighting")
 

@@ -15,7 +15,7 @@ import tempfile
 from datasets import DatasetDict
 
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.training.command_line import OneLineParser, at_least, fail
+from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.training.experiment import (
     TASKS,
     check_labels_match,

@@ -2,7 +2,7 @@
 
     python scripts/explain.py MODEL --task sst2_root --max_inputs 50 --output_dir explanations
 
-Writes `report.html`, one page that needs no network, `parts.png`, and a picture of each input: tokens by depths, or
+Writes `report.html`, one page that needs no network, `parts.png`, and a picture of each input: tokens by layers, or
 patches over the image. Without inputs it explains a sample of a task's test split: wrong predictions come first.
 """
 
@@ -14,10 +14,11 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 import argparse
 
 from capsule_heads import CapsuleHeadForImageClassification
+from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.data.images import open_image
+from capsule_heads.explain import explain
+from capsule_heads.files import write_text
 from capsule_heads.pictures import draw_parts, draw_patches, draw_tokens, render_report
-from capsule_heads.results import write_text
-from capsule_heads.training.command_line import OneLineParser, at_least, fail
 from capsule_heads.training.experiment import STEREO_TASKS, load_classifier, load_task
 
 
@@ -52,7 +53,7 @@ def main() -> None:
             inputs = [open_image(name) for name in options.inputs]
         else:
             inputs = [tuple(text.split("\t", 1)) if "\t" in text else text for text in options.inputs]
-        explanations = model.explain(inputs)
+        explanations = explain(model, inputs)
         folder = Path(options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.html", render_report(explanations, labels, f"Explanations of {options.model}"))

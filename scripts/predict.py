@@ -15,8 +15,8 @@ import json
 from transformers import ImageClassificationPipeline, TextClassificationPipeline
 
 from capsule_heads import CapsuleHeadForImageClassification
+from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.data.images import open_image
-from capsule_heads.training.command_line import OneLineParser, at_least, fail
 from capsule_heads.training.experiment import load_classifier, load_image_processor, load_tokenizer
 
 

@@ -10,8 +10,8 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 
 import argparse
 
+from capsule_heads.cli.options import OneLineParser, fail
 from capsule_heads.hub import push_run
-from capsule_heads.training.command_line import OneLineParser, fail
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 
 import argparse
 
-from capsule_heads.results import SPLITS, read_runs, summarize_runs, write_measured
-from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.cli.options import OneLineParser, fail
+from capsule_heads.hub.results import SPLITS, read_runs
+from capsule_heads.results import summarize_runs, write_measured
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ import time
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads.cli.options import fail, parse_config_and_options
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
-from capsule_heads.results import write_json
+from capsule_heads.files import write_json
 from capsule_heads.training.arguments import describe_arguments
 from capsule_heads.training.checkpoints import resolve_checkpoint
-from capsule_heads.training.command_line import fail, parse_config_and_options
 from capsule_heads.training.experiment import (
     DataArguments,
     ModelArguments,

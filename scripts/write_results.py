@@ -12,9 +12,10 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolv
 
 import argparse
 
+from capsule_heads.cli.options import OneLineParser, fail
 from capsule_heads.comparison import render_results
-from capsule_heads.results import read_json, read_published, write_text
-from capsule_heads.training.command_line import OneLineParser, fail
+from capsule_heads.files import read_json, write_text
+from capsule_heads.results import read_published
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from capsule_heads import (
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
 )
-from capsule_heads.models.backbone_probe import example_inputs, probe
-from capsule_heads.models.pretrained import CapsuleHeadPreTrainedModel
+from capsule_heads.backbones.probe import example_inputs, probe
+from capsule_heads.models.base import CapsuleHeadPreTrainedModel
 
 CLASSES = {
     "text": CapsuleHeadForSequenceClassification,

@@ -19,7 +19,7 @@ python scripts/check_backbones.py                    # all types, each in its ow
 python scripts/check_backbones.py --types bert,t5    # some; their rows are renewed
 ```
 
-- **States**: of one sample, tokens x width at each depth; "3 of 4 x 64" are three depths of one shape. Sizes are \
+- **States**: of one sample, tokens x width at each layer; "3 of 4 x 64" are three layers of one shape. Sizes are \
 those of the tiny model.
 - **Padding**: whether a short sample has the same logits in a batch with a longer one. "neutral": to 1e-4. "mixes": \
 the backbone itself mixes padding into its tokens. Empty where samples do not differ in length.

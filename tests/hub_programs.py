@@ -38,9 +38,9 @@ PUSH = """
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
-from capsule_heads import (
-    CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification, StereoConvConfig, StereoImageProcessor
-)
+from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
+from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
+from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
 def shake(module, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from configurations import make_config
 from transformers import BertConfig
 
-from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification, CapsuleHeadModel
-from capsule_heads.control_heads import (
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleHeadModel
+from capsule_heads.heads import (
     AttentivePoolingHead,
     LinearHead,
     ScalarMixHead,
@@ -17,12 +18,12 @@ from capsule_heads.control_heads import (
 
 N_OUT, WIDTH, D_INP = 3, 5, 4
 MAKE = {
-    "mean": lambda: LinearHead(d_emb=[WIDTH], n_out=N_OUT),
-    "first": lambda: LinearHead(d_emb=[WIDTH], n_out=N_OUT, pooling="first"),
-    "last": lambda: LinearHead(d_emb=[WIDTH], n_out=N_OUT, pooling="last"),
-    "scalar_mix": lambda: ScalarMixHead(d_emb=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP),
-    "attentive_pooling": lambda: AttentivePoolingHead(d_emb=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP),
-    "vector_routing": lambda: VectorRoutingHead(d_emb=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP, n_parts=6),
+    "mean": lambda: LinearHead(hidden_sizes=[WIDTH], n_out=N_OUT),
+    "first": lambda: LinearHead(hidden_sizes=[WIDTH], n_out=N_OUT, pooling="first"),
+    "last": lambda: LinearHead(hidden_sizes=[WIDTH], n_out=N_OUT, pooling="last"),
+    "scalar_mix": lambda: ScalarMixHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP),
+    "attentive_pooling": lambda: AttentivePoolingHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP),
+    "vector_routing": lambda: VectorRoutingHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP, n_parts=6),
 }
 HEAD_TYPES = {
     "mean": {"head_type": "linear"},
@@ -44,11 +45,11 @@ def make_head(name):
 
 def some_states(head, n_tokens=6):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(2, n_tokens, width, generator=generator, dtype=torch.float64) for width in head.d_emb]
+    return [torch.randn(2, n_tokens, width, generator=generator, dtype=torch.float64) for width in head.hidden_sizes]
 
 
 def literal(name, head, states):
-    """The scores of one text without padding, `states` being `[tokens, width]` per depth."""
+    """The scores of one text without padding, `states` being `[tokens, width]` per layer."""
     if name in ("mean", "first", "last"):
         (x,) = states
         pooled = {"mean": x.mean(0), "first": x[0], "last": x[-1]}[name]
@@ -61,8 +62,8 @@ def literal(name, head, states):
     (detector,) = head.detect_parts
     vectors = []
     for token in range(len(states[0])):
-        for depth, x in enumerate(states):
-            y = detector.affine.weight @ (x[token] + detector.depth_emb[depth]) + detector.affine.bias
+        for layer, x in enumerate(states):
+            y = detector.affine.weight @ (x[token] + detector.depth_emb[layer]) + detector.affine.bias
             vectors.append(detector.norm(y / (1 + torch.exp(-y))))
     x = torch.stack(vectors)
     if name == "attentive_pooling":
@@ -198,7 +199,7 @@ def test_half_precision_and_mixup(name):
 
 
 def make_config(**fields):
-    return CapsuleHeadConfig(
+    return make_config(
         BertConfig(),
         head_only=True,
         **{"hidden_sizes": [WIDTH] * 3, "d_inp": D_INP, "n_parts": 6, "num_labels": 3, **fields},
@@ -216,7 +217,7 @@ def test_saved_and_loaded(name, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    states = [torch.randn(2, 4, WIDTH) for _ in model.config.depths]
+    states = [torch.randn(2, 4, WIDTH) for _ in model.config.layers]
     mask = torch.ones(2, 4)
     model.save_pretrained(tmp_path)
     loaded = CapsuleHeadForSequenceClassification.from_pretrained(tmp_path, load_backbone=False)
@@ -254,7 +255,7 @@ def test_weights_are_drawn_anew_for_a_new_head(name):
     model, other = make_model(**HEAD_TYPES[name]), make_model(**HEAD_TYPES[name])
     for (key, a), b in zip(model.named_parameters(), other.parameters()):
         assert torch.equal(a, b) and a.isfinite().all(), key
-    scores = model.eval()(hidden_states=[torch.randn(2, 4, WIDTH) for _ in model.config.depths]).logits
+    scores = model.eval()(hidden_states=[torch.randn(2, 4, WIDTH) for _ in model.config.layers]).logits
     assert scores.isfinite().all()
     if name != "vector_routing":  # whose scores the paper starts at random
         assert torch.equal(scores, torch.zeros_like(scores))
@@ -265,7 +266,7 @@ def test_weights_are_drawn_anew_for_a_new_head(name):
     [
         ({"head_type": "linear", "pooling": "max"}, r"pooling is 'max'; expected one of mean, first, last\."),
         ({"pooling": "first"}, r"pooling is 'first'; only head_type=\"linear\" chooses how to pool tokens\."),
-        ({"head_type": "linear", "depths": [0, 1]}, 'head_type="linear" takes one hidden state'),
+        ({"head_type": "linear", "layers": [0, 1]}, 'head_type="linear" takes one hidden state'),
         ({"head_type": "vector_routing", "n_iters": 0}, "n_iters is 0"),
     ],
 )

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
-from capsule_heads.convert import NETWORKS, build_network, convert_checkpoint, convert_state_dict, read_state_dict
-from capsule_heads.data.stereo import CATEGORIES
-from capsule_heads.models.image_processing_stereo import StereoImageProcessor, side_by_side
+from capsule_heads.paper.convert import NETWORKS, build_network, convert_checkpoint, convert_state_dict, read_state_dict
+from capsule_heads.paper.image_processing_stereo import StereoImageProcessor, side_by_side
+from capsule_heads.paper.stereo import CATEGORIES
 
 SHARED = Path(__file__).parents[2] / "shared"
 FILES = {"sst2_root": ("SST2R", "sst2"), "sst5_root": ("SST5R", "sst5"), "smallnorb": ("smallNORB", "smallnorb")}
@@ -141,7 +141,7 @@ def test_labels_and_backbones():
 
 
 def test_the_text_network_runs_on_its_backbone_where_that_is_at_hand(tmp_path, monkeypatch):
-    # A GPT-2 of the same depth and width, but few heads and words, in the place of GPT-2-large.
+    # A GPT-2 of the same layer and width, but few heads and words, in the place of GPT-2-large.
     from transformers import GPT2Config, GPT2Model
 
     sizes = {"n_embd": 1280, "n_layer": 36, "n_head": 2, "vocab_size": 16, "n_positions": 8, "n_inner": 8}

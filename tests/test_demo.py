@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from capsule_heads import CapsuleHeadForSequenceClassification, demo
+from capsule_heads.explain import explain
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -64,8 +65,10 @@ def test_in_a_browser(classifier, tmp_path, monkeypatch):
             "good", "<", "b", ">", "film", "</", "b", ">",
         ]  # fmt: skip
         text = browser.find_element(By.TAG_NAME, "body").text
-        (explanation,) = CapsuleHeadForSequenceClassification.from_pretrained(classifier).explain(
-            "good <b>film</b>", AutoTokenizer.from_pretrained(classifier)
+        (explanation,) = explain(
+            CapsuleHeadForSequenceClassification.from_pretrained(classifier),
+            "good <b>film</b>",
+            AutoTokenizer.from_pretrained(classifier),
         )
         for label, probability in zip(explanation.labels, explanation.probabilities.tolist()):
             assert label in text and f"{probability:.0%}" in text

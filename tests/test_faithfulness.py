@@ -8,7 +8,8 @@ import torch
 from transformers import BertConfig
 
 from capsule_heads import CapsuleHeadForSequenceClassification
-from capsule_heads import faithfulness as f
+from capsule_heads.explain import explain
+from capsule_heads.explain import faithfulness as f
 
 TEXT = "the film is not good"
 
@@ -77,7 +78,7 @@ def test_numbers(model, tokenizer):
 def test_methods(model, tokenizer):
     text = f.prepare_text(model, tokenizer, TEXT)
     n = text.inputs["input_ids"].shape[1]
-    (explanation,) = model.explain(TEXT, tokenizer)
+    (explanation,) = explain(model, TEXT, tokenizer)
     expected = explanation.against_others(explanation.by_token())[:, explanation.predicted]
     torch.testing.assert_close(f.credit_chain(model, text), expected)
 

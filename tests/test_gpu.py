@@ -21,10 +21,11 @@ from capsule_heads import (
     CapsuleHeadForSequenceClassification,
     CapsuleTrainer,
     CapsuleTrainingArguments,
-    StereoConvConfig,
 )
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
+from capsule_heads.explain import explain
 from capsule_heads.ops import STRATEGIES, route
+from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 
 DEVICE = "cuda"
 ON_CUDA = ("auto", *(name for name in STRATEGIES if name != "numba"))  # numba's kernels are the CPU's
@@ -248,14 +249,14 @@ def test_hidden_states_are_cached_and_trained_from(bert, tokenizer, texts, tmp_p
 def test_explanations_are_those_on_the_cpu(bert, tokenizer):
     model = make_text_model(bert).eval()
     given = ["the film was good", "a plot", "not bad not dull is the film"]
-    on_cpu = model.explain(given, tokenizer)
-    for found, expected in zip(model.to(DEVICE).explain(given, tokenizer), on_cpu, strict=True):
+    on_cpu = explain(model, given, tokenizer)
+    for found, expected in zip(explain(model.to(DEVICE), given, tokenizer), on_cpu, strict=True):
         assert found.tokens == expected.tokens
         for name in ("logits", "probabilities", "parts"):
             actual = getattr(found, name).cpu()
             torch.testing.assert_close(actual, getattr(expected, name), rtol=1e-4, atol=1e-4)
-        actual = found.by_token_and_depth().cpu()
-        torch.testing.assert_close(actual, expected.by_token_and_depth(), rtol=1e-4, atol=1e-4)
+        actual = found.by_token_and_layer().cpu()
+        torch.testing.assert_close(actual, expected.by_token_and_layer(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

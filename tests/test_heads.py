@@ -4,12 +4,19 @@ import re
 import pytest
 import torch
 
-from capsule_heads.control_heads import AttentivePoolingHead, LinearHead, ScalarMixHead, VectorRouting
-from capsule_heads.heads import HeadOutput, SpatialPoseHead, TokenDepthHead
+from capsule_heads.heads import (
+    AttentivePoolingHead,
+    HeadOutput,
+    LinearHead,
+    ScalarMixHead,
+    SpatialPoseHead,
+    TokenDepthHead,
+    VectorRouting,
+)
 
 BATCH, TOKENS = 2, 6
 N_DEPTHS, WIDTH = 3, 10
-SIZES = {"d_emb": [WIDTH] * N_DEPTHS, "d_inp": 8, "n_parts": 5, "d_cap": 2}
+SIZES = {"hidden_sizes": [WIDTH] * N_DEPTHS, "d_inp": 8, "n_parts": 5, "d_cap": 2}
 INF = math.inf
 
 
@@ -43,8 +50,8 @@ def straightforward(head, hidden_states, mask):
     n_depth = len(hidden_states)
     capsules, scores = [], []
     for token in range(mask.shape[1]):
-        for depth in range(n_depth):
-            x = (hidden_states[depth][:, token] + detector.depth_emb[depth]) @ affine.weight.T + affine.bias
+        for layer in range(n_depth):
+            x = (hidden_states[layer][:, token] + detector.depth_emb[layer]) @ affine.weight.T + affine.bias
             x = x / (1 + torch.exp(-x))
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
             capsules.append((x * norm.weight + norm.bias).unsqueeze(-2))
@@ -62,7 +69,7 @@ def straightforward(head, hidden_states, mask):
 )
 def test_number_of_parameters_is_that_of_the_paper(n_out, published, shapes):
     with torch.device("meta"):
-        head = TokenDepthHead(d_emb=[1280] * 37, n_out=n_out)
+        head = TokenDepthHead(hidden_sizes=[1280] * 37, n_out=n_out)
     assert sum(parameter.numel() for parameter in head.parameters()) == published
     assert {name: tuple(getattr(head.routings[1], name).shape) for name in shapes} == shapes
 
@@ -142,17 +149,17 @@ def test_capsules_are_ordered_by_token_then_depth():
     token = 5
     assert not mask[0, token]  # so it changes no row of R but its own
     before = head(hidden_states, mask, True).routing_probabilities[0][0]
-    for depth in range(N_DEPTHS):
+    for layer in range(N_DEPTHS):
         changed = hidden_states.clone()
-        changed[depth, 0, token] += 1
+        changed[layer, 0, token] += 1
         after = head(changed, mask, True).routing_probabilities[0][0]
         rows = (after != before).any(-1).nonzero().flatten().tolist()
-        assert rows == [token * N_DEPTHS + depth]
+        assert rows == [token * N_DEPTHS + layer]
 
 
 def test_initialisation():
     torch.manual_seed(0)
-    head = TokenDepthHead(d_emb=[1000] * 4, n_out=3)
+    head = TokenDepthHead(hidden_sizes=[1000] * 4, n_out=3)
     fresh = {name: parameter.clone() for name, parameter in head.named_parameters()}
     with torch.no_grad():
         for parameter in head.parameters():
@@ -221,11 +228,11 @@ def test_a_mask_of_another_shape_is_an_error():
         build()(hidden_states, mask[:, 1:])
 
 
-@pytest.mark.parametrize("d_emb", [[WIDTH] * 3, [WIDTH, 6, WIDTH]], ids=["one width", "two widths"])
-def test_mixing_behind_the_affine_map_is_mixing_hidden_states(d_emb):
-    head = build(d_emb=d_emb)
+@pytest.mark.parametrize("hidden_sizes", [[WIDTH] * 3, [WIDTH, 6, WIDTH]], ids=["one width", "two widths"])
+def test_mixing_behind_the_affine_map_is_mixing_hidden_states(hidden_sizes):
+    head = build(hidden_sizes=hidden_sizes)
     _, mask = draw()
-    hidden_states = [torch.randn(BATCH, TOKENS, width, dtype=torch.float64) for width in d_emb]
+    hidden_states = [torch.randn(BATCH, TOKENS, width, dtype=torch.float64) for width in hidden_sizes]
 
     def mix(x):
         return torch.lerp(x.flip(0), x, 0.3)
@@ -275,9 +282,9 @@ def test_half_precision_states_that_need_a_gradient_get_it():
 
 
 def test_nothing_as_large_as_all_hidden_states_is_made():
-    width, tokens, n_depths = 256, 32, 12
-    head = build(d_emb=[width] * n_depths, dtype=torch.float32)
-    states = [torch.randn(BATCH, tokens, width) for _ in range(n_depths)]
+    width, tokens, n_layers = 256, 32, 12
+    head = build(hidden_sizes=[width] * n_layers, dtype=torch.float32)
+    states = [torch.randn(BATCH, tokens, width) for _ in range(n_layers)]
     sizes = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -292,7 +299,7 @@ def test_nothing_as_large_as_all_hidden_states_is_made():
         with Recorder():
             head(given, mask, mix=lambda x: torch.lerp(x.flip(0), x, 0.3)).a_out.sum().backward()
         assert len(sizes) > 50
-        assert max(sizes) <= BATCH * tokens * width  # of one depth
+        assert max(sizes) <= BATCH * tokens * width  # of one layer
 
 
 STATES = [torch.zeros(2, 5, 8)] * 2
@@ -311,30 +318,51 @@ MASK = torch.ones(2, 5)
 )
 def test_inputs_that_are_none(hidden_states, mask, error, said):
     with pytest.raises(error, match=re.escape(said)):
-        TokenDepthHead(d_emb=[8, 8], n_out=3, d_inp=4, n_parts=5)(hidden_states, mask)
+        TokenDepthHead(hidden_sizes=[8, 8], n_out=3, d_inp=4, n_parts=5)(hidden_states, mask)
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: TokenDepthHead(d_emb=[], n_out=3), "d_emb is []; expected the width of each hidden state"),
-        (lambda: TokenDepthHead(d_emb=8, n_out=3), "d_emb is 8; expected the width of each hidden state"),
-        (lambda: TokenDepthHead(d_emb=[8, 0.5], n_out=3), "d_emb[1] is 0.5; expected a positive whole number."),
-        (lambda: TokenDepthHead(d_emb=[8], n_out=3, d_inp=-1), "d_inp is -1; expected a positive whole number."),
-        (lambda: TokenDepthHead(d_emb=[8], n_out=True), "n_out is True; expected a positive whole number"),
-        (lambda: SpatialPoseHead(d_emb=[8, 8], n_out=3), "d_emb has 2 widths; this head takes 1 hidden state."),
-        (lambda: SpatialPoseHead(d_emb=[8], n_out=3, n_parts=0), "n_parts is 0; expected a positive whole number."),
-        (lambda: LinearHead(d_emb=[8, 8], n_out=3), "d_emb has 2 widths; this head takes 1 hidden state."),
-        (lambda: LinearHead(d_emb=[8], n_out=3, pooling="max"), "pooling is 'max'; expected one of mean, first, last."),
-        (lambda: AttentivePoolingHead(d_emb=[8], n_out=None), "n_out is None; expected a positive whole number."),
-        (lambda: ScalarMixHead(d_emb=[8], n_out=3, d_inp=0), "d_inp is 0; expected a positive whole number."),
+        (
+            lambda: TokenDepthHead(hidden_sizes=[], n_out=3),
+            "hidden_sizes is []; expected the width of each hidden state",
+        ),
+        (lambda: TokenDepthHead(hidden_sizes=8, n_out=3), "hidden_sizes is 8; expected the width of each hidden state"),
+        (
+            lambda: TokenDepthHead(hidden_sizes=[8, 0.5], n_out=3),
+            "hidden_sizes[1] is 0.5; expected a positive whole number.",
+        ),
+        (lambda: TokenDepthHead(hidden_sizes=[8], n_out=3, d_inp=-1), "d_inp is -1; expected a positive whole number."),
+        (lambda: TokenDepthHead(hidden_sizes=[8], n_out=True), "n_out is True; expected a positive whole number"),
+        (
+            lambda: SpatialPoseHead(hidden_sizes=[8, 8], n_out=3),
+            "hidden_sizes has 2 widths; this head takes 1 hidden state.",
+        ),
+        (
+            lambda: SpatialPoseHead(hidden_sizes=[8], n_out=3, n_parts=0),
+            "n_parts is 0; expected a positive whole number.",
+        ),
+        (
+            lambda: LinearHead(hidden_sizes=[8, 8], n_out=3),
+            "hidden_sizes has 2 widths; this head takes 1 hidden state.",
+        ),
+        (
+            lambda: LinearHead(hidden_sizes=[8], n_out=3, pooling="max"),
+            "pooling is 'max'; expected one of mean, first, last.",
+        ),
+        (
+            lambda: AttentivePoolingHead(hidden_sizes=[8], n_out=None),
+            "n_out is None; expected a positive whole number.",
+        ),
+        (lambda: ScalarMixHead(hidden_sizes=[8], n_out=3, d_inp=0), "d_inp is 0; expected a positive whole number."),
         (lambda: VectorRouting(n_out=3, d_inp=0, d_out=2), "d_inp is 0; expected a positive whole number."),
         (
             lambda: VectorRouting(n_out=3, d_inp=4, d_out=2)(torch.zeros(2, 5, 3)),
             "x_inp has shape (2, 5, 3); expected [..., n_inp, d_inp=4].",
         ),
         (
-            lambda: TokenDepthHead(d_emb=[8], n_out=3).routings[0](
+            lambda: TokenDepthHead(hidden_sizes=[8], n_out=3).routings[0](
                 torch.zeros(5), torch.zeros(5, 1, 64, device="meta")
             ),
             "There is a_inp on cpu, mu_inp on meta, W on cpu, B on cpu; expected all tensors on one device",

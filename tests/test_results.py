@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 import capsule_heads
-from capsule_heads.results import collect_results, read_published, read_runs, summarize_runs, write_measured
+from capsule_heads.hub.results import read_runs
+from capsule_heads.results import collect_results, read_published, summarize_runs, write_measured
 
 DOCS = Path(capsule_heads.__file__).parents[1] / "docs" / "results"
 PUBLISHED_TASKS = {"sst5", "sst2_root", "smallnorb"}

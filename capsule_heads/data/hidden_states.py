@@ -59,7 +59,7 @@ class _Batch(dict):
 
 
 def _pad(states: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
-    """Return `[texts, longest, depths, width]`, zero behind each text."""
+    """Return `[texts, longest, layers, width]`, zero behind each text."""
     shape = len(states), int(lengths.max()), *states[0].shape[1:]
     # In a process that uses a GPU, straight to memory that it copies from: a data loader need not copy it once more.
     padded = torch.empty(shape, dtype=torch.float16, pin_memory=torch.cuda.is_initialized())
@@ -86,13 +86,13 @@ def _pad_on_device(states: Sequence[Tensor], lengths: np.ndarray) -> Tensor:
 class HiddenStateCache(Dataset):
     """The hidden states of a tokenized dataset under a frozen backbone, on disk, as a dataset to train on.
 
-    They are computed once, and any later run on the same texts and the same backbone, at the same depths, finds them,
+    They are computed once, and any later run on the same texts and the same backbone, at the same layers, finds them,
     whatever its head and labels are. A folder is keyed on the backbone's weights (not on their name or revision: those
-    may move) and configuration, their dtype, the depths, and the tokens. Texts with the same tokens are computed and
+    may move) and configuration, their dtype, the layers, and the tokens. Texts with the same tokens are computed and
     stored once. When the computation is killed, the next one goes on where it was. Several processes may ask for the
     same states at once: one computes, the others wait.
 
-    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, depths, width]` (float16, without
+    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, width]` (float16, without
     padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of them. States are read
     when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in memory.
     `CapsuleTrainer` groups them by length; transformers' own Trainer does that with its own datasets only, and needs
@@ -100,7 +100,7 @@ class HiddenStateCache(Dataset):
 
     `to(device)` keeps them on a GPU, or in memory. Batches are then made there: no states are read or copied in a step.
 
-    It takes `2 * depths * width` bytes of disk a token: see `estimate`. To have a cache of several datasets at once
+    It takes `2 * layers * width` bytes of disk a token: see `estimate`. To have a cache of several datasets at once
     (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
 
     Args:
@@ -117,7 +117,7 @@ class HiddenStateCache(Dataset):
 
     Raises:
         ValueError: if the backbone is not frozen, or its states exceed half precision or differ in width or tokens by
-            depth; or for a cache that was cut short, or is of something else: says what to delete.
+            layer; or for a cache that was cut short, or is of something else: says what to delete.
         OSError: if there is not enough disk; says how much there is, and how much it takes.
 
     Example:
@@ -177,7 +177,7 @@ class HiddenStateCache(Dataset):
         if free is not None and free < self.n_bytes:
             raise ValueError(
                 f"The hidden states take {gigabytes(self.n_bytes)}, and {device} has {gigabytes(free)} of memory free; "
-                "leave them on disk (cache_on_device=False), or use fewer depths."
+                "leave them on disk (cache_on_device=False), or use fewer layers."
             )
         source = self._file.open()
         states = torch.empty(source.shape, dtype=torch.float16, device=device)
@@ -242,10 +242,10 @@ def _input_names(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) 
 
 def _token_shape(model: torch.nn.Module) -> tuple[int, int]:
     """Depths and width of a token's states."""
-    widths = [model.config.hidden_sizes[depth] for depth in model.config.depths]
+    widths = [model.config.hidden_sizes[layer] for layer in model.config.layers]
     if len(set(widths)) > 1:
         raise ValueError(
-            f"The hidden states at the depths in use have the widths {widths}; the cache expects one width. Train "
+            f"The hidden states at the layers in use have the widths {widths}; the cache expects one width. Train "
             "without it."
         )
     return len(widths), widths[0]
@@ -311,7 +311,7 @@ def _key(
         "backbone_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "backbone_weights": weights.hexdigest(),
         "backbone_dtype": str(model.backbone.dtype),
-        "depths": list(model.config.depths),
+        "layers": list(model.config.layers),
         "width": _token_shape(model)[1],
         "dtype": "float16",
         "inputs": list(names),
@@ -362,12 +362,12 @@ def _compute(
 
 @torch.inference_mode()  # what it makes never meets autograd: it goes to disk
 def _half_states(model: torch.nn.Module, inputs: dict[str, Tensor], n_tokens: int) -> np.ndarray:
-    """A batch's states `[tokens, depths, width]`, in half precision, without padding, one text after another."""
+    """A batch's states `[tokens, layers, width]`, in half precision, without padding, one text after another."""
     states, masks = model.compute_hidden_states(**inputs)
     mask = masks[0].bool()
     if any(not torch.equal(other.bool(), mask) for other in masks[1:]) or mask.sum() != n_tokens:
         raise ValueError(
-            f"The backbone made hidden states of {', '.join(str(int(m.sum())) for m in masks)} tokens, by depth, of "
+            f"The backbone made hidden states of {', '.join(str(int(m.sum())) for m in masks)} tokens, by layer, of "
             f"{n_tokens} tokens; the cache expects one each. Train without it."
         )
     half = torch.stack([x[mask].half() for x in states], dim=1)

@@ -35,7 +35,7 @@ class StateFile:
         cache_dir: the folder of all such folders.
         key: what the states depend on, as JSON has it; under "about" what it is good to know beside that.
         ends: `[texts]`, the token at which each text ends, counted through all texts.
-        token_shape: depths and width of a token's states.
+        token_shape: layers and width of a token's states.
     """
 
     cache_dir: Path
@@ -62,7 +62,7 @@ class StateFile:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Tokens of all texts, depths, width."""
+        """Tokens of all texts, layers, width."""
         return (int(self.ends[-1]) if len(self.ends) else 0, *self.token_shape)
 
     @property
@@ -76,7 +76,7 @@ class StateFile:
         return self.shape[0] * self.n_token_bytes
 
     def open(self) -> np.ndarray:
-        """The states `[tokens, depths, width]`, float16, mapped into memory: what is not looked at is not read."""
+        """The states `[tokens, layers, width]`, float16, mapped into memory: what is not looked at is not read."""
         if not self.n_bytes:  # an empty file cannot be mapped
             return np.zeros(self.shape, np.float16)
         # As a plain array: a slice of a memmap object takes ten times as long.
@@ -159,7 +159,7 @@ class StateFile:
             raise OSError(
                 errno.ENOSPC,
                 f"The hidden states of {len(self.ends):,} texts take {gigabytes(needed)} more on disk, and there are "
-                f"{gigabytes(free)} free; free some, give a cache_dir on another disk, use fewer depths, or train "
+                f"{gigabytes(free)} free; free some, give a cache_dir on another disk, use fewer layers, or train "
                 "without the cache",
                 str(self.folder),
             )

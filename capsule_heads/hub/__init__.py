@@ -2,6 +2,6 @@
 
 from .code import write_code
 from .model_card import model_card, write_model_card
-from .push import check_backbone_is_shared, push_run, push_to_hub
+from .push import check_backbone_is_shared, push_folder, push_run
 
-__all__ = ["check_backbone_is_shared", "model_card", "push_run", "push_to_hub", "write_code", "write_model_card"]
+__all__ = ["check_backbone_is_shared", "model_card", "push_folder", "push_run", "write_code", "write_model_card"]

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from ..results import read_json, write_json, write_text
+from ..files import read_json, write_json, write_text
 from ..version import __version__
 
 ROOT = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,12 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.glue import GLUE_TASKS
-from ..data.glue import HUB_REPOSITORY as GLUE
-from ..data.images import IMAGE_DATASETS
-from ..models.configuration_capsule_head import CapsuleHeadConfig
-from ..models.loading import PACKAGE_PREFIX
-from ..results import SPLITS, is_metric, read_json, write_text
+from ..backbones.loading import PACKAGE_PREFIX, check_model_type
+from ..files import read_json, write_text
+from ..heads import get_head, registered_heads
 from ..version import __version__
 from .code import CLASSES
+from .results import SPLITS, is_metric
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 # A card with this line is written anew whenever the model is pushed.
@@ -28,43 +27,22 @@ TASKS = {
     "AutoModelForImageClassification": ("image-classification", "picture.png"),
     "AutoModelForSequenceClassification": ("text-classification", "Worth every minute of the queue."),
 }
-HEADS = {
-    "token_depth": "A routing-capsule head",
-    "spatial_pose": "A routing-capsule head for poses",
-    "linear": "A linear control head, without capsules,",
-    "scalar_mix": "A control head without capsules, which mixes depths,",
-    "attentive_pooling": "A control head without capsules, which attends to tokens and depths,",
-    "vector_routing": "A vector-routing control head",
-}
-FIELDS = {
-    "token_depth": ("depths", "d_inp", "n_parts", "d_cap", "n_iters", "p_model", "mixup_alpha"),
-    "spatial_pose": ("depths", "n_parts", "d_cov", "d_cap", "n_iters", "p_model", "mixup_alpha"),
-    "linear": ("depths", "pooling", "mixup_alpha"),
-    "scalar_mix": ("depths", "d_inp", "mixup_alpha"),
-    "attentive_pooling": ("depths", "d_inp", "mixup_alpha"),
-    "vector_routing": ("depths", "d_inp", "n_parts", "n_iters", "mixup_alpha"),
-}
 PROCESSOR_FILES = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 METRIC_IDS = {"pearson": "pearsonr"}  # where `evaluate` has another name
 
 
 class Dataset(NamedTuple):
-    """What a card calls a task's data: its name, and its repository on the Hub and configuration there, if any."""
+    """The data that a model was trained on, as `dataset` in results.json has it.
+
+    Attributes:
+        name: a noun phrase.
+        repository: on the Hub, if it is there.
+        config: the configuration there, if there are several.
+    """
 
     name: str
     repository: str | None = None
     config: str | None = None
-
-
-DATASETS = {
-    "reviews": Dataset("the 735 reviews in capsule_heads"),
-    "sst5": Dataset("SST-5: whole sentences of the Stanford Sentiment Treebank, five classes"),
-    "sst2_root": Dataset("SST-2: whole sentences of the Stanford Sentiment Treebank, two classes"),
-    "smallnorb": Dataset("smallNORB"),
-    "toy_norb": Dataset("toys that capsule_heads renders, in the form of smallNORB"),
-    **{task: Dataset(f"GLUE {task}", GLUE, task) for task in GLUE_TASKS},
-    **{task: Dataset(task, repository) for task, (repository, *_) in IMAGE_DATASETS.items() if repository},
-}
 
 
 def write_model_card(directory: str | os.PathLike, repo_id: str, *args, **kwargs) -> None:
@@ -110,7 +88,8 @@ def model_card(
     auto_class = next(name for name, class_name in CLASSES.items() if class_name == model_class)
     pipeline_tag, pipeline_input = TASKS[auto_class]
     name, rows = repo_id.split("/")[-1], list(_metrics(results))
-    dataset, has_code = DATASETS.get(results.get("task")), "auto_map" in config
+    dataset = Dataset(**results["dataset"]) if results.get("dataset") else None
+    has_code, head = "auto_map" in config, get_head(config["head_type"])
     measured = _eval_results(rows, results, dataset, pipeline_tag)
     data = ModelCardData(
         base_model=config["base_model_name_or_path"] if config["base_model_revision"] else None,
@@ -132,10 +111,10 @@ def model_card(
         config=config,
         dataset=dataset and dataset.name,
         facts=_training_facts(results),
-        fields=FIELDS[config["head_type"]],
+        fields=["layers", *(field.name for field in dataclasses.fields(head.Options) if field.metadata["describes"])],
         has_code=has_code,
         has_processor=any((directory / file).is_file() for file in PROCESSOR_FILES),
-        head=HEADS[config["head_type"]],
+        head=head.title,
         labels=_labels(config),
         marker=MARKER,
         model_class=model_class,
@@ -159,14 +138,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise OSError(f"{directory} holds no config.json; expected a directory that save_pretrained wrote.")
     config = read_json(path)
-    CapsuleHeadConfig.check_model_type(config, directory)
+    check_model_type(config, directory)
     is_right = {
         "architectures": lambda x: isinstance(x, list) and len(x) == 1 and x[0] in CLASSES.values(),
         "base_config": lambda x: isinstance(x, dict) and "model_type" in x,
         "base_model_name_or_path": lambda x: isinstance(x, str | None),
         "base_model_revision": lambda x: isinstance(x, str | None),
         "head_only": lambda x: isinstance(x, bool),
-        "head_type": lambda x: isinstance(x, str) and x in HEADS,
+        "head_type": lambda x: isinstance(x, str) and x in registered_heads(),
         "id2label": lambda x: isinstance(x, dict) and all(map(str.isdecimal, x)),
     }
     config.setdefault("id2label", {})  # which is left out for two classes without names

@@ -11,57 +11,16 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from transformers.utils import PushToHubMixin
 
-from ..models.configuration_capsule_head import CapsuleHeadConfig
-from ..models.pretrained import CapsuleHeadPreTrainedModel
-from ..results import read_runs
 from .code import write_code
 from .model_card import MARKER, read_config, write_model_card
+from .results import read_runs
 
 LEFT_OUT = ("training_args.bin",)  # of a run: a pickle, which nobody should load
 
 
-def push_to_hub(
-    model: CapsuleHeadPreTrainedModel,
-    repo_id: str,
-    *,
-    processor: PushToHubMixin | None = None,
-    head_only: bool | None = None,
-    max_shard_size: int | str = "50GB",
-    **options,
-) -> CommitInfo:
-    """Pushes a model; `model.push_to_hub(repo_id, ...)` is the same.
-
-    Args:
-        model: the model.
-        repo_id: the repository, "name" or "owner/name"; made if there is none.
-        processor: its tokenizer or image processor, to push with it.
-        head_only: as in `save_pretrained`.
-        max_shard_size: as in transformers.
-        **options: those of `push_run` after `repo_id`, and `results`, which it reads from the directory.
-
-    Returns:
-        The commit.
-
-    Raises:
-        ValueError: for a head whose backbone others cannot have.
-        OSError: if pushing fails; the repository is then as it was.
-    """
-    check_backbone_is_shared(model.config, head_only)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, head_only=head_only, max_shard_size=max_shard_size)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        return _push(Path(folder), repo_id, **options)
-
-
-# transformers' own would write a card without content. The models are below this module: they cannot import it.
-CapsuleHeadPreTrainedModel.push_to_hub = push_to_hub
-
-
 def push_run(directory: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
-    """Pushes the directory of a run as scripts/train.py leaves it: the model, its tokenizer, results.json, and a card.
+    """Pushes the directory of a run as `capsule-heads train` leaves it: the model, its tokenizer, results.json, and a card.
 
     The directory stays as it is. Checkpoints and other folders in it are not pushed.
 
@@ -83,7 +42,7 @@ def push_run(directory: str | os.PathLike, repo_id: str, **options) -> CommitInf
     if not (directory / "config.json").is_file():
         raise OSError(f"{directory} holds no model: it has no config.json.")
     config = read_config(directory)
-    _check_reference(config["base_model_name_or_path"], config["head_only"])
+    check_backbone_is_shared(config["base_model_name_or_path"], config["head_only"])
     results = directory / "results.json"
     with tempfile.TemporaryDirectory() as folder:
         for path in directory.iterdir():
@@ -91,19 +50,19 @@ def push_run(directory: str | os.PathLike, repo_id: str, **options) -> CommitInf
                 Path(folder, path.name).symlink_to(path)
         if results.is_file():
             options["results"] = read_runs([results])[0]
-        return _push(Path(folder), repo_id, **options)
+        return push_folder(Path(folder), repo_id, **options)
 
 
-def check_backbone_is_shared(config: CapsuleHeadConfig, head_only: bool | None = None) -> None:
-    """Checks that others can load what is pushed.
+def check_backbone_is_shared(name: str | None, head_only: bool) -> None:
+    """Check that others can load what is pushed.
+
+    Args:
+        name: the backbone's name or path in the configuration.
+        head_only: whether the head is pushed alone.
 
     Raises:
-        ValueError: for a head alone whose backbone is in a directory of this machine.
+        ValueError: If a head alone refers to a backbone in a directory of this machine.
     """
-    _check_reference(config.base_model_name_or_path, config.head_only if head_only is None else head_only)
-
-
-def _check_reference(name: str | None, head_only: bool) -> None:
     if head_only and name and os.path.isabs(name):
         raise ValueError(
             f"The head refers to its backbone as {name}, a directory that nobody else has. Push all weights, with "
@@ -111,7 +70,7 @@ def _check_reference(name: str | None, head_only: bool) -> None:
         )
 
 
-def _push(
+def push_folder(
     folder: Path,
     repo_id: str,
     *,

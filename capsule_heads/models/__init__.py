@@ -1,18 +1,26 @@
-"""transformers models with a routing-capsule head."""
+"""Models of transformers with a routing-capsule head.
 
-from .configuration_capsule_head import PAPER, CapsuleHeadConfig
-from .image_processing_stereo import StereoImageProcessor
-from .modeling_capsule_head import (
-    CapsuleHeadForAudioClassification,
-    CapsuleHeadForImageClassification,
-    CapsuleHeadForSequenceClassification,
-    CapsuleHeadModel,
-)
-from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
-from .stereo_conv import StereoConvConfig, StereoConvModel
+Names are imported when they are first used: transformers' auto classes import the configuration before they can be
+imported by the models.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .configuration_capsule_head import CapsuleHeadConfig
+    from .modeling_capsule_head import (
+        CapsuleHeadClassifier,
+        CapsuleHeadForAudioClassification,
+        CapsuleHeadForImageClassification,
+        CapsuleHeadForSequenceClassification,
+        CapsuleHeadModel,
+    )
+    from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
 
 __all__ = [
-    "PAPER",
+    "CapsuleHeadClassifier",
     "CapsuleHeadClassifierOutput",
     "CapsuleHeadConfig",
     "CapsuleHeadForAudioClassification",
@@ -20,7 +28,14 @@ __all__ = [
     "CapsuleHeadForSequenceClassification",
     "CapsuleHeadModel",
     "CapsuleHeadModelOutput",
-    "StereoConvConfig",
-    "StereoConvModel",
-    "StereoImageProcessor",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(__all__, "modeling_capsule_head"),
+        "CapsuleHeadConfig": "configuration_capsule_head",
+        "CapsuleHeadClassifierOutput": "outputs",
+        "CapsuleHeadModelOutput": "outputs",
+    },
+)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..checks import check_choice, check_dtype, check_size
-from ..control_heads import POOLINGS
-from ..ops import check_routing_options
-from .backbone_probe import probe_hidden_sizes_without_weights
-from .backbones import STACKS, TOWERS, Part, tower_config
-from .windows import Windowing
+from ..backbones import Backbone, Part, Windowing
+from ..backbones.loading import CAPSULE_HEAD, check_model_type
+from ..backbones.parts import check_part, tower_config
+from ..checks import check_dtype, check_hidden_sizes, check_size
+from ..heads import HeadOptions, get_head, registered_heads
 
-CAPSULE_HEADS = ("token_depth", "spatial_pose")
-HEAD_TYPES = (*CAPSULE_HEADS, "linear", "scalar_mix", "attentive_pooling", "vector_routing")
-# What the paper has, where the defaults are other: from_backbone(name, **PAPER).
-PAPER = {"mixup_alpha": 0.2}
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -50,35 +46,28 @@ class CapsuleHeadConfig(PreTrainedConfig):
         window_overlap: tokens that neighbouring windows share, special ones aside.
         window_special_tokens: how many special tokens the tokenizer puts before and after every text. Every window has
             them; they too are routed once, those before from the first window, those after from the last.
-        hidden_sizes: width of each hidden state that the backbone yields, the embedding output included; None to find
-            out, by running a backbone without weights (on the meta device).
-        head_type: "token_depth", the paper's text head, on all tokens at several depths; "spatial_pose", its vision
-            head, on the poses that it computes at every place of one feature map. Or a control without capsules:
-            "linear" on one hidden state, "scalar_mix" on a learned mix of several, "attentive_pooling" and
-            "vector_routing" (Heinsen, 2022) on what "token_depth" takes; see `capsule_heads.control_heads`.
-        depths: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
+        hidden_sizes: size of each hidden state that the backbone yields, the embedding output included.
+            `from_backbone` finds them, by running the backbone once.
+        head_type: the head's name in the registry (`capsule_heads.heads.registered_heads`): "token_depth" is the paper's
+            text head, on all tokens at several layers; "spatial_pose" is its vision head, on the poses that it computes
+            at every position of one feature map. The controls have no capsules: "linear" on one hidden state,
+            "scalar_mix" on a learned mix of several, "attentive_pooling" and "vector_routing" (Heinsen, 2022) on what
+            "token_depth" takes. A head of your own has the name that it was registered under.
+        layers: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
             None for all, or for the last where the head takes one. They are kept resolved: ascending, not negative.
-        pooling: how "linear" pools tokens: "mean", "first" (BERT's [CLS]) or "last".
-        d_inp: width of the capsules, or vectors, that hidden states become, and of the hidden layer of "scalar_mix".
-        n_parts: number of part capsules, or vectors.
-        d_cov: rows of a capsule's pose; None for the paper's: 1, or 4 for "spatial_pose".
-        d_cap: columns of a pose; None for the paper's: 2, or 4 for "spatial_pose".
-        n_iters: iterations of each routing; None for the paper's: 3, or 2 for "vector_routing".
-        p_model: "gaussian", or "skm" for soft k-means.
-        single_beta: whether the routings share one beta for use and ignorance.
-        eps: added to counts of data and to variances in routing.
-        strategy: how the routing to the parts is computed, "auto" or one of `capsule_heads.ops.STRATEGIES`.
         mixup_alpha: of the Beta distribution of mixup's ratios in training; 0 for none. The paper's is 0.2, with which
             this package measured less accuracy: docs/results.md. `PAPER` has it by name.
         class_weights: weight of each class in the loss; None for equal ones. Not for regression.
         label_mean: of the labels in a regression's training set: the value that the head starts from.
         label_std: of those labels: the unit of the head's own output, and of the loss. Regression only.
+        **kwargs: the options of the head, such as `n_parts=64` (`get_head(head_type).Options` has them all, each is
+            then an attribute of the configuration), and arguments of `PreTrainedConfig`.
 
     Raises:
-        ValueError: naming the field, what was given and what was expected.
+        ValueError: If a field is not what is expected, or an option belongs to another head.
     """
 
-    model_type = "capsule_head"
+    model_type = CAPSULE_HEAD
     sub_configs = {"base_config": AutoConfig}
     has_no_defaults_at_init = True  # there is no default backbone
     keys_to_ignore_at_inference = ["poses", "variances", "routing_probabilities", "hidden_states"]
@@ -97,24 +86,18 @@ class CapsuleHeadConfig(PreTrainedConfig):
         window_special_tokens: Sequence[int] = (0, 0),
         hidden_sizes: list[int] | None = None,
         head_type: str = "token_depth",
-        depths: list[int] | None = None,
-        pooling: str = "mean",
-        d_inp: int = 64,
-        n_parts: int = 64,
-        d_cov: int | None = None,
-        d_cap: int | None = None,
-        n_iters: int | None = None,
-        p_model: str = "gaussian",
-        single_beta: bool = False,
-        eps: float = 1e-5,
-        strategy: str = "auto",
+        layers: list[int] | None = None,
         mixup_alpha: float = 0.0,
         class_weights: list[float] | None = None,
         label_mean: float = 0.0,
         label_std: float = 1.0,
         **kwargs,
     ) -> None:
-        _check_keys(kwargs)
+        head = get_head(head_type)
+        given = {
+            field.name: kwargs.pop(field.name) for field in dataclasses.fields(head.Options) if field.name in kwargs
+        }
+        _check_keys(kwargs, head_type)
         check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
         self.base_config = _as_config(base_config)
         for name, value in (
@@ -123,49 +106,32 @@ class CapsuleHeadConfig(PreTrainedConfig):
         ):
             if not isinstance(value, str | None):
                 raise ValueError(f"{name} is {value!r}; expected a string, or None.")
-        for name, value in (
+        for name, flag in (
             ("head_only", head_only),
             ("freeze_backbone", freeze_backbone),
-            ("single_beta", single_beta),
         ):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; expected True or False.")
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}; expected True or False.")
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.head_only = head_only
         self.freeze_backbone = freeze_backbone
-        self.check_part(Part(stack, tower), self.base_config)
+        check_part(Part(stack, tower), self.base_config)
         self.stack, self.tower = stack, tower
         self.window_length, self.window_overlap = window_length, window_overlap
         self.window_special_tokens = list(window_special_tokens)
         self._check_windows()
-        check_choice("head_type", head_type, HEAD_TYPES)
-        check_choice("pooling", pooling, POOLINGS)
-        if pooling != "mean" and head_type != "linear":
-            raise ValueError(f'pooling is {pooling!r}; only head_type="linear" chooses how to pool tokens.')
-        self.head_type, self.pooling = head_type, pooling
-        poses = head_type == "spatial_pose"
-        d_cov = (4 if poses else 1) if d_cov is None else d_cov
-        d_cap = (4 if poses else 2) if d_cap is None else d_cap
+        self.head_type = head_type
         if hidden_sizes is None:
-            hidden_sizes = probe_hidden_sizes_without_weights(self.base_config, self.part)
-        if not isinstance(hidden_sizes, list | tuple) or not hidden_sizes:
-            raise ValueError(f"hidden_sizes is {hidden_sizes!r}; expected the width of each hidden state.")
-        sizes = {f"hidden_sizes[{index}]": size for index, size in enumerate(hidden_sizes)}
-        for name, size in (sizes | {"d_inp": d_inp, "n_parts": n_parts, "d_cov": d_cov, "d_cap": d_cap}).items():
-            check_size(name, size)
-        if d_cov != 1 and not poses:
-            raise ValueError(f'd_cov is {d_cov}; the capsules of head_type="{head_type}" have one row.')
-        self.hidden_sizes = list(hidden_sizes)
-        takes_one = head_type in ("spatial_pose", "linear")
-        self.depths = _resolve_depths([-1] if depths is None and takes_one else depths, len(hidden_sizes))
-        if takes_one and len(self.depths) > 1:
-            raise ValueError(f'depths is {depths}; head_type="{head_type}" takes one hidden state.')
-        self.d_inp, self.n_parts, self.d_cov, self.d_cap = d_inp, n_parts, d_cov, d_cap
-        n_iters = (2 if head_type == "vector_routing" else 3) if n_iters is None else n_iters
-        check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
-        self.n_iters, self.p_model, self.single_beta = n_iters, p_model, single_beta
-        self.eps, self.strategy = eps, strategy
+            raise ValueError(
+                "hidden_sizes is None; expected the size of each hidden state of the backbone. from_backbone finds them: "
+                f"CapsuleHeadForSequenceClassification.from_backbone({type(self.base_config).__name__}(...), num_labels=n)."
+            )
+        self.hidden_sizes = list(check_hidden_sizes(hidden_sizes))
+        self.layers = _resolve_layers([-1] if layers is None and head.takes_one_layer else layers, len(hidden_sizes))
+        if head.takes_one_layer and len(self.layers) > 1:
+            raise ValueError(f'layers is {layers}; head_type="{head_type}" takes one hidden state.')
+        self._set_options(head.make_options(given))
         if not _is_number(mixup_alpha) or mixup_alpha < 0:
             raise ValueError(f"mixup_alpha is {mixup_alpha!r}; expected a number, 0 (no mixup) or more.")
         self.mixup_alpha = mixup_alpha
@@ -181,6 +147,22 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.")
         self._check_labels()
+
+    def _set_options(self, options: HeadOptions) -> None:
+        taken = {*inspect.signature(CapsuleHeadConfig.__init__).parameters, *dir(PreTrainedConfig), *vars(self)}
+        for name, value in options.as_dict().items():
+            if name in taken:
+                raise ValueError(
+                    f'The option {name} of head_type="{self.head_type}" has the name of a field of CapsuleHeadConfig; '
+                    "rename the option."
+                )
+            setattr(self, name, value)
+
+    @property
+    def head_options(self) -> HeadOptions:
+        """The options of the head."""
+        head = get_head(self.head_type)
+        return head.make_options({field.name: getattr(self, field.name) for field in dataclasses.fields(head.Options)})
 
     def _check_windows(self) -> None:
         length, n_special, overlap = self.window_length, sum(self.window_special_tokens), self.window_overlap
@@ -224,20 +206,6 @@ class CapsuleHeadConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     @classmethod
-    def check_model_type(cls, config_dict: dict[str, Any], source: object = "This configuration") -> None:
-        """Refuses the configuration of another kind of model, which transformers would take with a warning.
-
-        Raises:
-            ValueError: naming the kind, and the way to put a head on it.
-        """
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
-            raise ValueError(
-                f"{source} is of a {model_type} model, not of a capsule-head model. To put a capsule head on that "
-                "model as its backbone: CapsuleHeadForSequenceClassification.from_backbone(name_or_path, num_labels=n)."
-            )
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> CapsuleHeadConfig:
         """As in transformers, but refuses the dict of another kind of model, and checks fields given as keywords.
 
@@ -248,39 +216,27 @@ class CapsuleHeadConfig(PreTrainedConfig):
         Raises:
             ValueError: for the dict of another kind of model, and for a backbone with code of its own, not trusted.
         """
-        cls.check_model_type(config_dict)
+        check_model_type(config_dict, "This configuration")
         if kwargs.get("trust_backbone_code"):  # left there for the model
             config_dict = {**config_dict, "base_config": _with_code_of_the_backbone(config_dict)}
-        # transformers would set them on the finished configuration, past the checks, and depths unresolved.
-        fields = inspect.signature(cls.__init__).parameters.keys() - {"base_config"} | {"problem_type"}
+        # transformers would set them on the finished configuration, past the checks, and layers unresolved.
+        fields = inspect.signature(cls.__init__).parameters.keys() - {"base_config"} | {"problem_type"} | option_names()
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        if overrides.get("head_type") not in (None, config_dict.get("head_type")):  # its options are of another head
+            config_dict = {name: value for name, value in config_dict.items() if name not in option_names()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
-    @staticmethod
-    def check_part(part: Part, base_config: PreTrainedConfig) -> None:
-        """Checks that a model has a part.
-
-        Raises:
-            ValueError: if it is no encoder-decoder, or has no such tower.
-        """
-        stack, tower = part
-        check_choice("stack", stack, STACKS)
-        if stack == "decoder" and not base_config.is_encoder_decoder:
-            raise ValueError(
-                f'stack is "decoder", but {base_config.model_type} is no encoder-decoder: it has one stack, whichever '
-                "it is; leave stack out."
-            )
-        if tower is not None and (tower not in TOWERS or tower_config(base_config, tower) is None):
-            has = [name for name in TOWERS if tower_config(base_config, name) is not None]
-            raise ValueError(
-                f"tower is {tower!r}; expected None, or a tower of {base_config.model_type}, which has "
-                f"{', '.join(has) or 'none'}."
-            )
-
     @property
-    def part(self) -> Part:
-        """Which part of the model that `base_config` describes is the backbone."""
-        return Part(self.stack, self.tower)
+    def backbone(self) -> Backbone:
+        """The backbone that the fields describe."""
+        return Backbone(
+            self.base_config,
+            self.base_model_name_or_path,
+            self.base_model_revision,
+            Part(self.stack, self.tower),
+            self.windowing,
+            tuple(self.hidden_sizes),
+        )
 
     @property
     def windowing(self) -> Windowing | None:
@@ -314,10 +270,24 @@ def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig 
     return type(own).from_dict({**base_config, "auto_map": auto_map}, name_or_path=name)
 
 
-def _check_keys(kwargs: dict[str, Any]) -> None:
-    """Refuses what is almost a field. All else transformers keeps, and has to: its Trainer and others add keys."""
-    fields = inspect.signature(CapsuleHeadConfig.__init__).parameters
+def option_names() -> set[str]:
+    """Return the names of the options of all registered heads."""
+    return {field.name for head in registered_heads().values() for field in dataclasses.fields(head.Options)}
+
+
+def _check_keys(kwargs: Mapping[str, Any], head_type: str) -> None:
+    """Refuse options of other heads, and what is almost a field.
+
+    All other keys transformers keeps, and has to: its Trainer and others add keys.
+    """
+    own = [field.name for field in dataclasses.fields(get_head(head_type).Options)]
+    fields = [*inspect.signature(CapsuleHeadConfig.__init__).parameters, *own]
     for name in kwargs:
+        if name in option_names():
+            raise ValueError(
+                f'{name} is {kwargs[name]!r}, and head_type="{head_type}" has no such option; expected one of '
+                f"{', '.join(own) or 'no options'}, or another head_type."
+            )
         for field in difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
             raise ValueError(f"A CapsuleHeadConfig has no {name}; expected {field}, perhaps, or nothing by that name.")
 
@@ -354,21 +324,24 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
     return AutoConfig.for_model(model_type, **base_config)
 
 
-def _resolve_depths(depths: list[int] | None, n_hidden_states: int) -> list[int]:
-    if depths is None:
+def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]:
+    if layers is None:
         return list(range(n_hidden_states))
     if (
-        not isinstance(depths, list | tuple)
-        or not depths
-        or any(isinstance(d, bool) or not isinstance(d, int) for d in depths)
+        not isinstance(layers, list | tuple)
+        or not layers
+        or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers)
     ):
-        raise ValueError(f"depths is {depths!r}; expected a list of whole numbers, or None for all hidden states.")
-    if any(not -n_hidden_states <= d < n_hidden_states for d in depths):
+        raise ValueError(f"layers is {layers!r}; expected a list of whole numbers, or None for all hidden states.")
+    if any(not -n_hidden_states <= layer < n_hidden_states for layer in layers):
         raise ValueError(
-            f"depths is {depths}; the backbone has {n_hidden_states} hidden states, so expected numbers from "
+            f"layers is {layers}; the backbone has {n_hidden_states} hidden states, so expected numbers from "
             f"{-n_hidden_states} to {n_hidden_states - 1}."
         )
-    resolved = sorted({d % n_hidden_states for d in depths})
-    if len(resolved) != len(depths):
-        raise ValueError(f"depths is {depths}, which names a hidden state more than once; name each one once.")
+    resolved = sorted({layer % n_hidden_states for layer in layers})
+    if len(resolved) != len(layers):
+        raise ValueError(f"layers is {layers}, which names a hidden state more than once; name each one once.")
     return resolved
+
+
+AutoConfig.register(CapsuleHeadConfig.model_type, CapsuleHeadConfig, exist_ok=True)

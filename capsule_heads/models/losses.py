@@ -13,17 +13,17 @@ from .configuration_capsule_head import CapsuleHeadConfig
 
 
 def infer_problem_type(config: CapsuleHeadConfig, labels: Tensor) -> str:
-    """The configuration's problem type or, where it has none, what the labels' dtype says, as in transformers."""
+    """Return the configuration's problem type or, where it has none, what the labels' dtype says, as in transformers."""
     if config.problem_type is not None:
         return config.problem_type
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
-    """Checks labels against the problem type; their values only where they are on the host.
+    """Check labels against the problem type; their values only where they are on the host.
 
     Raises:
-        ValueError: naming what was given and what was expected.
+        ValueError: If their dtype, shape or values are not what the problem type expects.
     """
     n = num_labels
     if problem_type == "single_label_classification":
@@ -47,38 +47,39 @@ def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
         raise ValueError(f"labels go from {low} to {high}; {problem_type} expects finite numbers.")
 
 
-def problem_targets(config: CapsuleHeadConfig, labels: Tensor) -> Tensor:
+def problem_targets(config: CapsuleHeadConfig, problem_type: str, labels: Tensor) -> Tensor:
     """Return `[batch, num_labels]`, float32: one-hot classes, 0 or 1 per label, or values in the head's units.
 
     A class that does not exist raises an error on any device: on a GPU, the device's own.
     """
-    if config.problem_type == "single_label_classification":
+    if problem_type == "single_label_classification":
         one_hot = torch.zeros(labels.shape[0], config.num_labels, device=labels.device)
         return one_hot.scatter_(1, labels.long()[:, None], 1.0)
     targets = labels.float().view(len(labels), -1)
-    return (targets - config.label_mean) / config.label_std if config.problem_type == "regression" else targets
+    return (targets - config.label_mean) / config.label_std if problem_type == "regression" else targets
 
 
-def problem_loss(config: CapsuleHeadConfig, logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean loss over a batch: cross-entropy, binary cross-entropy or mean squared error.
+def problem_loss(config: CapsuleHeadConfig, problem_type: str, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean loss over a batch: cross-entropy, binary cross-entropy or mean squared error.
 
     Class weights weight each target in the cross-entropy, and divide its mean, as in `torch.nn.CrossEntropyLoss`; in
     the binary cross-entropy they weight each label. The squared error is in units of `config.label_std`.
 
     Args:
-        config: the model's configuration; its problem type chooses the loss.
+        config: the model's configuration.
+        problem_type: one of `PROBLEM_TYPES`, which chooses the loss.
         logits: `[batch, num_labels]`.
         targets: `[batch, num_labels]`, from `problem_targets`, mixed or not.
 
     Returns:
         A scalar.
     """
-    if config.problem_type == "regression":
+    if problem_type == "regression":
         return F.mse_loss((logits - config.label_mean) / config.label_std, targets)
     weights = None
     if config.class_weights is not None:  # a copy that waited for the device would stop the step
         weights = torch.tensor(config.class_weights).to(logits.device, non_blocking=True)
-    if config.problem_type == "multi_label_classification":
+    if problem_type == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, targets, weight=weights)
     if weights is not None:
         targets = targets * weights

@@ -10,14 +10,14 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class CapsuleHeadModelOutput(ModelOutput):
-    """Part capsules: what the tokens at all depths were routed to.
+    """Part capsules: what the tokens at all layers were routed to.
 
     Attributes:
         scores: `[batch, n_parts]`, scores of the parts, as logits.
         poses: `[batch, n_parts, d_cov, d_cap]`, their poses.
         variances: `[batch, n_parts, d_cov, d_cap]`, of the votes for each pose.
-        hidden_states: on request, per depth used `[batch, tokens, width]`.
-        routing_probabilities: on request, one tensor `[batch, tokens * depths, n_parts]`.
+        hidden_states: on request, per layer in use `[batch, tokens, hidden_size]`.
+        routing_probabilities: on request, one tensor `[batch, tokens * layers, n_parts]`.
     """
 
     scores: Tensor | None = None
@@ -35,11 +35,11 @@ class CapsuleHeadClassifierOutput(ModelOutput):
         loss: scalar, where labels were given.
         logits: `[batch, num_labels]`, float32: the scores of the class capsules; for regression, values in the labels'
             unit.
-        hidden_states: on request, per depth used `[batch, tokens, width]`.
+        hidden_states: on request, per layer in use `[batch, tokens, hidden_size]`.
         poses: on request, `[batch, n_capsules, d_cov, d_cap]`, poses of the class capsules.
         variances: on request, `[batch, n_capsules, d_cov, d_cap]`, of the votes for each pose.
-        routing_probabilities: on request, per routing `[batch, n_inp, n_out]`: from tokens and depths to parts (input
-            `token * n_depths + depth index`), and from parts to classes.
+        routing_probabilities: on request, per routing `[batch, n_inp, n_out]`: from tokens and layers to parts (input
+            `token * n_layers + index of the layer`), and from parts to classes.
     """
 
     loss: Tensor | None = None

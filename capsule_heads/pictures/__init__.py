@@ -6,15 +6,14 @@
 | accuracy against parameters, or year | `capsule_heads.results.collect_results` | `draw_results` |
 | credits of tokens, of patches, of parts | `model.explain` | `draw_tokens`, `draw_patches`, `draw_parts` |
 | explanations on one page of HTML | `model.explain` | `render_report`, a `str` |
-| how faithful explanations are | `capsule_heads.faithfulness.compare_methods` | `draw_deletion` |
+| how faithful explanations are | `capsule_heads.explain.faithfulness.compare_methods` | `draw_deletion` |
 
 Drawing returns a `matplotlib.figure.Figure` (`figure.savefig(path)`) and leaves pyplot and its settings alone.
 """
 
-from .accuracy import draw_results
-from .explanation import draw_deletion, draw_parts, draw_patches, draw_tokens
-from .report import render_report, render_words
-from .trajectory import (
+from ..explain.pictures import draw_deletion, draw_parts, draw_patches, draw_tokens
+from ..explain.report import render_report, render_words
+from ..paper.trajectory import (
     PoseTrajectory,
     activated_poses,
     compute_capsules,
@@ -22,6 +21,7 @@ from .trajectory import (
     pose_trajectory,
     select_sequence,
 )
+from .accuracy import draw_results
 
 __all__ = [
     "PoseTrajectory",

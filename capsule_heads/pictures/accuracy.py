@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..explain.canvas import label_points, new_figure
 from ..results import Result
-from .canvas import label_points, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,25 +17,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..control_heads import POOLINGS
+from ..backbones.loading import resolve_backbone
 from ..data.glue import GLUE_TASKS, load_glue
 from ..data.images import IMAGE_DATASETS, load_images, prepare_images
 from ..data.reviews import load_reviews
-from ..data.smallnorb import load_smallnorb
 from ..data.sst import STANFORD_URL, load_sst
-from ..data.stereo import prepare_stereo
 from ..data.tokenization import tokenize, window_fields
-from ..data.toy_norb import load_toy_norb
+from ..heads import registered_heads
 from ..metrics import compute_metrics_for, metric_names
-from ..models import (
-    CapsuleHeadConfig,
-    CapsuleHeadForImageClassification,
-    CapsuleHeadForSequenceClassification,
-    StereoImageProcessor,
-)
-from ..models.configuration_capsule_head import HEAD_TYPES, label_fields
-from ..models.loading import resolve_backbone
+from ..models import CapsuleHeadConfig, CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
+from ..models.configuration_capsule_head import label_fields
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
+from ..paper.image_processing_stereo import StereoImageProcessor
+from ..paper.smallnorb import load_smallnorb
+from ..paper.stereo import prepare_stereo
+from ..paper.toy_norb import load_toy_norb
 
 SST_TASKS = ("sst5", "sst2_root")
 STEREO_TASKS = ("toy_norb", "smallnorb")
@@ -114,11 +110,15 @@ class ModelArguments:
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit."})
     freeze_backbone: bool = field(default=True, metadata={"help": "Train the head alone."})
-    depths: list[int] | None = field(
+    layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of the hidden states to use; 0 is the embedding output. Default: all."}
     )
-    head_type: str = field(default="token_depth", metadata={"help": "The kind of head.", "choices": HEAD_TYPES})
-    pooling: str = field(default="mean", metadata={"help": "How a linear head pools tokens.", "choices": POOLINGS})
+    head_type: str = field(
+        default="token_depth", metadata={"help": "The kind of head.", "choices": tuple(registered_heads())}
+    )
+    pooling: str = field(
+        default="mean", metadata={"help": "How a linear head pools tokens.", "choices": ("mean", "first", "last")}
+    )
     d_inp: int = field(default=64, metadata={"help": "Width of the capsules that hidden states become."})
     n_parts: int = field(default=64, metadata={"help": "Number of part capsules."})
     d_cov: int | None = field(default=None, metadata={"help": "Rows of a capsule. Default: the paper's, 1 or 4."})

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.backbones import check_ids, check_mask, count_embeddings
+from ..backbones.running import check_ids, check_mask, count_embeddings
+from ..models.base import CapsuleHeadPreTrainedModel
 from ..models.configuration_capsule_head import CapsuleHeadConfig
 from ..models.losses import check_labels, infer_problem_type
-from ..models.pretrained import CapsuleHeadPreTrainedModel
 
 
 @dataclass

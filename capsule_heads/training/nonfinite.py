@@ -136,7 +136,7 @@ class StepCheck:
 
     def _in_batch(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
         with self._trainer.compute_loss_context_manager():
-            return find_nonfinite(model, self._trainer._prepare_inputs(inputs), self._trainer.model.config.depths)
+            return find_nonfinite(model, self._trainer._prepare_inputs(inputs), self._trainer.model.config.layers)
 
     def _of_process(self, places: list[str]) -> list[str]:
         accelerator = self._trainer.accelerator
@@ -153,16 +153,16 @@ class StepCheck:
 
 
 @torch.no_grad()
-def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], depths: Sequence[int]) -> list[str]:
+def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]) -> list[str]:
     """Runs a capsule-head model on a batch in evaluation mode, and says what is not finite, and in which samples.
 
     Args:
         model: the model, perhaps wrapped. It is left in evaluation mode.
         inputs: of its forward pass.
-        depths: those in use.
+        layers: those in use.
 
     Returns:
-        Inputs; if those are finite, hidden states by their depth; if those are too, logits, and what they are made of.
+        Inputs; if those are finite, hidden states by their layer; if those are too, logits, and what they are made of.
     """
     outputs = model.eval()(**inputs, output_hidden_states=True)  # in all processes, whatever each finds
     tensors = {f"the input {name}": x for name, x in inputs.items() if isinstance(x, Tensor)}
@@ -170,7 +170,7 @@ def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], depths: Sequence
     found = _places(tensors, of_samples=True)
     if found:
         return found
-    states = {f"the hidden state at depth {depth}": x for depth, x in zip(depths, outputs.hidden_states)}
+    states = {f"the hidden state at layer {layer}": x for layer, x in zip(layers, outputs.hidden_states)}
     found = _places(states, of_samples=True)
     if found:
         return found

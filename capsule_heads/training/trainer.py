@@ -21,9 +21,9 @@ from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
 from ..hub import check_backbone_is_shared, write_model_card
+from ..models.base import CapsuleHeadPreTrainedModel
+from ..models.checkpoint import replacing
 from ..models.losses import infer_problem_type
-from ..models.pretrained import CapsuleHeadPreTrainedModel
-from ..models.saving import replacing
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
 from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
 from .host_checks import CheckedCollator
@@ -129,7 +129,8 @@ class CapsuleTrainer(Trainer):
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """As in transformers; refuses to push a head that others could not load, before it is trained."""
-        check_backbone_is_shared(self.model.config)
+        config = self.model.config
+        check_backbone_is_shared(config.base_model_name_or_path, config.head_only)
         super().init_hf_repo(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
@@ -137,7 +138,7 @@ class CapsuleTrainer(Trainer):
 
         Raises:
             FloatingPointError: for a loss or gradients that are not finite, unless `on_nonfinite` is "skip"; names what
-                is not finite, at which depth, in which samples.
+                is not finite, at which layer, in which samples.
         """
         self._step_check.before_batch()
         if self.args.torch_compile:

@@ -43,12 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capsule_heads.control_heads import AttentivePoolingHead
-from capsule_heads.convert import build_network
-from capsule_heads.heads import TokenDepthHead
+from capsule_heads.cli.options import OneLineParser, at_least, file_to_write
+from capsule_heads.heads import AttentivePoolingHead, TokenDepthHead
 from capsule_heads.ops import STRATEGIES, route
 from capsule_heads.ops.autograd import n_votes
-from capsule_heads.training.command_line import OneLineParser, at_least, file_to_write
+from capsule_heads.paper.convert import build_network
 
 SEED = 0
 PARITY = 1e-5
@@ -183,13 +182,13 @@ def pool_by_products(a_inp: Tensor, mu_inp: Tensor, queries: Tensor) -> tuple[Te
 def build_sst_head(strategy: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Run, list[Tensor]]:
     """Build the paper's text head on the hidden states of GPT-2-large."""
     torch.manual_seed(SEED)
-    return on_hidden_states(TokenDepthHead(d_emb=[1280] * 37, n_out=5, strategy=strategy), device, dtype)
+    return on_hidden_states(TokenDepthHead(hidden_sizes=[1280] * 37, n_out=5, strategy=strategy), device, dtype)
 
 
 def alternatives_to_sst_head(device: str) -> dict[str, tuple[Run, list[Tensor]]]:
     """Build the head that pools the same hidden states by attention."""
     torch.manual_seed(SEED)
-    head = AttentivePoolingHead(d_emb=[1280] * 37, n_out=5)
+    head = AttentivePoolingHead(hidden_sizes=[1280] * 37, n_out=5)
     return {"attentive pooling head": on_hidden_states(head, device, torch.float32)}
 
 

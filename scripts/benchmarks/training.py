@@ -5,7 +5,7 @@
     python scripts/benchmarks/training.py --source DIRECTORY_OF_TREES --max_phrases 0   # all phrases: takes a day
     python scripts/benchmarks/training.py --device cuda   # --source is optional: without it, token ids are random
 
-On the CPU: `straightforward` trains as the paper's code does. Hidden states of all depths are stacked, mixed, projected
+On the CPU: `straightforward` trains as the paper's code does. Hidden states of all layers are stacked, mixed, projected
 and routed by the literal loop; batches are random, padded to the longest; the backbone runs in every epoch. `ours`
 is what scripts/train.py does with `cache_hidden_states: true`: it computes each text's states once, groups texts by
 length, projects before it stacks, and routes by the fastest strategy. Optimizer, schedule, batch size, mixup, seeds and
@@ -52,13 +52,14 @@ from transformers import (
     set_seed,
 )
 
-from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads.backbones.loading import resolve_backbone
+from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, load_sst, tokenize
 from capsule_heads.heads import HeadOutput, TokenDepthHead
 from capsule_heads.metrics import compute_metrics_for
-from capsule_heads.models.loading import resolve_backbone
 from capsule_heads.ops import STRATEGIES
-from capsule_heads.training.command_line import OneLineParser, at_least, fail, file_to_write
+from capsule_heads.paper import PAPER
 from capsule_heads.training.experiment import load_tokenizer
 
 KINDS = ("straightforward", "ours")
@@ -116,7 +117,7 @@ class StackedHead(TokenDepthHead):
         x = torch.stack([states.to(detector.depth_emb.dtype) for states in hidden_states], dim=2)
         if mix is not None:
             x = mix(x)
-        x = detector.norm(F.silu(detector.affine(x + detector.depth_emb)))  # [batch, tokens, depth, d_inp]
+        x = detector.norm(F.silu(detector.affine(x + detector.depth_emb)))  # [batch, tokens, layer, d_inp]
         mask = mask if isinstance(mask, Tensor) else mask[0]
         a = torch.logit(mask)[..., None].expand(-1, -1, x.shape[2]).flatten(1)
         x = x.flatten(1, 2).unsqueeze(-2)
@@ -132,7 +133,7 @@ def train_once(kind: str, seed: int, arguments: argparse.Namespace, data: datase
     backbone = resolve_backbone(arguments.backbone)
     model = CapsuleHeadForSequenceClassification.from_backbone(backbone, num_labels=5, **PAPER)
     if kind == "straightforward":
-        head = StackedHead(d_emb=model.head.d_emb, n_out=5, strategy="original")
+        head = StackedHead(hidden_sizes=model.head.hidden_sizes, n_out=5, strategy="original")
         head.load_state_dict(model.head.state_dict())
         model.head = head
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
@@ -177,9 +178,9 @@ def memory_table(sizes: list[int]) -> tuple[list[dict[str, object]], str]:
     for kind in MEMORY_KINDS:
         command = [sys.executable, __file__, "--memory_of", kind, "--memory_sizes", *map(str, sizes)]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    batch, tokens, depths, width = sizes
+    batch, tokens, layers, width = sizes
     lines = [
-        f"Forward and backward pass of the head, {depths} x {width} hidden states of {batch} x {tokens} tokens:",
+        f"Forward and backward pass of the head, {layers} x {width} hidden states of {batch} x {tokens} tokens:",
         "",
         "| head | states, MB | beyond them, MB | share | together, MB | share |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -195,14 +196,14 @@ def memory_table(sizes: list[int]) -> tuple[list[dict[str, object]], str]:
 
 def measure_memory(kind: str, sizes: list[int]) -> dict[str, object]:
     """Peak memory of one pass in this process, in bytes beyond the hidden states."""
-    batch, tokens, depths, width = sizes
+    batch, tokens, layers, width = sizes
     set_seed(0)
     dtype = torch.float16 if "cache" in kind else torch.float32
-    states = torch.empty(depths, batch, tokens, width, dtype=dtype)
+    states = torch.empty(layers, batch, tokens, width, dtype=dtype)
     for x in states:
         x.copy_(torch.randn(x.shape, out=torch.empty(x.shape)))
     head_class = StackedHead if kind == "straightforward" else TokenDepthHead
-    head = head_class(d_emb=[width] * depths, n_out=5)
+    head = head_class(hidden_sizes=[width] * layers, n_out=5)
     mask = torch.ones(batch, tokens)
 
     def run(n: int) -> Tensor:
@@ -225,7 +226,7 @@ def _kilobytes(field: str) -> int:
 def check_agreement() -> None:
     """Exits if the straightforward head computes something else than ours."""
     set_seed(0)
-    sizes = {"d_emb": [32] * 4, "n_out": 5}
+    sizes = {"hidden_sizes": [32] * 4, "n_out": 5}
     ours, stacked = TokenDepthHead(**sizes), StackedHead(**sizes, strategy="original")
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -488,7 +489,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--scratch", help="where the caches are made, and deleted again. Default: the system's folder")
     parser.add_argument(
-        "--memory_sizes", type=at_least(1), nargs=4, default=[8, 512, 25, 1024], help="batch tokens depths width"
+        "--memory_sizes", type=at_least(1), nargs=4, default=[8, 512, 25, 1024], help="batch tokens layers width"
     )
     parser.add_argument("--memory_of", choices=MEMORY_KINDS, help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--json", type=file_to_write, help="a file to write everything measured to")

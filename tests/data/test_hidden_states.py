@@ -16,15 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import AutoModel, BertConfig, DataCollatorWithPadding, GPT2Config, PreTrainedTokenizerFast
 
-from capsule_heads import (
-    CapsuleHeadForSequenceClassification,
-    CapsuleTrainer,
-    CapsuleTrainingArguments,
-    StereoImageProcessor,
-)
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data import hidden_states
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.data.tokenization import tokenize, window_fields
+from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
 WORDS = [f"w{i}" for i in range(20)]
 SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -135,9 +131,9 @@ def test_what_is_stored(make_model, folder):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("depths", [None, [0, -1]])
-def test_batches_of_cached_states_are_those_of_the_texts(make_model, name, side, depths):
-    model, tokenizer = make_model(name, depths=depths), make_tokenizer(side)
+@pytest.mark.parametrize("layers", [None, [0, -1]])
+def test_batches_of_cached_states_are_those_of_the_texts(make_model, name, side, layers):
+    model, tokenizer = make_model(name, layers=layers), make_tokenizer(side)
     # Lengths 1 to 11, each once: the longest is in a batch with shorter ones, and rows are found again.
     train = texts(11)
     assert sorted(train["length"]) == list(range(1, 12))
@@ -145,7 +141,7 @@ def test_batches_of_cached_states_are_those_of_the_texts(make_model, name, side,
     collator = CapsuleCollator(tokenizer)
     batch = collator([cached[i] for i in range(11)])
     assert set(batch) == {"hidden_states", "attention_mask", "labels"}
-    assert batch["hidden_states"].shape == (11, 11, len(model.config.depths), 16)
+    assert batch["hidden_states"].shape == (11, 11, len(model.config.layers), 16)
     assert batch["attention_mask"].sum(1).tolist() == train["length"][:]
     assert batch["labels"].tolist() == train["labels"][:]
     assert batch["labels"].dtype == batch["attention_mask"].dtype == torch.long
@@ -157,7 +153,7 @@ def test_batches_of_cached_states_are_those_of_the_texts(make_model, name, side,
     with torch.no_grad():
         for k, feature in enumerate(features):  # against the backbone itself, one text at a time, without padding
             states = model.backbone(torch.tensor([feature["input_ids"]]), output_hidden_states=True).hidden_states
-            states = torch.stack(states, dim=2)[0, :, model.config.depths].half()
+            states = torch.stack(states, dim=2)[0, :, model.config.layers].half()
             torch.testing.assert_close(batch["hidden_states"][k, : len(states)], states, rtol=2e-3, atol=2e-3)
             assert not batch["hidden_states"][k, len(states) :].any()
         from_cache, from_texts = model(**batch), model(**tokens)
@@ -185,11 +181,11 @@ def test_a_second_call_reads_the_file(make_model, folder, count):
         ({"seed": 1}, {}),
         ({"changes": {"num_attention_heads": 1}.items()}, {}),  # the same weights at another computation
         ({"dtype": torch.bfloat16}, {}),
-        ({"depths": [0, 1]}, {}),
+        ({"layers": [0, 1]}, {}),
         ({}, {"first": 1}),
         ({}, {"n": 19}),
     ],
-    ids=["weights", "configuration", "dtype", "depths", "texts", "number of texts"],
+    ids=["weights", "configuration", "dtype", "layers", "texts", "number of texts"],
 )
 def test_what_else_does_not_hit_the_file(make_model, folder, model, data):
     HiddenStateCache(texts(), make_model(), make_tokenizer())
@@ -404,8 +400,8 @@ def test_a_file_of_another_size_is_refused(make_model, change, what):
     "content, expected",
     [
         (
-            {"depths": [0, 1]},
-            r"of something else: depths is \[0, 1\] in its key.json, expected \[0, 1, 2\]\. Delete the",
+            {"layers": [0, 1]},
+            r"of something else: layers is \[0, 1\] in its key.json, expected \[0, 1, 2\]\. Delete the",
         ),
         (
             {"backbone_weights": "00"},
@@ -533,7 +529,7 @@ def test_a_backbone_with_other_tokens_by_depth_is_refused(make_model, monkeypatc
         return states, [*masks[:2], masks[2].roll(1, 0) * 0]
 
     monkeypatch.setattr(model, "compute_hidden_states", pooled)
-    with pytest.raises(ValueError, match=r"hidden states of 15, 15, 0 tokens, by depth, of 15 tokens"):
+    with pytest.raises(ValueError, match=r"hidden states of 15, 15, 0 tokens, by layer, of 15 tokens"):
         HiddenStateCache(texts(11), model, make_tokenizer(), batch_tokens=28)
 
 

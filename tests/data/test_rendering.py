@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from capsule_heads.data import rendering
-from capsule_heads.data.rendering import ball, box, render_pair, rod
+from capsule_heads.paper import rendering
+from capsule_heads.paper.rendering import ball, box, render_pair, rod
 
 OVERHEAD = [((0, 0, 1), 0.5)]
 

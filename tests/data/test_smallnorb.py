@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capsule_heads.data import smallnorb
-from capsule_heads.data.smallnorb import load_smallnorb
-from capsule_heads.data.stereo import stereo_features
+from capsule_heads.paper import smallnorb
+from capsule_heads.paper.smallnorb import load_smallnorb
+from capsule_heads.paper.stereo import stereo_features
 
 STEMS = {
     "train": "smallnorb-5x46789x9x18x6x2x96x96-training",

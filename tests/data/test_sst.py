@@ -140,9 +140,9 @@ def test_line_ends_blanks_and_unusual_separators(tmp_path):
 
 
 def test_deep_trees_need_no_recursion(tmp_path):
-    depth = 5_000
-    tree = "(2 (2 x) " * depth + "(3 end)" + ")" * depth
-    assert len(load_sst(write(tmp_path, train=tree))["train"]) == depth + 2
+    layer = 5_000
+    tree = "(2 (2 x) " * layer + "(3 end)" + ")" * layer
+    assert len(load_sst(write(tmp_path, train=tree))["train"]) == layer + 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from capsule_heads.data.stereo import PADDING, crop_randomly, prepare_stereo, stereo_features
+from capsule_heads.paper.stereo import PADDING, crop_randomly, prepare_stereo, stereo_features
 
 
 def make_pairs(n_pairs=6, size=40):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from capsule_heads.data import toy_norb
-from capsule_heads.data.stereo import CATEGORIES, stereo_features
-from capsule_heads.data.toy_norb import build_toy, load_toy_norb, render_sequence, render_view
+from capsule_heads.paper import toy_norb
+from capsule_heads.paper.stereo import CATEGORIES, stereo_features
+from capsule_heads.paper.toy_norb import build_toy, load_toy_norb, render_sequence, render_view
 
 FACTORS = ["elevation", "azimuth", "lighting"]
 

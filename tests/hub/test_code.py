@@ -5,11 +5,12 @@ import hashlib
 import json
 
 import pytest
+from configurations import make_config
 from hub_programs import COMMON, WITHOUT_PACKAGE
 from hub_server import File, Repository
 from transformers import BertConfig
 
-from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification
+from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.hub import write_code
 from capsule_heads.hub.code import ROOT, flat_modules
 
@@ -71,7 +72,7 @@ def test_writing_it_to_a_directory(tmp_path):
     with pytest.raises(OSError, match=f"{tmp_path} holds no config.json; expected a directory that save_pretrained"):
         write_code(tmp_path)
     config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    model = CapsuleHeadForSequenceClassification(CapsuleHeadConfig(config, d_inp=4, n_parts=2))
+    model = CapsuleHeadForSequenceClassification(make_config(config, d_inp=4, n_parts=2))
     model.save_pretrained(tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text("[1]")

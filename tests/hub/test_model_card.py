@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from configurations import make_config
 from huggingface_hub import ModelCard
 from transformers import BertConfig, ViTConfig
 
 from capsule_heads import (
-    CapsuleHeadConfig,
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
     CapsuleTrainer,
@@ -25,7 +25,7 @@ def make_checkpoint(tmp_path):
     """make_checkpoint(**fields): the directory of a tiny checkpoint."""
 
     def make(base_config=None, cls=CapsuleHeadForSequenceClassification, **fields):
-        config = CapsuleHeadConfig(base_config or BertConfig(vocab_size=8, **SIZES), d_inp=4, n_parts=2, **fields)
+        config = make_config(base_config or BertConfig(vocab_size=8, **SIZES), d_inp=4, n_parts=2, **fields)
         cls(config).save_pretrained(tmp_path / "checkpoint")
         return tmp_path / "checkpoint"
 
@@ -54,7 +54,7 @@ def test_of_a_checkpoint_alone(make_checkpoint):
         ({"num_labels": 1}, "Its output is a number, in the unit of the labels"),
         ({"freeze_backbone": False}, ", trained with it."),
         ({"head_type": "linear"}, "A linear control head, without capsules, on the hidden states of"),
-        ({"depths": [0]}, "| `depths` | [0] |"),
+        ({"layers": [0]}, "| `layers` | [0] |"),
         ({"base_model_name_or_path": "package:a/b"}, "the bert model in `b` of the Python package `a`"),
         ({"base_model_name_or_path": "/home/me/bert"}, "a bert model from a local directory"),
         (
@@ -139,7 +139,7 @@ def test_of_a_configuration_that_is_none(make_checkpoint, changes, message):
 
 
 def test_the_trainers_card_has_the_metrics_of_the_weights_it_is_of(tmp_path):
-    model = CapsuleHeadForSequenceClassification(CapsuleHeadConfig(BertConfig(vocab_size=8, **SIZES), d_inp=4))
+    model = CapsuleHeadForSequenceClassification(make_config(BertConfig(vocab_size=8, **SIZES), d_inp=4))
     trainer = CapsuleTrainer(model, CapsuleTrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True))
     with pytest.raises(OSError, match=r"holds no config\.json"):
         trainer.create_model_card()

@@ -4,11 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForAudioClassification
 
-from capsule_heads import (
-    CapsuleHeadForAudioClassification,
-    CapsuleHeadForSequenceClassification,
-    CapsuleHeadModel,
-)
+from capsule_heads import CapsuleHeadForAudioClassification, CapsuleHeadForSequenceClassification, CapsuleHeadModel
 from capsule_heads.models import modeling_capsule_head
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -70,7 +66,7 @@ def sound(kind, n=2):
 # What every backbone has to do
 
 
-def test_hidden_states_of_every_depth_reach_the_head(audio_type, make_audio_model):
+def test_hidden_states_of_every_layer_reach_the_head(audio_type, make_audio_model):
     model, inputs = make_audio_model(audio_type), sound(audio_type)
     outputs = model(**inputs, output_hidden_states=True)
     n_frames = {"whisper": 20, "wav2vec2-bert": 30}.get(audio_type, 48)

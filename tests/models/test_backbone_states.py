@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from capsule_heads.models.backbone_states import Layout, arrange, frame_counts, hidden_states_of, unpack
+from capsule_heads.backbones.states import Layout, arrange, frame_counts, hidden_states_of, unpack
 
 BACKBONE = SimpleNamespace(config=SimpleNamespace(model_type="some_model"))
 
@@ -165,6 +165,6 @@ def test_frames_are_counted_by_the_models_own_method():
     assert frame_counts(nn.Identity(), torch.tensor([14])) is None
 
 
-def test_a_depth_at_another_rate_is_pooled():
+def test_a_layer_at_another_rate_is_pooled():
     mask = (torch.arange(14) < torch.tensor([[7], [14]])).long()
     assert arrange_one(numbers(2, 2, 3), Speech(), mask=mask)[1].tolist() == [[1, 0], [1, 1]]

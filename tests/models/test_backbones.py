@@ -13,10 +13,11 @@ from transformers import (
 )
 
 from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification
+from capsule_heads.backbones import Backbone
+from capsule_heads.backbones.loading import resolve_backbone
+from capsule_heads.backbones.probe import probe_hidden_sizes
+from capsule_heads.backbones.running import run_backbone
 from capsule_heads.heads import TokenDepthHead
-from capsule_heads.models.backbone_probe import probe_hidden_sizes
-from capsule_heads.models.backbones import build_backbone, run_backbone
-from capsule_heads.models.loading import load_pretrained_backbone, resolve_backbone
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 ROBERTA_LIKE = ("mpnet", "roberta")  # with positions counted from the index of padding
@@ -135,8 +136,8 @@ def test_embeddings_in_the_place_of_ids(kind, make_model, pad):
 
 def test_the_pooler_is_dropped(backbone_config, backbone_dir):
     assert BertModel(backbone_config("bert")).pooler is not None
-    assert build_backbone(backbone_config("bert")).pooler is None
-    assert load_pretrained_backbone(backbone_dir("bert"), None)[0].pooler is None
+    assert Backbone(backbone_config("bert")).build().pooler is None
+    assert Backbone.find(backbone_dir("bert"), ("input_ids",))[1].pooler is None
 
 
 def test_state_space_layers_are_run_without_a_cache(backbone_config):
@@ -147,7 +148,7 @@ def test_state_space_layers_are_run_without_a_cache(backbone_config):
     jamba = AutoConfig.for_model(
         "jamba", **base, **sizes, num_experts=2, attn_layer_period=8, attn_layer_offset=4, use_mamba_kernels=False
     )
-    assert probe_hidden_sizes(build_backbone(jamba)) == [16] * 3
+    assert probe_hidden_sizes(Backbone(jamba).build()) == [16] * 3
 
 
 # Refusals
@@ -162,13 +163,13 @@ def test_models_of_other_modalities_are_refused(tmp_path):
 def test_a_model_that_does_not_run_on_its_main_input_alone_is_refused():
     towers = {"text_config": {**SIZES, "vocab_size": 64}, "vision_config": {**SIZES, "image_size": 8, "patch_size": 4}}
     with pytest.raises(ValueError, match="clip does not run on input_ids alone; expected a backbone for text, images"):
-        probe_hidden_sizes(build_backbone(CLIPConfig(**towers, projection_dim=8)))
+        probe_hidden_sizes(Backbone(CLIPConfig(**towers, projection_dim=8)).build())
 
 
 def test_a_model_of_no_known_modality_is_refused():
     config = PatchTSTConfig(d_model=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, context_length=8)
     with pytest.raises(ValueError, match="patchtst takes past_values; expected a backbone for text, images or audio"):
-        probe_hidden_sizes(build_backbone(config))
+        probe_hidden_sizes(Backbone(config).build())
 
 
 def test_another_number_of_hidden_states_is_reported(backbone_dir, backbone_config, ids):

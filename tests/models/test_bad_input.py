@@ -8,12 +8,8 @@ import shutil
 import pytest
 import torch
 
-from capsule_heads import (
-    CapsuleHeadConfig,
-    CapsuleHeadForImageClassification,
-    CapsuleHeadForSequenceClassification,
-    StereoConvConfig,
-)
+from capsule_heads import CapsuleHeadConfig, CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
+from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 
 load = CapsuleHeadForSequenceClassification.from_pretrained
 create = CapsuleHeadForSequenceClassification.from_backbone
@@ -260,7 +256,7 @@ def test_a_config_file_that_is_missing(checkpoint):
     [
         ("n_parts", "6", "n_parts is '6'; expected"),
         ("eps", [1], r"eps is \[1\]; expected"),
-        ("depths", [7], r"depths is \[7\]; the backbone has 3 hidden states"),
+        ("layers", [7], r"layers is \[7\]; the backbone has 3 hidden states"),
         ("head_only", "yes", "head_only is 'yes'; expected"),
         ("base_config", None, "base_config is None; expected"),
         ("base_config", {}, "base_config is {}; expected"),
@@ -339,7 +335,7 @@ def test_remote_code_of_a_checkpoints_backbone_needs_consent(remote, checkpoint,
     [
         ({"n_parts": 32}, r"has head\.routings\.0\.B of shape \(1, 6, 1, 2\).* makes it \(1, 32, 1, 2\), and 7 more"),
         ({"id2label": {"0": "a"}, "label2id": {"a": 0}}, r"has head\.routings\.1\.B of shape \(6, 3, 1, 2\)"),
-        ({"head_type": "linear", "depths": [2]}, r"lacks 2 weights of the head, among them head\.affine\.bias; "),
+        ({"head_type": "linear", "layers": [2]}, r"lacks 2 weights of the head, among them head\.affine\.bias; "),
     ],
 )
 def test_weights_that_are_not_of_the_configuration(checkpoint, fields, message):

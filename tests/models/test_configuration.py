@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from configurations import make_config
 from transformers import AutoConfig, BertConfig
 
 from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification
@@ -18,12 +19,12 @@ def base(backbone_config):
 
 
 def test_round_trip_through_a_directory(base, tmp_path):
-    config = CapsuleHeadConfig(
+    config = make_config(
         base,
         base_model_name_or_path="org/name",
         base_model_revision="a" * 40,
         freeze_backbone=False,
-        depths=[-1, 0],
+        layers=[-1, 0],
         d_inp=5,
         n_parts=7,
         d_cap=3,
@@ -47,25 +48,25 @@ def test_round_trip_through_a_directory(base, tmp_path):
         for name in ("eps", "strategy", "mixup_alpha", "class_weights", "num_labels", "output_hidden_states"):
             assert getattr(loaded, name) == getattr(config, name), name
         assert (loaded.base_model_name_or_path, loaded.base_model_revision) == ("org/name", "a" * 40)
-        assert (loaded.depths, loaded.hidden_sizes) == ([0, 2], [16] * 3)
+        assert (loaded.layers, loaded.hidden_sizes) == ([0, 2], [16] * 3)
 
 
 def test_round_trip_of_a_regression(base, tmp_path):
-    CapsuleHeadConfig(base, num_labels=1, label_mean=2.5, label_std=1.5).save_pretrained(tmp_path)
+    make_config(base, num_labels=1, label_mean=2.5, label_std=1.5).save_pretrained(tmp_path)
     loaded = CapsuleHeadConfig.from_pretrained(tmp_path)
     assert (loaded.label_mean, loaded.label_std, loaded.num_labels) == (2.5, 1.5, 1)
     assert loaded.problem_type == "regression"
 
 
 def test_base_config_as_object_is_kept_and_as_dict_is_built(base):
-    assert CapsuleHeadConfig(base).base_config is base  # transformers sets things on it later
-    config = CapsuleHeadConfig(base.to_dict())
+    assert make_config(base).base_config is base  # transformers sets things on it later
+    config = make_config(base.to_dict())
     assert type(config.base_config) is BertConfig
     assert config.base_config.hidden_size == base.hidden_size
 
 
 def test_round_trip_through_dict_and_json(base):
-    config = CapsuleHeadConfig(base, d_inp=9)
+    config = make_config(base, d_inp=9)
     as_dict = config.to_dict()
     assert as_dict["base_config"]["model_type"] == "bert"
     assert CapsuleHeadConfig.from_dict(as_dict).to_dict() == as_dict
@@ -74,18 +75,18 @@ def test_round_trip_through_dict_and_json(base):
 
 
 def test_from_dict_leaves_the_dict_alone(base):
-    as_dict = CapsuleHeadConfig(base).to_dict()
+    as_dict = make_config(base).to_dict()
     copy = json.loads(json.dumps(as_dict))
     CapsuleHeadConfig.from_dict(as_dict, d_inp=3, num_labels=5)
     assert json.loads(json.dumps(as_dict)) == copy
 
 
 def test_fields_given_to_from_pretrained_are_checked_and_resolved(base, tmp_path):
-    CapsuleHeadConfig(base, num_labels=3).save_pretrained(tmp_path)
+    make_config(base, num_labels=3).save_pretrained(tmp_path)
     loaded, unused = CapsuleHeadConfig.from_pretrained(
-        tmp_path, depths=[-1], freeze_backbone=False, num_labels=5, cache_dir=None, other=1, return_unused_kwargs=True
+        tmp_path, layers=[-1], freeze_backbone=False, num_labels=5, cache_dir=None, other=1, return_unused_kwargs=True
     )
-    assert (loaded.depths, loaded.freeze_backbone, loaded.num_labels, len(loaded.id2label)) == ([2], False, 5, 5)
+    assert (loaded.layers, loaded.freeze_backbone, loaded.num_labels, len(loaded.id2label)) == ([2], False, 5, 5)
     assert unused == {"other": 1}
     with pytest.raises(ValueError, match="n_parts is 0"):
         CapsuleHeadConfig.from_pretrained(tmp_path, n_parts=0)
@@ -95,61 +96,61 @@ def test_fields_given_to_from_pretrained_are_checked_and_resolved(base, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("depths", "resolved"),
+    ("layers", "resolved"),
     [(None, [0, 1, 2]), ([2, 0], [0, 2]), ([-1], [2]), ([-3, 1], [0, 1]), ((1,), [1])],
 )
-def test_depths_are_resolved(base, depths, resolved):
-    assert CapsuleHeadConfig(base, depths=depths).depths == resolved
+def test_layers_are_resolved(base, layers, resolved):
+    assert make_config(base, layers=layers).layers == resolved
 
 
 @pytest.mark.parametrize(
-    ("depths", "message"),
+    ("layers", "message"),
     [
-        ([], "depths is []; expected a list of whole numbers"),
-        (1, "depths is 1; expected a list of whole numbers"),
-        ("all", "depths is 'all'; expected a list of whole numbers"),
-        ([0.0], "depths is [0.0]; expected a list of whole numbers"),
-        ([True], "depths is [True]; expected a list of whole numbers"),
-        ([0, 3], "depths is [0, 3]; the backbone has 3 hidden states, so expected numbers from -3 to 2"),
-        ([-4], "depths is [-4]; the backbone has 3 hidden states"),
-        ([2, 2], "depths is [2, 2], which names a hidden state more than once"),
-        ([2, -1], "depths is [2, -1], which names a hidden state more than once"),
+        ([], "layers is []; expected a list of whole numbers"),
+        (1, "layers is 1; expected a list of whole numbers"),
+        ("all", "layers is 'all'; expected a list of whole numbers"),
+        ([0.0], "layers is [0.0]; expected a list of whole numbers"),
+        ([True], "layers is [True]; expected a list of whole numbers"),
+        ([0, 3], "layers is [0, 3]; the backbone has 3 hidden states, so expected numbers from -3 to 2"),
+        ([-4], "layers is [-4]; the backbone has 3 hidden states"),
+        ([2, 2], "layers is [2, 2], which names a hidden state more than once"),
+        ([2, -1], "layers is [2, -1], which names a hidden state more than once"),
     ],
 )
-def test_wrong_depths_are_refused(base, depths, message):
+def test_wrong_layers_are_refused(base, layers, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        CapsuleHeadConfig(base, depths=depths)
+        make_config(base, layers=layers)
 
 
 @pytest.mark.parametrize(
     ("kind", "sizes", "expected"),
     [
         ("gpt2", {"vocab_size": 8, "n_embd": 16, "n_layer": 5, "n_head": 2}, [16] * 6),
-        ("resnet", {"embedding_size": 4, "hidden_sizes": [8, 12], "depths": [1, 1]}, [4, 8, 12]),
-        ("convnext", {"hidden_sizes": [4, 8, 8, 12], "depths": [1, 1, 1, 1]}, [4, 4, 8, 8, 12]),
+        ("resnet", {"embedding_size": 4, "hidden_sizes": [8, 12], "layers": [1, 1]}, [4, 8, 12]),
+        ("convnext", {"hidden_sizes": [4, 8, 8, 12], "layers": [1, 1, 1, 1]}, [4, 4, 8, 8, 12]),
         (
             "swin",
-            {"embed_dim": 4, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2, "image_size": 32},
+            {"embed_dim": 4, "layers": [1, 1], "num_heads": [1, 1], "window_size": 2, "image_size": 32},
             [4, 8, 8],
         ),
     ],
     ids=["gpt2", "resnet", "convnext", "swin"],
 )
 def test_hidden_states_are_found_by_running_a_backbone_without_weights(kind, sizes, expected):
-    config = CapsuleHeadConfig(AutoConfig.for_model(kind, **sizes))
+    config = make_config(AutoConfig.for_model(kind, **sizes))
     assert config.hidden_sizes == expected
-    assert config.depths == list(range(len(expected)))
-    assert CapsuleHeadConfig(config.base_config, hidden_sizes=[7] * 9).depths == list(range(9))
+    assert config.layers == list(range(len(expected)))
+    assert make_config(config.base_config, hidden_sizes=[7] * 9).layers == list(range(9))
 
 
 def test_heads_on_one_hidden_state_take_the_last(base):
     for head_type in ("linear", "spatial_pose"):
-        assert CapsuleHeadConfig(base, head_type=head_type).depths == [2]
-        assert CapsuleHeadConfig(base, head_type=head_type, depths=[-2]).depths == [1]
+        assert make_config(base, head_type=head_type).layers == [2]
+        assert make_config(base, head_type=head_type, layers=[-2]).layers == [1]
 
 
 def test_capsules_have_the_sizes_of_the_paper(base):
-    sizes = {kind: CapsuleHeadConfig(base, head_type=kind) for kind in ("token_depth", "spatial_pose")}
+    sizes = {kind: make_config(base, head_type=kind) for kind in ("token_depth", "spatial_pose")}
     assert {kind: (c.d_cov, c.d_cap) for kind, c in sizes.items()} == {"token_depth": (1, 2), "spatial_pose": (4, 4)}
 
 
@@ -166,7 +167,7 @@ def test_capsules_have_the_sizes_of_the_paper(base):
         ({"d_cov": 2}, 'd_cov is 2; the capsules of head_type="token_depth" have one row'),
         ({"hidden_sizes": [16, 0, 16]}, "hidden_sizes[1] is 0; expected a positive whole number"),
         ({"head_type": "mlp"}, "head_type is 'mlp'; expected one of token_depth, spatial_pose, linear"),
-        ({"head_type": "linear", "depths": [0, 1]}, 'depths is [0, 1]; head_type="linear" takes one hidden state'),
+        ({"head_type": "linear", "layers": [0, 1]}, 'layers is [0, 1]; head_type="linear" takes one hidden state'),
         ({"n_iters": 0}, "n_iters is 0; expected"),
         ({"p_model": "normal"}, "p_model is 'normal'; expected"),
         ({"eps": 0}, "eps is 0; expected"),
@@ -213,13 +214,13 @@ def test_capsules_have_the_sizes_of_the_paper(base):
 )
 def test_wrong_values_are_refused(base, fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        CapsuleHeadConfig(base, **fields)
+        make_config(base, **fields)
 
 
 @pytest.mark.parametrize("base_config", [None, "bert", {"hidden_size": 4}])
 def test_a_missing_base_config_is_refused(base_config):
     with pytest.raises(ValueError, match=r"base_config is .*; expected the backbone's configuration"):
-        CapsuleHeadConfig(base_config)
+        make_config(base_config)
 
 
 def test_the_configuration_of_another_model_is_refused(backbone_dir):
@@ -237,8 +238,8 @@ def test_from_backbone_refuses_what_is_no_field(backbone_dir, name):
 
 def test_misspelt_keys_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match="has no n_part; expected n_parts, perhaps"):
-        CapsuleHeadConfig(base, n_part=4)
-    CapsuleHeadConfig(base, use_cache=False).save_pretrained(tmp_path)  # Trainer adds it
+        make_config(base, n_part=4)
+    make_config(base, use_cache=False).save_pretrained(tmp_path)  # Trainer adds it
     CapsuleHeadConfig.from_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"mixup": 0.0, "strategie": "auto"}))
@@ -250,7 +251,7 @@ def test_misspelt_keys_are_refused(base, tmp_path):
 def test_unknown_dtypes_are_refused(base, backbone_dir, tmp_path, name):
     message = r"dtype is 'float99'; expected a torch.dtype or the name of one, such as \"bfloat16\""
     with pytest.raises(ValueError, match=message):
-        CapsuleHeadConfig(base, **{name: "float99"})
+        make_config(base, **{name: "float99"})
     with pytest.raises(ValueError, match=message):
         CapsuleHeadForSequenceClassification.from_backbone(backbone_dir("bert"), **{name: "float99"})
     CapsuleHeadForSequenceClassification.from_backbone(backbone_dir("bert")).save_pretrained(tmp_path)
@@ -262,18 +263,18 @@ def test_unknown_dtypes_are_refused(base, backbone_dir, tmp_path, name):
 
 
 def test_labels_follow_transformers_rules(base):
-    config = CapsuleHeadConfig(base)
+    config = make_config(base)
     assert (config.num_labels, config.problem_type) == (2, None)
-    config = CapsuleHeadConfig(base, id2label={0: "neg", 1: "neutral", 2: "pos"}, label2id={"neg": 0})
+    config = make_config(base, id2label={0: "neg", 1: "neutral", 2: "pos"}, label2id={"neg": 0})
     assert (config.num_labels, config.id2label[2], config.problem_type) == (3, "pos", None)
-    assert CapsuleHeadConfig(base, num_labels=4).id2label == {n: f"LABEL_{n}" for n in range(4)}
+    assert make_config(base, num_labels=4).id2label == {n: f"LABEL_{n}" for n in range(4)}
 
 
 def test_one_label_means_regression_unless_it_is_said_otherwise(base):
-    assert CapsuleHeadConfig(base, num_labels=1).problem_type == "regression"
-    config = CapsuleHeadConfig(base, num_labels=1, problem_type="multi_label_classification")
+    assert make_config(base, num_labels=1).problem_type == "regression"
+    config = make_config(base, num_labels=1, problem_type="multi_label_classification")
     assert config.problem_type == "multi_label_classification"
-    assert CapsuleHeadConfig(base, num_labels=3, problem_type="regression").problem_type == "regression"
+    assert make_config(base, num_labels=3, problem_type="regression").problem_type == "regression"
 
 
 # The backbone's own configuration
@@ -281,26 +282,26 @@ def test_one_label_means_regression_unless_it_is_said_otherwise(base):
 
 def test_wrapping_keeps_the_implementation_of_attention(backbone_config, tmp_path):
     base = backbone_config("bert", attn_implementation="eager")
-    config = CapsuleHeadConfig(base)
+    config = make_config(base)
     assert (config._attn_implementation, config.base_config._attn_implementation) == ("eager", "eager")
-    config = CapsuleHeadConfig(backbone_config("bert", attn_implementation="eager"), attn_implementation="sdpa")
+    config = make_config(backbone_config("bert", attn_implementation="eager"), attn_implementation="sdpa")
     assert config.base_config._attn_implementation == "sdpa"
 
 
 def test_wrapping_keeps_the_implementation_of_experts(backbone_config, tmp_path):
     base = backbone_config("mixtral", experts_implementation="eager")
-    config = CapsuleHeadConfig(base)
+    config = make_config(base)
     assert config.base_config._experts_implementation == "eager"
     config.save_pretrained(tmp_path)
     CapsuleHeadConfig.from_pretrained(tmp_path)
 
 
 def test_a_loaded_configuration_takes_the_implementation_of_attention(base, tmp_path):
-    CapsuleHeadConfig(base).save_pretrained(tmp_path)
+    make_config(base).save_pretrained(tmp_path)
     loaded = CapsuleHeadConfig.from_pretrained(tmp_path, attn_implementation="eager")
     assert loaded.base_config._attn_implementation == "eager"
 
 
 def test_vocabulary_and_width_are_the_backbones(backbone_config):
-    config = CapsuleHeadConfig(backbone_config("distilbert", vocab_size=77, dim=24))
+    config = make_config(backbone_config("distilbert", vocab_size=77, dim=24))
     assert (config.get_text_config().vocab_size, config.get_text_config().hidden_size) == (77, 24)

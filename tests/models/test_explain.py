@@ -5,16 +5,12 @@ import torch
 from PIL import Image
 from transformers import FunnelConfig, ResNetConfig, SwinConfig, ViTConfig, ViTImageProcessor
 
-from capsule_heads import (
-    CapsuleHeadForImageClassification,
-    CapsuleHeadForSequenceClassification,
-    Routing,
-    StereoConvConfig,
-    StereoImageProcessor,
-)
-from capsule_heads.control_heads import LinearHead
-from capsule_heads.explain import compute_credits
-from capsule_heads.heads import SpatialPoseHead, TokenDepthHead
+from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification, Routing
+from capsule_heads.explain import explain
+from capsule_heads.explain.attributions import compute_credits
+from capsule_heads.heads import LinearHead, SpatialPoseHead, TokenDepthHead
+from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
+from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
 N_OUT = 3
 
@@ -30,12 +26,15 @@ def some_states(*sizes):
 
 
 HEADS = {
-    "token depth": (lambda: TokenDepthHead(d_emb=[5, 5], n_out=N_OUT, d_inp=4, n_parts=6), [(7, 5), (7, 5)]),
-    "hierarchical": (lambda: TokenDepthHead(d_emb=[5, 3], n_out=N_OUT, d_inp=4, n_parts=6), [(8, 5), (2, 3)]),
-    "spatial pose": (lambda: SpatialPoseHead(d_emb=[5], n_out=N_OUT, n_parts=4, d_cov=2, d_cap=3), [(6, 5)]),
-    "skm": (lambda: TokenDepthHead(d_emb=[5], n_out=N_OUT, d_inp=4, n_parts=6, p_model="skm"), [(7, 5)]),
-    "single beta": (lambda: TokenDepthHead(d_emb=[5], n_out=N_OUT, d_inp=4, n_parts=6, single_beta=True), [(7, 5)]),
-    "one iteration": (lambda: TokenDepthHead(d_emb=[5], n_out=N_OUT, d_inp=4, n_parts=6, n_iters=1), [(7, 5)]),
+    "token layer": (lambda: TokenDepthHead(hidden_sizes=[5, 5], n_out=N_OUT, d_inp=4, n_parts=6), [(7, 5), (7, 5)]),
+    "hierarchical": (lambda: TokenDepthHead(hidden_sizes=[5, 3], n_out=N_OUT, d_inp=4, n_parts=6), [(8, 5), (2, 3)]),
+    "spatial pose": (lambda: SpatialPoseHead(hidden_sizes=[5], n_out=N_OUT, n_parts=4, d_cov=2, d_cap=3), [(6, 5)]),
+    "skm": (lambda: TokenDepthHead(hidden_sizes=[5], n_out=N_OUT, d_inp=4, n_parts=6, p_model="skm"), [(7, 5)]),
+    "single beta": (
+        lambda: TokenDepthHead(hidden_sizes=[5], n_out=N_OUT, d_inp=4, n_parts=6, single_beta=True),
+        [(7, 5)],
+    ),
+    "one iteration": (lambda: TokenDepthHead(hidden_sizes=[5], n_out=N_OUT, d_inp=4, n_parts=6, n_iters=1), [(7, 5)]),
 }
 
 
@@ -70,14 +69,14 @@ def test_credits_are_those_of_the_literal_chain(shake, name):
     )
     literal = (by_score + by_pose).detach()
     n_tokens = [x.shape[1] for x in states]
-    for depth, credits in enumerate(found.inputs):
-        for token in range(n_tokens[depth]):
+    for layer, credits in enumerate(found.inputs):
+        for token in range(n_tokens[layer]):
             if name == "spatial pose":  # part * places + place
                 inputs = [part * n_tokens[0] + token for part in range(4)]
             elif name == "hierarchical":
-                inputs = [sum(n_tokens[:depth]) + token]
+                inputs = [sum(n_tokens[:layer]) + token]
             else:
-                inputs = [token * len(states) + depth]
+                inputs = [token * len(states) + layer]
             torch.testing.assert_close(credits[:, token], literal[:, inputs].sum(1), rtol=1e-9, atol=1e-9)
     assert (found.inputs[-1][1, -1] == 0).all()  # masked
 
@@ -98,9 +97,9 @@ def test_credits_of_a_routing_add_up_to_its_scores():
 def test_a_head_without_capsules_is_refused():
     (states,) = some_states((4, 5))
     with pytest.raises(ValueError, match=r'A LinearHead has no credits.*such as head_type="token_depth"'):
-        compute_credits(LinearHead(d_emb=[5], n_out=2), [states], [torch.ones(2, 4)])
+        compute_credits(LinearHead(hidden_sizes=[5], n_out=2), [states], [torch.ones(2, 4)])
     with pytest.raises(ValueError, match="A TokenDepthHead has no credits"):
-        compute_credits(TokenDepthHead(d_emb=[5], n_out=None), [states], [torch.ones(2, 4)])
+        compute_credits(TokenDepthHead(hidden_sizes=[5], n_out=None), [states], [torch.ones(2, 4)])
 
 
 # Texts
@@ -109,7 +108,7 @@ def test_a_head_without_capsules_is_refused():
 def test_texts(make_model, tokenizer):
     model = make_model().train()
     texts = ["the film is good", ("the plot", "was not bad"), "dull"]
-    explanations = model.explain(texts, tokenizer, batch_size=2)
+    explanations = explain(model, texts, tokenizer, batch_size=2)
     assert model.training
     model.eval()
     for text, explanation in zip(texts, explanations):
@@ -119,27 +118,27 @@ def test_texts(make_model, tokenizer):
         torch.testing.assert_close(explanation.parts.sum(0), logits)
         torch.testing.assert_close(explanation.probabilities, logits.softmax(0))
         assert explanation.predicted == int(logits.argmax())
-        assert explanation.by_token_and_depth().shape == (len(explanation.tokens), 3, 3)
+        assert explanation.by_token_and_layer().shape == (len(explanation.tokens), 3, 3)
         words = explanation.by_word()
         assert [word.text for word in words] == " ".join(pair).split()
         is_word = ~torch.tensor(explanation.is_special)
         torch.testing.assert_close(
             sum(word.credit for word in words), explanation.by_token()[is_word].sum(0), rtol=1e-4, atol=1e-6
         )
-        torch.testing.assert_close(explanation.by_depth().sum(0), explanation.by_token().sum(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(explanation.by_layer().sum(0), explanation.by_token().sum(0), rtol=1e-4, atol=1e-6)
     assert explanations[1].text == "the plot\twas not bad"
     assert explanations[0].tokens == ("[CLS]", "the", "film", "is", "good", "[SEP]")
-    (alone,) = model.explain("dull", tokenizer)
+    (alone,) = explain(model, "dull", tokenizer)
     torch.testing.assert_close(alone.by_token(), explanations[2].by_token(), rtol=1e-4, atol=1e-6)  # padding has none
 
 
 def test_the_tokenizer_is_found_where_the_model_is(make_model, tokenizer, tmp_path):
     model = make_model()
     with pytest.raises(OSError, match=r"There is no processor in .*; pass it: explain\(\.\.\., processor=\.\.\.\)"):
-        model.explain("dull")
+        explain(model, "dull")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (explanation,) = CapsuleHeadForSequenceClassification.from_pretrained(tmp_path).explain("dull")
+    (explanation,) = explain(CapsuleHeadForSequenceClassification.from_pretrained(tmp_path), "dull")
     assert explanation.text == "dull"
 
 
@@ -147,9 +146,9 @@ def test_prepared_inputs(make_model, tokenizer):
     model = make_model()
     batch = tokenizer(["the film is good", "dull"], padding=True, return_tensors="pt")
     states, _ = model.compute_hidden_states(**batch)
-    found = model.explain(batch)
-    of_states = model.explain({"hidden_states": states, "attention_mask": batch["attention_mask"]})
-    expected = model.explain(["the film is good", "dull"], tokenizer)
+    found = explain(model, batch)
+    of_states = explain(model, {"hidden_states": states, "attention_mask": batch["attention_mask"]})
+    expected = explain(model, ["the film is good", "dull"], tokenizer)
     for a, b, c in zip(found, of_states, expected):
         torch.testing.assert_close(a.by_token(), c.by_token())
         torch.testing.assert_close(b.by_token(), c.by_token())
@@ -170,7 +169,7 @@ def test_a_backbone_that_merges_tokens(tokenizer):
         n_parts=6,
         freeze_backbone=False,
     )
-    (explanation,) = model.explain("the film is not good at all", tokenizer)
+    (explanation,) = explain(model, "the film is not good at all", tokenizer)
     assert explanation.tokens is None and explanation.text == "the film is not good at all"
     assert len({len(x) for x in explanation.credits}) > 1
     with pytest.raises(ValueError, match="Words are not known"):
@@ -180,23 +179,23 @@ def test_a_backbone_that_merges_tokens(tokenizer):
 def test_long_texts_in_windows(make_model, tokenizer):
     model = make_model(window_length=8, window_overlap=2, window_special_tokens=(1, 1))
     text = " ".join(["the", "film", "is", "not", "dull"] * 4)
-    (explanation,) = model.explain(text, tokenizer)
+    (explanation,) = explain(model, text, tokenizer)
     assert len(explanation.by_word()) == 20
     torch.testing.assert_close(explanation.parts.sum(0), explanation.logits)
 
 
 def test_what_cannot_be_explained(make_model, tokenizer):
     with pytest.raises(ValueError, match="this model is a regression; its values have none"):
-        make_model(num_labels=1, problem_type="regression").explain("dull", tokenizer)
+        explain(make_model(num_labels=1, problem_type="regression"), "dull", tokenizer)
     with pytest.raises(TypeError, match="An input is 3; expected a text, or a tuple of two"):
-        make_model().explain(["dull", 3], tokenizer)
+        explain(make_model(), ["dull", 3], tokenizer)
     with pytest.raises(ValueError, match="A LinearHead has no credits"):
-        make_model(head_type="linear", depths=[2]).explain("dull", tokenizer)
+        explain(make_model(head_type="linear", layers=[2]), "dull", tokenizer)
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
 def test_credits_against_the_other_classes(make_model, tokenizer, problem_type):
-    (explanation,) = make_model(problem_type=problem_type).explain("dull", tokenizer)
+    (explanation,) = explain(make_model(problem_type=problem_type), "dull", tokenizer)
     logits = explanation.logits.double().requires_grad_()
     probabilities = logits.sigmoid() if "multi" in problem_type else logits.softmax(0)
     torch.testing.assert_close(explanation.probabilities, probabilities.float())
@@ -222,7 +221,7 @@ def test_patches_of_a_vit(shake):
     model = image_model(ViTConfig(image_size=24, patch_size=8, **SMALL), shake, freeze_backbone=False)
     image = Image.effect_noise((30, 30), 60).convert("RGB")
     processor = ViTImageProcessor(size={"height": 24, "width": 24})
-    (explanation,) = model.explain(image, processor)
+    (explanation,) = explain(model, image, processor)
     assert explanation.image is image and explanation.tokens is None
     grid = explanation.by_patch()
     assert grid.shape == (3, 3, N_OUT)
@@ -240,15 +239,16 @@ def test_patches_of_hierarchical_backbones(shake, kind):
         backbone = ResNetConfig(**sizes)
     model = image_model(backbone, shake, freeze_backbone=False)
     generator = torch.Generator().manual_seed(0)
-    (explanation,) = model.explain(
+    (explanation,) = explain(
+        model,
         [torch.rand(3, 32, 32, generator=generator)],
         ViTImageProcessor(size={"height": 32, "width": 32}, do_rescale=False),
     )
     grid = explanation.by_patch()
     assert grid.shape == (8, 8, N_OUT)
-    torch.testing.assert_close(grid.sum((0, 1)), explanation.by_depth().sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grid.sum((0, 1)), explanation.by_layer().sum(0), rtol=1e-4, atol=1e-6)
     with pytest.raises(
-        ValueError, match=r"Hidden states have 64, .* tokens, by depth.*use by_patch\(\) or by_depth\(\)"
+        ValueError, match=r"Hidden states have 64, .* tokens, by layer.*use by_patch\(\) or by_layer\(\)"
     ):
         explanation.by_token()
 
@@ -257,14 +257,14 @@ def test_places_of_a_feature_map(shake):
     model = image_model(
         StereoConvConfig(hidden_sizes=[4] * 6), shake, head_type="spatial_pose", freeze_backbone=False, d_cov=2, d_cap=2
     )
-    (explanation,) = model.explain(Image.effect_noise((192, 96), 60).convert("L"), StereoImageProcessor())
+    (explanation,) = explain(model, Image.effect_noise((192, 96), 60).convert("L"), StereoImageProcessor())
     rows, columns, _ = explanation.by_patch().shape
     assert rows == columns and rows * columns == len(explanation.by_token())
 
 
 def test_tokens_that_make_no_grid(make_model, shake):
     model = image_model(ViTConfig(image_size=24, patch_size=8, **SMALL), shake, freeze_backbone=False)
-    (explanation,) = model.explain(torch.rand(3, 24, 24), ViTImageProcessor(size={"height": 24, "width": 24}))
+    (explanation,) = explain(model, torch.rand(3, 24, 24), ViTImageProcessor(size={"height": 24, "width": 24}))
     odd = type(explanation)(**{**vars(explanation), "credits": tuple(x[:8] for x in explanation.credits)})
     with pytest.raises(ValueError, match=r"8 tokens make no grid of the shape of the image, 24x24 pixels"):
         odd.by_patch()

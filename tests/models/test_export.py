@@ -3,11 +3,11 @@
 import onnxruntime
 import pytest
 import torch
+from configurations import make_config
 from torch.export import Dim
 from transformers import AutoConfig
 
 from capsule_heads import (
-    CapsuleHeadConfig,
     CapsuleHeadForAudioClassification,
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
@@ -52,7 +52,7 @@ def make_kind(backbone_config, shake):
         cls, model_type, sizes, inputs, dimensions = KINDS[kind]
         base = AutoConfig.for_model(model_type, **sizes) if sizes else backbone_config(model_type)
         torch.manual_seed(0)
-        model = cls(CapsuleHeadConfig(base, d_inp=8, n_parts=6, num_labels=3, **fields))
+        model = cls(make_config(base, d_inp=8, n_parts=6, num_labels=3, **fields))
         shake(model.head)
         return model.eval(), inputs, dimensions
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from configurations import make_config
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -15,14 +16,13 @@ from transformers import (
 )
 
 from capsule_heads import (
-    CapsuleHeadConfig,
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
     CapsuleHeadModel,
-    StereoConvConfig,
 )
 from capsule_heads.heads import SpatialPoseHead
 from capsule_heads.models import modeling_capsule_head
+from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 FLAT = {**SIZES, "image_size": 16, "patch_size": 8}
@@ -95,7 +95,7 @@ def images():
 # What every backbone has to do
 
 
-def test_hidden_states_of_every_depth_reach_the_head(image_backbone_type, make_image_model, images):
+def test_hidden_states_of_every_layer_reach_the_head(image_backbone_type, make_image_model, images):
     model = make_image_model(image_backbone_type)
     outputs = model(images, output_hidden_states=True, output_capsules=True, output_routing=True)
     shapes = SHAPES[image_backbone_type]
@@ -108,7 +108,7 @@ def test_hidden_states_of_every_depth_reach_the_head(image_backbone_type, make_i
     assert torch.equal(model(hidden_states=outputs.hidden_states).logits, outputs.logits)
 
 
-def test_every_depth_and_place_matters(image_backbone_type, make_image_model, images):
+def test_every_layer_and_place_matters(image_backbone_type, make_image_model, images):
     model = make_image_model(image_backbone_type)
     states = [x.requires_grad_() for x in model(images, output_hidden_states=True).hidden_states]
     model(hidden_states=states).logits[:, 0].sum().backward()
@@ -169,10 +169,10 @@ def test_the_states_are_the_backbones_own(make_image_model, image_backbone_dir, 
                 assert torch.equal(states[:, place], feature_map[:, :, row, column])
 
 
-def test_some_depths(make_image_model, images):
-    model = make_image_model("resnet", depths=[-1, 0])
+def test_some_layers(make_image_model, images):
+    model = make_image_model("resnet", layers=[-1, 0])
     shapes = [tuple(x.shape[1:]) for x in model(images, output_hidden_states=True).hidden_states]
-    assert model.config.depths == [0, 2] and shapes == [(16, 4), (4, 12)]
+    assert model.config.layers == [0, 2] and shapes == [(16, 4), (4, 12)]
 
 
 def test_images_of_another_size(make_image_model):
@@ -207,7 +207,7 @@ def test_text_backbones_are_refused(backbone_dir, backbone_config):
     with pytest.raises(ValueError, match=message):
         CapsuleHeadForImageClassification.from_backbone(backbone_dir("bert"))
     with pytest.raises(ValueError, match=message):
-        CapsuleHeadForImageClassification(CapsuleHeadConfig(backbone_config("bert")))
+        CapsuleHeadForImageClassification(make_config(backbone_config("bert")))
 
 
 def test_a_checkpoint_of_an_image_model_is_no_text_model(make_image_model, tmp_path):
@@ -220,19 +220,19 @@ def test_wrong_inputs_are_refused(make_image_model, images):
     model = make_image_model("resnet")
     with pytest.raises(ValueError, match=r"Pass one of pixel_values \(or hidden_states"):
         model()
-    with pytest.raises(ValueError, match=r"\[\(2, 16, 4\), \(2, 4, 12\)\]; .* with 3 depths of width \[4, 8, 12\]"):
+    with pytest.raises(ValueError, match=r"\[\(2, 16, 4\), \(2, 4, 12\)\]; .* with 3 layers of width \[4, 8, 12\]"):
         model(hidden_states=[torch.zeros(2, 16, 4), torch.zeros(2, 4, 12)])
     with pytest.raises(ValueError, match=r"pixel_values has shape \(2, 3, 16, 15\); expected \[batch, 3, 16, 16\]"):
         make_image_model("stereo_conv")(images[..., :-1])
     with pytest.raises(ValueError, match="has no parts; load it as a classifier"):
-        CapsuleHeadModel(CapsuleHeadConfig(AutoConfig.for_model("vit", **FLAT), head_type="linear"))
+        CapsuleHeadModel(make_config(AutoConfig.for_model("vit", **FLAT), head_type="linear"))
 
 
 # The network of the paper
 
 
 def smallnorb(**kwargs):
-    config = CapsuleHeadConfig(StereoConvConfig(), head_type="spatial_pose", num_labels=5, **kwargs)
+    config = make_config(StereoConvConfig(), head_type="spatial_pose", num_labels=5, **kwargs)
     return CapsuleHeadForImageClassification(config)
 
 
@@ -310,7 +310,7 @@ def test_images_and_targets_are_mixed_in_training(make_image_model, images, monk
 
 def test_the_spatial_pose_head_agrees_with_the_straightforward_computation():
     torch.manual_seed(0)
-    head = SpatialPoseHead(d_emb=[5], n_out=3, n_parts=4, d_cov=2, d_cap=3).double().eval()
+    head = SpatialPoseHead(hidden_sizes=[5], n_out=3, n_parts=4, d_cov=2, d_cap=3).double().eval()
     with torch.no_grad():
         for tensor in (*head.parameters(), *head.buffers()):
             if tensor.is_floating_point():

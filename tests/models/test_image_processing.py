@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTConfig, ViTForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from capsule_heads.models.image_processing_stereo import StereoImageProcessor, side_by_side
+from capsule_heads.paper.image_processing_stereo import StereoImageProcessor, side_by_side
 
 
 @pytest.fixture(scope="module")

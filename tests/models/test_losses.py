@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from configurations import make_config
 
 from capsule_heads import CapsuleHeadConfig
 from capsule_heads.models import modeling_capsule_head
@@ -18,7 +19,7 @@ MULTI_LABEL = {"problem_type": "multi_label_classification"}
 @pytest.fixture
 def config(backbone_config):
     """A configuration: `config(**fields)`, of three labels unless it is said otherwise."""
-    return lambda **fields: CapsuleHeadConfig(backbone_config("bert"), **{"num_labels": 3, **fields})
+    return lambda **fields: make_config(backbone_config("bert"), **{"num_labels": 3, **fields})
 
 
 @pytest.fixture

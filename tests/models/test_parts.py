@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from configurations import make_config
 from tiny_backbones import tiny_config
 from transformers import AutoConfig, AutoModel, BartConfig, CLIPConfig, FunnelConfig, T5Config, T5EncoderModel
 
-from capsule_heads import (
-    CapsuleHeadConfig,
-    CapsuleHeadForImageClassification,
-    CapsuleHeadForSequenceClassification,
-)
-from capsule_heads.models.backbones import Part, build_backbone
+from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
+from capsule_heads.backbones import Backbone, Part
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
@@ -92,13 +89,13 @@ def test_the_encoder_alone_is_kept(save):
     assert model.backbone.state_dict().keys() == T5EncoderModel(whole.config).encoder.state_dict().keys()
     model.train()(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([1])).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert CapsuleHeadConfig(T5Config(**T5)).hidden_sizes == [16] * 3
-    assert CapsuleHeadConfig(T5Config(**T5), stack="decoder").hidden_sizes == [16] * 4
+    assert make_config(T5Config(**T5)).hidden_sizes == [16] * 3
+    assert make_config(T5Config(**T5), stack="decoder").hidden_sizes == [16] * 4
 
 
 def test_a_stack_that_is_none(backbone_config):
     with pytest.raises(ValueError, match="stack is 'both'; expected one of encoder, decoder"):
-        CapsuleHeadConfig(T5Config(**T5), stack="both")
+        make_config(T5Config(**T5), stack="both")
     with pytest.raises(ValueError, match=r'stack is "decoder", but bert is no encoder-decoder.*leave stack out'):
         CapsuleHeadForSequenceClassification.from_backbone(backbone_config("bert"), stack="decoder")
 
@@ -135,17 +132,17 @@ def test_a_tower_without_a_class_of_its_own_is_taken_out_of_the_whole(cls, tower
 
 def test_a_tower_that_is_none(backbone_config):
     with pytest.raises(ValueError, match="tower is 'audio'; expected None, or a tower of clip, which has text, vision"):
-        CapsuleHeadConfig(CLIPConfig(**TWO_TOWERS), tower="audio")
+        make_config(CLIPConfig(**TWO_TOWERS), tower="audio")
     with pytest.raises(ValueError, match="tower is 'text'; expected None, or a tower of bert, which has none"):
-        CapsuleHeadConfig(backbone_config("bert"), tower="text")
+        make_config(backbone_config("bert"), tower="text")
     with pytest.raises(ValueError, match="bert has no vision tower; leave tower out"):
-        build_backbone(backbone_config("bert"), part=Part(tower="vision"))
+        Backbone(backbone_config("bert"), part=Part(tower="vision")).build()
 
 
 # Token counts and widths that differ
 
 
-def test_token_counts_that_vary_with_depth(save, pad, ids):
+def test_token_counts_that_vary_with_layer(save, pad, ids):
     config = FunnelConfig(
         vocab_size=64, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=24, architectures=["FunnelBaseModel"]
     )

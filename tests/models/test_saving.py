@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from configurations import make_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 
@@ -226,7 +227,7 @@ def test_loading_with_another_implementation_of_attention(make_model, tmp_path, 
 
 
 @pytest.mark.parametrize("head_only", [True, False])
-@pytest.mark.parametrize("fields", [{"single_beta": True}, {"num_labels": 1, "label_mean": 2.0}, {"depths": [-1]}])
+@pytest.mark.parametrize("fields", [{"single_beta": True}, {"num_labels": 1, "label_mean": 2.0}, {"layers": [-1]}])
 def test_other_heads(make_model, pad, tmp_path, head_only, fields):
     model = make_model(**fields)
     model.save_pretrained(tmp_path, head_only=head_only)
@@ -240,7 +241,7 @@ def test_other_heads(make_model, pad, tmp_path, head_only, fields):
 
 
 def test_a_random_backbone_is_saved_whole(make_model, backbone_config, shake, pad, tmp_path):
-    config = CapsuleHeadConfig(backbone_config("bert"), d_inp=8, n_parts=6)
+    config = make_config(backbone_config("bert"), d_inp=8, n_parts=6)
     model = shake(CapsuleHeadForSequenceClassification(config))
     with pytest.raises(ValueError, match="head_only=True would lose the backbone"):
         model.save_pretrained(tmp_path, head_only=True)
@@ -265,7 +266,7 @@ def test_a_head_only_configuration_does_not_hide_a_random_backbone(make_model, s
 @pytest.mark.parametrize("cls", [BertModel, BertForSequenceClassification])
 def test_another_kind_of_checkpoint_is_refused(cls, given_config, backbone_config, tmp_path):
     cls(backbone_config("bert")).save_pretrained(tmp_path)
-    config = CapsuleHeadConfig(backbone_config("bert"), head_only=True) if given_config else None
+    config = make_config(backbone_config("bert"), head_only=True) if given_config else None
     with pytest.raises(ValueError, match=f"{tmp_path} is of a bert model, not of a capsule-head model.*from_backbone"):
         load(tmp_path, config=config)
 

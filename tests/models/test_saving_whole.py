@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import modeling_utils
 
 from capsule_heads import CapsuleHeadForSequenceClassification
-from capsule_heads.models.saving import UNFINISHED
+from capsule_heads.models.checkpoint import UNFINISHED
 
 load = CapsuleHeadForSequenceClassification.from_pretrained
 

@@ -8,10 +8,11 @@ import weakref
 import pytest
 import torch
 import transformers
+from configurations import make_config
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
 
-from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification, CapsuleHeadModel
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleHeadModel
 
 LABELS = torch.tensor([0, 1, 2])
 
@@ -68,31 +69,31 @@ def test_hidden_states_by_configuration(make_model, pad):
     assert model(**pad(), output_hidden_states=False).hidden_states is None
 
 
-@pytest.mark.parametrize("depths", [[0], [1, 2], [-1], [2, 0]])
-def test_depths_choose_hidden_states(make_model, pad, depths):
+@pytest.mark.parametrize("layers", [[0], [1, 2], [-1], [2, 0]])
+def test_layers_choose_hidden_states(make_model, pad, layers):
     everything = make_model()(**pad(), output_hidden_states=True).hidden_states
-    model = make_model(depths=depths)
+    model = make_model(layers=layers)
     outputs = model(**pad(), output_hidden_states=True)
-    chosen = [everything[depth] for depth in sorted(depth % 3 for depth in depths)]
+    chosen = [everything[layer] for layer in sorted(layer % 3 for layer in layers)]
     assert len(outputs.hidden_states) == len(chosen) == len(model.head.detect_parts[0].depth_emb)
     assert all(torch.equal(x, y) for x, y in zip(outputs.hidden_states, chosen))
     expected = model.head(chosen, pad()["attention_mask"].float()).a_out
     assert torch.equal(outputs.logits, expected)
 
 
-def test_depths_choose_hidden_states_of_every_backbone(make_model, pad, backbone_type):
+def test_layers_choose_hidden_states_of_every_backbone(make_model, pad, backbone_type):
     everything = make_model(backbone_type).compute_hidden_states(**pad())[0]
     last = len(everything) - 1
-    for depths in ([0], [1], [last], [0, last]):
-        chosen, masks = make_model(backbone_type, depths=depths).compute_hidden_states(**pad())
-        assert len(chosen) == len(masks) == len(depths)
-        for depth, x in zip(depths, chosen):
-            torch.testing.assert_close(x, everything[depth], rtol=0, atol=0)
+    for layers in ([0], [1], [last], [0, last]):
+        chosen, masks = make_model(backbone_type, layers=layers).compute_hidden_states(**pad())
+        assert len(chosen) == len(masks) == len(layers)
+        for layer, x in zip(layers, chosen):
+            torch.testing.assert_close(x, everything[layer], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("depths, kept", [([1], 1), ([0, 3], 2), (None, 5)])
-def test_only_states_in_use_are_kept_while_the_backbone_runs(make_model, pad, depths, kept):
-    model = make_model(changes={"num_hidden_layers": 4}, depths=depths)
+@pytest.mark.parametrize("layers, kept", [([1], 1), ([0, 3], 2), (None, 5)])
+def test_only_states_in_use_are_kept_while_the_backbone_runs(make_model, pad, layers, kept):
+    model = make_model(changes={"num_hidden_layers": 4}, layers=layers)
     made, alive = [], []
     model.backbone.embeddings.register_forward_hook(lambda *call: made.append(weakref.ref(call[-1])))
     for layer in model.backbone.encoder.layer:
@@ -102,11 +103,11 @@ def test_only_states_in_use_are_kept_while_the_backbone_runs(make_model, pad, de
     model(**pad())
     assert len(made) == 10
     # Beside them, the last layer's output is what the backbone returns.
-    assert alive[0] == kept + (depths is not None)
+    assert alive[0] == kept + (layers is not None)
 
 
 def test_hidden_states_in_the_place_of_the_backbone(make_model, pad):
-    model, batch = make_model(depths=[0, 2]), pad()
+    model, batch = make_model(layers=[0, 2]), pad()
     expected = model(**batch, labels=LABELS, output_hidden_states=True)
     states = torch.stack(expected.hidden_states, dim=2)
     model.backbone = None
@@ -119,12 +120,12 @@ def test_hidden_states_in_the_place_of_the_backbone(make_model, pad):
 
 
 def test_wrong_inputs_are_refused(make_model, pad):
-    model, batch = make_model(depths=[0, 2]), pad()
+    model, batch = make_model(layers=[0, 2]), pad()
     with pytest.raises(ValueError, match=r"Pass one of input_ids, inputs_embeds \(or hidden_states"):
         model(attention_mask=batch["attention_mask"])
     with pytest.raises(ValueError, match="Pass one of input_ids, inputs_embeds"):
         model(**batch, inputs_embeds=torch.zeros(3, 7, 16))
-    with pytest.raises(ValueError, match=r"hidden_states has shape \(3, 7, 3, 16\); .* with 2 depths of width 16"):
+    with pytest.raises(ValueError, match=r"hidden_states has shape \(3, 7, 3, 16\); .* with 2 layers of width 16"):
         model(hidden_states=torch.zeros(3, 7, 3, 16))
     with pytest.raises(ValueError, match=r"hidden_states has shape \(3, 7, 2, 8\)"):
         model(hidden_states=torch.zeros(3, 7, 2, 8))
@@ -408,7 +409,7 @@ def test_compiled(make_model, pad):
 
 
 def test_a_configuration_can_be_built_and_run(backbone_config, pad):
-    config = CapsuleHeadConfig(backbone_config("bert"), d_inp=8, n_parts=6, num_labels=3)
+    config = make_config(backbone_config("bert"), d_inp=8, n_parts=6, num_labels=3)
     model = AutoModelForSequenceClassification.from_config(config)
     assert type(model) is CapsuleHeadForSequenceClassification
     assert model(**pad()).logits.shape == (3, 3)

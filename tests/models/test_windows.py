@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, FunnelConfig, T5Config, ViTConfig, pipeline
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification, CapsuleHeadModel
-from capsule_heads.models.windows import Windowing, cut
+from capsule_heads.backbones.windows import Windowing, cut
 
 LENGTH, OVERLAP = 8, 2
 WINDOWS = {"window_length": LENGTH, "window_overlap": OVERLAP, "window_special_tokens": [1, 1]}
@@ -221,13 +221,13 @@ def test_inputs_that_cannot_be_cut(make_windowed):
         model(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 9))
 
 
-def test_a_backbone_whose_tokens_become_fewer_with_depth():
+def test_a_backbone_whose_tokens_become_fewer_with_layer():
     config = FunnelConfig(
         architectures=["FunnelModel"], vocab_size=64, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=16
     )
     model = CapsuleHeadForSequenceClassification.from_backbone(config, **WINDOWS)
     assert model(**batch([text(8)])).logits.isfinite().all()
-    with pytest.raises(ValueError, match=r"made hidden states of 8, 8, 4, 8, 8, 8 tokens, by depth, of windows of 8"):
+    with pytest.raises(ValueError, match=r"made hidden states of 8, 8, 4, 8, 8, 8 tokens, by layer, of windows of 8"):
         model(**batch([text(17)]))
 
 

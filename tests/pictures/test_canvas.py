@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsule_heads.pictures.canvas import label_points, new_figure, place_labels
+from capsule_heads.explain.canvas import label_points, new_figure, place_labels
 
 BOUNDS = np.array([0.0, 0.0, 1000.0, 600.0])
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from capsule_heads.explain import Explanation
-from capsule_heads.faithfulness import DELETED
+from capsule_heads.explain.attributions import Explanation
+from capsule_heads.explain.faithfulness import DELETED
 from capsule_heads.pictures import draw_deletion, draw_parts, draw_patches, draw_tokens, render_report
 
 
 def of_text(logits, text="good <b>film</b>", seed=0):
-    """An explanation of a text of two words and two special tokens, at depths 0 and 2, with three classes."""
+    """An explanation of a text of two words and two special tokens, at layers 0 and 2, with three classes."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.tensor(logits)
     words = [(match.start(), match.end()) for match in re.finditer(r"\S+", text)]
@@ -24,7 +24,7 @@ def of_text(logits, text="good <b>film</b>", seed=0):
         is_multi_label=False,
         parts=torch.randn(5, 3, generator=generator),
         credits=tuple(torch.randn(len(words) + 2, 3, generator=generator) for _ in range(2)),
-        depths=(0, 2),
+        layers=(0, 2),
         tokens=("[CLS]", *(text[start:end] for start, end in words), "[SEP]"),
         is_special=(True, *[False] * len(words), True),
         spans=tuple((start, end, (n + 1,)) for n, (start, end) in enumerate(words)),
@@ -42,14 +42,14 @@ def of_image():
         is_multi_label=False,
         parts=torch.randn(5, 2, generator=generator),
         credits=(torch.randn(5, 2, generator=generator),),
-        depths=(1,),
+        layers=(1,),
         image=Image.new("RGB", (20, 20), (200, 10, 10)),
         n_pixels=(16, 16),
         patch_size=(8, 8),
     )
 
 
-def test_tokens_by_depth():
+def test_tokens_by_layer():
     explanation = of_text([0.0, 1.0, 3.0])
     sums, heat, _ = draw_tokens(explanation).axes
     expected = explanation.against_others(torch.stack(explanation.credits, dim=1))[..., 2]

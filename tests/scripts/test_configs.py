@@ -8,8 +8,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 import capsule_heads
 from capsule_heads import CapsuleTrainingArguments
+from capsule_heads.cli.options import parse_config_and_options
 from capsule_heads.data.glue import GLUE_TASKS
-from capsule_heads.training.command_line import parse_config_and_options
 from capsule_heads.training.experiment import STEREO_TASKS, DataArguments, ModelArguments, compute_metrics_of
 
 ROOT = Path(capsule_heads.__file__).parents[1]

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
 from capsule_heads import CapsuleHeadForImageClassification
-from capsule_heads.convert import build_network
-from capsule_heads.data.toy_norb import build_toy, render_view
-from capsule_heads.models.image_processing_stereo import StereoImageProcessor, side_by_side
+from capsule_heads.paper.convert import build_network
+from capsule_heads.paper.image_processing_stereo import StereoImageProcessor, side_by_side
+from capsule_heads.paper.toy_norb import build_toy, render_view
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,9 @@ def reviews_model(run, backbone, tmp_path_factory):
 def test_train_writes_results(reviews_model, backbone):
     results = json.loads((reviews_model / "results.json").read_text())
     assert (results["task"], results["backbone"], results["seed"], results["steps"]) == ("reviews", backbone, 7, 4)
-    depth, width, d_inp, n_parts, n_classes = 3, 16, 8, 4, 2
+    layer, width, d_inp, n_parts, n_classes = 3, 16, 8, 4, 2
     assert (results["head_type"], results["head_options"]) == ("token_depth", f"d_inp={d_inp}, n_parts={n_parts}")
-    affine_and_norm = depth * width + (width + 1) * d_inp + 2 * d_inp
+    affine_and_norm = layer * width + (width + 1) * d_inp + 2 * d_inp
     routings = n_parts * (2 * d_inp + 2 + 2) + n_parts * n_classes * (2 * 2 + 2 + 2)
     assert results["trained_parameters"] == pytest.approx(affine_and_norm + routings, abs=4)  # B_brk
     assert results["training_seconds"] > 0

@@ -8,8 +8,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, GPT2Config, PreTrainedTokenizerFast
 
-from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainingArguments
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainingArguments
 from capsule_heads.data.tokenization import tokenize
+from capsule_heads.paper import PAPER
 
 WORDS = ["fine", "good", "great", "super", "sweet", "awful", "bad", "dull", "poor", "sad"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

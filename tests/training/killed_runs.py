@@ -17,8 +17,9 @@ from datasets import load_from_disk
 from processes import fork_processes
 from transformers import AutoTokenizer, TrainerCallback
 
-from capsule_heads import PAPER, CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
+from capsule_heads.paper import PAPER
 
 SAVE_STEPS = 3  # there are 4 in each of 2 epochs: checkpoints 3 and 6 are within one, 8 is the last
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from capsule_heads import CapsuleTrainingArguments
-from capsule_heads.training.command_line import OneLineParser, at_least, file_to_write, parse_config_and_options
+from capsule_heads.cli.options import OneLineParser, at_least, file_to_write, parse_config_and_options
 from capsule_heads.training.experiment import DataArguments, ModelArguments
 
 CLASSES = (DataArguments, ModelArguments, CapsuleTrainingArguments)
@@ -51,7 +51,7 @@ def test_the_file_sets_defaults(config):
     text = """
 learning_rate: 5e-4  # which YAML takes for a string
 min_learning_rate: 0.00002
-depths: [0, -1]
+layers: [0, -1]
 class_weights: [1, 2.5]
 n_parts: 32
 freeze_backbone: false
@@ -66,7 +66,7 @@ lr_scheduler_kwargs: {min_lr: 0.1}
     assert (data.task, data.cache_hidden_states, data.max_length) == ("reviews", True, None)
     assert data.pad_token == "<|endoftext|>"
     assert (model.backbone, model.n_parts, model.freeze_backbone) == ("some/model", 32, False)
-    assert model.depths == [0, -1]
+    assert model.layers == [0, -1]
     assert model.class_weights == [1.0, 2.5]
     assert (arguments.learning_rate, arguments.min_learning_rate) == (5e-4, 2e-5)
     assert arguments.lr_scheduler_kwargs == {"min_lr": 0.1}
@@ -93,11 +93,11 @@ def test_keys_of_its_own_are_handed_on_as_json(config):
 
 def test_the_command_line_overrides_the_file(config):
     path = config("learning_rate: 1e-3\nn_parts: 32\ndepths: [0, -1]\nphrases: true\nmax_length: 9\n")
-    options = ["--learning_rate", "2e-3", "--depths", "-2", "1", "--no_phrases", "--max-length=7", "--single_beta"]
+    options = ["--learning_rate", "2e-3", "--layers", "-2", "1", "--no_phrases", "--max-length=7", "--single_beta"]
     data, model, arguments = parse(path, *options)
     assert arguments.learning_rate == 2e-3
     assert model.n_parts == 32
-    assert model.depths == [-2, 1]
+    assert model.layers == [-2, 1]
     assert model.single_beta is True
     assert (data.phrases, data.max_length) == (False, 7)
 
@@ -128,8 +128,8 @@ def test_a_mistake_of_the_file_is_one_although_the_command_line_overrides_it(con
         ("n_parts: [1, 2]\n", "n_parts is a list; expected one value"),
         ("n_parts: {a: 1}\n", "n_parts holds keys of its own; expected one value"),
         ("n_parts: null\n", "n_parts is null; expected a value, or leave the key out"),
-        ("depths: [0, last]\n", "--depths.*invalid int value: 'last'"),
-        ("depths: []\n", "--depths.*expected at least one argument"),
+        ("layers: [0, last]\n", "--layers.*invalid int value: 'last'"),
+        ("layers: []\n", "--layers.*expected at least one argument"),
         ("learning_rate: fast\n", "--learning_rate.*invalid float value: 'fast'"),
         ("freeze_backbone: perhaps\n", "--freeze_backbone.*expected.*got perhaps"),
         ("head_type: cube\n", "--head_type.*invalid choice: 'cube'.*token_depth"),

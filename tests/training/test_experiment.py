@@ -144,12 +144,12 @@ def test_a_checkpoint_that_is_no_classifier(bert, tmp_path, architectures):
 
 
 def test_build_model_for_classes(bert):
-    arguments = ModelArguments(bert, depths=[0, -1], d_inp=8, n_parts=4, freeze_backbone=False, mixup_alpha=0.5)
+    arguments = ModelArguments(bert, layers=[0, -1], d_inp=8, n_parts=4, freeze_backbone=False, mixup_alpha=0.5)
     model = build_model(arguments, labelled([0, 1], ["no", "yes"]))
     config = model.config
     assert config.id2label == {0: "no", 1: "yes"}
     assert config.label2id == {"no": 0, "yes": 1}
-    assert config.depths == [0, 2]
+    assert config.layers == [0, 2]
     assert (config.d_inp, config.n_parts, config.freeze_backbone, config.mixup_alpha) == (8, 4, False, 0.5)
     assert config.base_model_name_or_path == bert
     assert model.head.routings[1].n_out == 2
@@ -164,7 +164,7 @@ def test_build_model_for_numbers(bert):
 
 def test_every_option_of_the_model_reaches_it(bert):
     options = {
-        "depths": [1],
+        "layers": [1],
         "head_type": "spatial_pose",
         "d_cov": 3,
         "d_inp": 4,

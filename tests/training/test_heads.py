@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from configurations import make_config
 from torch.utils.data import Dataset
 from transformers import BertConfig
 
-from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification, CapsuleTrainer
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
 
 WIDTH = 5
 HEAD_TYPES = {
@@ -18,17 +19,17 @@ HEAD_TYPES = {
 
 
 class Separable(Dataset):
-    """Batches of texts whose class is the sign of one number in one token at one depth."""
+    """Batches of texts whose class is the sign of one number in one token at one layer."""
 
-    def __init__(self, n_depths):
-        self.n_depths = n_depths
+    def __init__(self, n_layers):
+        self.n_layers = n_layers
 
     def __len__(self):
         return 60
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
-        states = torch.randn(16, 4, self.n_depths, WIDTH, generator=generator)
+        states = torch.randn(16, 4, self.n_layers, WIDTH, generator=generator)
         labels = torch.randint(2, (16,), generator=generator)
         states[..., 0] = 2.0 * (2 * labels - 1)[:, None, None]
         return {"hidden_states": states, "attention_mask": torch.ones(16, 4), "labels": labels}
@@ -38,9 +39,9 @@ class Separable(Dataset):
 def test_every_kind_of_head_learns(name, arguments):
     torch.manual_seed(0)
     fields = {"hidden_sizes": [WIDTH] * 3, "d_inp": 8, "n_parts": 6, "num_labels": 2, **HEAD_TYPES[name]}
-    config = CapsuleHeadConfig(BertConfig(), head_only=True, **fields)
+    config = make_config(BertConfig(), head_only=True, **fields)
     model = CapsuleHeadForSequenceClassification(config, build=False)
-    data = Separable(len(model.config.depths))
+    data = Separable(len(model.config.layers))
     fields = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "learning_rate": 2e-2}
     CapsuleTrainer(
         model,

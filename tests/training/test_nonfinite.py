@@ -9,26 +9,26 @@ import sys
 
 import pytest
 import torch
+from configurations import make_config
 from torch.utils.data import Dataset
 from transformers import BertConfig, TrainerCallback
 
 from capsule_heads import (
-    CapsuleHeadConfig,
     CapsuleHeadForImageClassification,
     CapsuleHeadForSequenceClassification,
     CapsuleTrainer,
-    StereoConvConfig,
 )
+from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 
 N_DEPTHS, WIDTH = 3, 16
 NAN, INF = float("nan"), float("inf")
 
 
 def make_head(**fields):
-    """A head alone, that takes hidden states of 3 depths and width 16."""
+    """A head alone, that takes hidden states of 3 layers and width 16."""
     torch.manual_seed(0)
-    sizes = {"d_inp": 8, "n_parts": 4, "num_labels": 3, "hidden_sizes": [WIDTH] * N_DEPTHS, "depths": [0, 2]}
-    config = CapsuleHeadConfig(BertConfig(), head_only=True, **{**sizes, **fields})
+    sizes = {"d_inp": 8, "n_parts": 4, "num_labels": 3, "hidden_sizes": [WIDTH] * N_DEPTHS, "layers": [0, 2]}
+    config = make_config(BertConfig(), head_only=True, **{**sizes, **fields})
     model = CapsuleHeadForSequenceClassification(config, build=False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,10 +36,10 @@ def make_head(**fields):
     return model
 
 
-def make_batch(seed=0, n=4, n_tokens=5, n_depths=2):
+def make_batch(seed=0, n=4, n_tokens=5, n_layers=2):
     generator = torch.Generator().manual_seed(seed)
     return {
-        "hidden_states": torch.randn(n, n_tokens, n_depths, WIDTH, generator=generator),
+        "hidden_states": torch.randn(n, n_tokens, n_layers, WIDTH, generator=generator),
         "attention_mask": torch.ones(n, n_tokens),
         "labels": torch.randint(3, (n,), generator=generator),
     }
@@ -109,8 +109,8 @@ def spoil():
 
 
 CASES = {
-    "state": ("hidden_states", (1, 2, 1, 5), NAN, r"the hidden state at depth 2 in samples 1\."),
-    "overflow": ("hidden_states", (3, 2, 0, 5), INF, r"the hidden state at depth 0 in samples 3\."),
+    "state": ("hidden_states", (1, 2, 1, 5), NAN, r"the hidden state at layer 2 in samples 1\."),
+    "overflow": ("hidden_states", (3, 2, 0, 5), INF, r"the hidden state at layer 0 in samples 3\."),
     "logits": ("hidden_states", (0, 0), 3e38, r"the logits in samples 0 \(hidden states are finite, up to 3\.0e\+38\)"),
 }
 
@@ -136,7 +136,7 @@ def test_such_a_step_is_left_out_if_so_configured(train, spoil, caplog):
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("capsule_heads")]
     assert len(messages) == 1
     assert messages[0].startswith(
-        "Step 2: the loss is not finite. Not finite: the hidden state at depth 0 in samples 0, the"
+        "Step 2: the loss is not finite. Not finite: the hidden state at layer 0 in samples 0, the"
     )
     assert messages[0].endswith("The step is left out.")
 
@@ -188,7 +188,7 @@ def test_one_batch_of_an_accumulated_step_is_enough(train, spoil):
     fields = {"gradient_accumulation_steps": 2, "on_nonfinite": "skip"}
     watch = train(model, spoil(2, "hidden_states", (0, 0, 0, 0), NAN), **fields)
     assert len(watch.weights) == 2 and torch.equal(*watch.weights) and watch.all_finite
-    with pytest.raises(FloatingPointError, match=r"Step 2: .* depth 0 in samples 0"):
+    with pytest.raises(FloatingPointError, match=r"Step 2: .* layer 0 in samples 0"):
         train(model, spoil(2, "hidden_states", (0, 0, 0, 0), NAN), gradient_accumulation_steps=2)
 
 
@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite_always_stop_it(train, on_nonfinite):
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_statistics_of_batch_normalisation_stay_finite_too(train, on_nonfinite):
-    config = CapsuleHeadConfig(StereoConvConfig(hidden_sizes=[4] * 6), head_type="spatial_pose", freeze_backbone=False)
+    config = make_config(StereoConvConfig(hidden_sizes=[4] * 6), head_type="spatial_pose", freeze_backbone=False)
     model = CapsuleHeadForImageClassification(config)
     images = torch.rand(3, 2, 2, 96, 96)
     images[1, 0, 0, 3, 3] = NAN
@@ -237,7 +237,7 @@ def test_it_is_found_behind_the_wrapper_of_a_compiled_model(train, spoil):
     fields = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_grad_norm": 1.0}
     model = make_head()
     with pytest.raises(
-        FloatingPointError, match=r"Step 3: the loss is not finite\. Not finite: the hidden state at depth 2"
+        FloatingPointError, match=r"Step 3: the loss is not finite\. Not finite: the hidden state at layer 2"
     ):
         train(model, spoil(2, "hidden_states", (1, 2, 1, 5), NAN), **fields)
     assert all(x.isfinite().all() for x in model.parameters())
@@ -302,7 +302,7 @@ def test_all_processes_decide_alike(tmp_path):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert first["stop"]["step"] == 2 and first["skip"]["step"] == 4
-    assert "depth 2 in samples 2 (process 1)" in first["stop"]["error"]
+    assert "layer 2 in samples 2 (process 1)" in first["stop"]["error"]
     assert first["skip"]["error"] is None and first["skip"]["weights"] != first["stop"]["weights"]
     assert torch.tensor(first["skip"]["weights"]).isfinite().all()
 

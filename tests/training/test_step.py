@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from capsule_heads import CapsuleTrainer
+from capsule_heads.backbones import running as backbones
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
-from capsule_heads.models import backbones, losses
+from capsule_heads.models import losses
 
 READS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 

@@ -1,18 +1,18 @@
-"""Where a class score comes from: credits of parts, and of tokens at depths, for the price of a forward pass.
+"""Where a class score comes from: credits of parts, and of tokens at layers, for the price of a forward pass.
 
 The score of a capsule IS a sum over its inputs, `a_out_j = sum_i credit_ij`, with `credit_ij = beta_use_ij D_use_ij -
 beta_ign_ij D_ign_ij` (Heinsen, 2019, section 2). Of two routings, one after another:
 
 - **Parts to classes** is exact: the credits of all parts for a class add up to its score, to rounding.
-- **Tokens to parts** is exact too: the credits of all tokens at all depths for a part add up to the part's score.
+- **Tokens to parts** is exact too: the credits of all tokens at all layers for a part add up to the part's score.
 - **Tokens to classes** is a chain of the two. A class score is a smooth function of the scores and poses of parts, `a`
-  and `mu`, and both are sums over tokens and depths once routing probabilities are settled: `a_j = sum_i credit_ij`,
+  and `mu`, and both are sums over tokens and layers once routing probabilities are settled: `a_j = sum_i credit_ij`,
   and `mu_j = sum_i share_ij V_ij`, with shares `D_use_ij / n_j` that add up to 1. The credit of input `i` for class `k`
   is its part of each, times what the class score makes of it at the margin: `sum_j credit_ij da_k/da_j + share_ij (V_ij
   - mu_j) da_k/dmu_j`. Exact are the two sums and the derivatives, through all iterations of the second routing. Not
   exact is the rest: a class score is no linear function of the parts, so these credits add up to `sum_j a_j da_k/da_j`
   and not to the score; the probabilities of the first routing are taken as given; and a backbone mixes tokens, so that
-  the state of one token at a later depth speaks of others too.
+  the state of one token at a later layer speaks of others too.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..heads import Head, RoutingHead, registered_heads
+from ..models.modeling_capsule_head import CapsuleHeadClassifier
+from ..models.processors import modality_of, processor_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedModel, ProcessorMixin
 
 MOST_SPECIAL = 8  # tokens before the patches of an image: its class, registers
 
@@ -38,7 +41,7 @@ class Credits(NamedTuple):
     Attributes:
         scores: `[batch, n_out]`, the class scores.
         parts: `[batch, n_parts, n_out]`, exact: their sum over parts is `scores`.
-        inputs: per depth `[batch, tokens, n_out]`, the chain of the two routings, to first order.
+        inputs: per layer `[batch, tokens, n_out]`, the chain of the two routings, to first order.
     """
 
     scores: Tensor
@@ -55,30 +58,30 @@ class Word(NamedTuple):
     credit: Tensor
 
 
-def compute_credits(head: nn.Module, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> Credits:
-    """The credits of parts and of all tokens at all depths, for all classes.
+def compute_credits(head: Head, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> Credits:
+    """The credits of parts and of all tokens at all layers, for all classes.
 
     It costs a forward pass of the head and, for each class, a backward pass of its second routing, which is small. Its
     memory is `[n_inp, n_parts]` numbers for each sample.
 
     Args:
         head: with two routings: `TokenDepthHead`, `SpatialPoseHead`.
-        hidden_states: per depth `[batch, tokens, width]`, as the head takes them.
-        masks: per depth `[batch, tokens]`.
+        hidden_states: per layer `[batch, tokens, width]`, as the head takes them.
+        masks: per layer `[batch, tokens]`.
 
     Returns:
         `Credits`, in float32 or wider.
 
     Raises:
-        ValueError: for a head without capsules, or one that stops at the parts.
+        ValueError: If the head does not route to classes.
     """
-    routings = getattr(head, "routings", ())
-    if len(routings) != 2 or not hasattr(head, "detect"):
+    if not isinstance(head, RoutingHead) or len(head.routings) != 2:
+        can = [name for name, known in registered_heads().items() if known.explains]
         raise ValueError(
             f"A {type(head).__name__} has no credits to explain; expected a head with capsules of classes, such as "
-            'head_type="token_depth".'
+            f'head_type="{can[0]}".'
         )
-    first, second = routings
+    first, second = head.routings
     with torch.no_grad():
         a_inp, mu_inp = head.detect(hidden_states, masks)
         a, mu, _, R = first(a_inp, mu_inp, return_R=True)  # of the parts
@@ -98,8 +101,8 @@ def compute_credits(head: nn.Module, hidden_states: Sequence[Tensor], masks: Seq
             (to_parts * d_a.unsqueeze(-2)).sum(-1) + _along_poses(first, mu_inp, mu, shares, d_mu)
             for d_a, d_mu in slopes
         ]
-        by_depth = head.split_by_depth(torch.stack(inputs, dim=-1), [x.shape[1] for x in hidden_states])
-    return Credits(scores.detach(), to_classes, by_depth)
+        by_layer = head.split_by_layer(torch.stack(inputs, dim=-1), [x.shape[1] for x in hidden_states])
+    return Credits(scores.detach(), to_classes, by_layer)
 
 
 def _along_poses(routing: nn.Module, mu_inp: Tensor, mu: Tensor, shares: Tensor, d_mu: Tensor) -> Tensor:
@@ -120,8 +123,8 @@ class Explanation:
         probabilities: `[classes]`, that the model gives them.
         is_multi_label: whether each class has a probability of its own; else they add up to 1.
         parts: `[n_parts, classes]`, credits of parts, in logits: exact, their sum over parts is `logits`.
-        credits: per depth `[tokens, classes]`, credits of tokens, in logits, to first order (see the module).
-        depths: which hidden state each is.
+        credits: per layer `[tokens, classes]`, credits of tokens, in logits, to first order (see the module).
+        layers: which hidden state each is.
         tokens: their texts; None for an image or a sound.
         is_special: which of them the tokenizer has added.
         spans: of each word, its first and last character in `text`, and its tokens; empty without a fast tokenizer.
@@ -137,7 +140,7 @@ class Explanation:
     is_multi_label: bool
     parts: Tensor
     credits: tuple[Tensor, ...]
-    depths: tuple[int, ...]
+    layers: tuple[int, ...]
     tokens: tuple[str, ...] | None = None
     is_special: tuple[bool, ...] | None = None
     spans: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
@@ -167,15 +170,15 @@ class Explanation:
         return credits - credits @ others.mT
 
     def by_token(self) -> Tensor:
-        """Credits of tokens, of all depths together, `[tokens, classes]`.
+        """Credits of tokens, of all layers together, `[tokens, classes]`.
 
         Raises:
             ValueError: if hidden states differ in tokens, as those of hierarchical backbones do.
         """
-        return self.by_token_and_depth().sum(1)
+        return self.by_token_and_layer().sum(1)
 
-    def by_token_and_depth(self) -> Tensor:
-        """Credits `[tokens, depths, classes]`.
+    def by_token_and_layer(self) -> Tensor:
+        """Credits `[tokens, layers, classes]`.
 
         Raises:
             ValueError: if hidden states differ in tokens, as those of hierarchical backbones do.
@@ -183,17 +186,17 @@ class Explanation:
         counts = [len(x) for x in self.credits]
         if len(set(counts)) > 1:
             raise ValueError(
-                f"Hidden states have {', '.join(map(str, counts))} tokens, by depth, which are not the same ones; "
-                "use by_patch() or by_depth()."
+                f"Hidden states have {', '.join(map(str, counts))} tokens, by layer, which are not the same ones; "
+                "use by_patch() or by_layer()."
             )
         return torch.stack(self.credits, dim=1)
 
-    def by_depth(self) -> Tensor:
-        """Credits of depths, of all tokens together, `[depths, classes]`."""
+    def by_layer(self) -> Tensor:
+        """Credits of layers, of all tokens together, `[layers, classes]`."""
         return torch.stack([x.sum(0) for x in self.credits])
 
     def by_word(self) -> list[Word]:
-        """Credits of the words of a text: of all their tokens, at all depths. Special tokens are in none.
+        """Credits of the words of a text: of all their tokens, at all layers. Special tokens are in none.
 
         Raises:
             ValueError: where it is not known which tokens make a word.
@@ -208,7 +211,7 @@ class Explanation:
         ]
 
     def by_patch(self) -> Tensor:
-        """Credits of the patches of an image, of all depths together, `[rows, columns, classes]`.
+        """Credits of the patches of an image, of all layers together, `[rows, columns, classes]`.
 
         The grid is that of the finest hidden state; the credit of a patch that covers several of its cells is shared
         out evenly. Tokens before the patches (class, registers) are in none.
@@ -245,26 +248,22 @@ def _as_grid(credits: Tensor, n_pixels: tuple[int, int], patch_size: tuple[int, 
         if rows and n % rows == 0 and rows * n_pixels[1] == n // rows * n_pixels[0]:
             return credits[n_special:].unflatten(0, (rows, n // rows))
     raise ValueError(
-        f"{n_tokens} tokens make no grid of the shape of the image, {n_pixels[0]}x{n_pixels[1]} pixels; use by_depth()."
+        f"{n_tokens} tokens make no grid of the shape of the image, {n_pixels[0]}x{n_pixels[1]} pixels; use by_layer()."
     )
 
 
-def modality_of(model: PreTrainedModel) -> str:
-    """What a classifier classifies: "text", "image" or "audio"."""
-    return next(name for name in ("text", "image", "audio") if name in model.input_modalities)
-
-
 def explain(
-    model: PreTrainedModel, inputs: Any, processor: ProcessorMixin | Any | None = None, batch_size: int = 16
+    model: CapsuleHeadClassifier, inputs: Any, processor: Any | None = None, batch_size: int = 16
 ) -> list[Explanation]:
-    """Explains the scores of a classifier; `model.explain` calls it, and finds the processor.
+    """Explain the scores of a classifier.
 
     Args:
         model: a capsule-head classifier, of texts, images or sounds.
         inputs: texts (a pair of texts is a tuple), images or sounds: one, or a list of them. Or what `forward` takes,
             as a mapping of tensors: hidden states, or what a processor returned.
-        processor: tokenizer, image processor or feature extractor; not needed for a mapping.
-        batch_size: how many to explain at once.
+        processor: tokenizer, image processor or feature extractor; not needed for a mapping. Default: the one that is
+            saved with the model, or with its backbone.
+        batch_size: number of inputs to explain at once.
 
     Returns:
         One `Explanation` for each input. The model is left in the mode that it was in.
@@ -280,6 +279,7 @@ def explain(
     try:
         if isinstance(inputs, Mapping):
             return _explain_batch(model, inputs)
+        processor = processor_of(model) if processor is None else processor
         batch = [inputs] if isinstance(inputs, str | tuple) or not isinstance(inputs, Sequence) else list(inputs)
         prepare = {"text": _prepare_texts, "image": _prepare_images, "audio": _prepare_sounds}[modality_of(model)]
         explanations = []
@@ -290,7 +290,9 @@ def explain(
         model.train(was_training)
 
 
-def _prepare_texts(model: PreTrainedModel, texts: list, tokenizer: Any) -> tuple[Mapping[str, Tensor], list[dict]]:
+def _prepare_texts(
+    model: CapsuleHeadClassifier, texts: list, tokenizer: Any
+) -> tuple[Mapping[str, Tensor], list[dict]]:
     """Inputs of the model, and what is known of each text."""
     pairs = [text if isinstance(text, tuple) else (text,) for text in texts]
     for pair in pairs:
@@ -328,7 +330,9 @@ def _spans(encoding: Any, starts: Sequence[int]) -> tuple[tuple[int, int, tuple[
     return tuple(spans)
 
 
-def _prepare_images(model: PreTrainedModel, images: list, processor: Any) -> tuple[Mapping[str, Tensor], list[dict]]:
+def _prepare_images(
+    model: CapsuleHeadClassifier, images: list, processor: Any
+) -> tuple[Mapping[str, Tensor], list[dict]]:
     """Inputs of the model, and what is known of each image."""
     batch = processor(images, return_tensors="pt")
     size = getattr(model.config.base_config, "patch_size", None)
@@ -345,19 +349,20 @@ def _prepare_images(model: PreTrainedModel, images: list, processor: Any) -> tup
     return batch, [{**known, "image": image} for image in images]
 
 
-def _prepare_sounds(model: PreTrainedModel, sounds: list, processor: Any) -> tuple[Mapping[str, Tensor], list[dict]]:
+def _prepare_sounds(
+    model: CapsuleHeadClassifier, sounds: list, processor: Any
+) -> tuple[Mapping[str, Tensor], list[dict]]:
     """Inputs of the model, and what is known of each sound: nothing."""
     batch = processor(sounds, sampling_rate=processor.sampling_rate, padding=True, return_tensors="pt")
     return batch, [{}] * len(sounds)
 
 
 def _explain_batch(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], known: list[dict] | None = None
+    model: CapsuleHeadClassifier, inputs: Mapping[str, Tensor], known: list[dict] | None = None
 ) -> list[Explanation]:
     given = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    states = given.pop("hidden_states", None)
     with torch.no_grad():
-        states, masks = model._hidden_states(states, dict.fromkeys(model.backbone_inputs) | given)
+        states, masks = model.compute_hidden_states(**given)
     found = compute_credits(model.head, states, masks)
     is_multi_label = model.config.problem_type == "multi_label_classification"
     probabilities = found.scores.sigmoid() if is_multi_label else found.scores.softmax(-1)
@@ -376,7 +381,7 @@ def _explain_batch(
                 is_multi_label=is_multi_label,
                 parts=found.parts[row].cpu(),
                 credits=credits,
-                depths=tuple(model.config.depths),
+                layers=tuple(model.config.layers),
                 **of_row,
             )
         )

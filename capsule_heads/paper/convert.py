@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config
 
-from .checks import check_choice
-from .data.sst import BINARY_NAMES, FINE_GRAINED_NAMES
-from .data.stereo import CATEGORIES
-from .models import (
-    CapsuleHeadConfig,
-    CapsuleHeadForImageClassification,
-    CapsuleHeadForSequenceClassification,
-    StereoConvConfig,
-)
-from .models.configuration_capsule_head import PAPER, label_fields
-from .models.image_processing_stereo import StereoImageProcessor
-from .models.pretrained import CapsuleHeadPreTrainedModel
+from ..checks import check_choice
+from ..data.sst import BINARY_NAMES, FINE_GRAINED_NAMES
+from ..models import CapsuleHeadConfig, CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
+from ..models.base import CapsuleHeadPreTrainedModel
+from ..models.configuration_capsule_head import label_fields
+from . import PAPER
+from .configuration_stereo_conv import StereoConvConfig
+from .image_processing_stereo import StereoImageProcessor
+from .stereo import CATEGORIES
 
 NETWORKS = ("sst2_root", "sst5_root", "smallnorb")
 GPT2_LARGE = "openai-community/gpt2-large"
@@ -55,8 +52,10 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
     """
     check_choice("network", network, NETWORKS)
     if network == "smallnorb":
+        backbone = StereoConvConfig()
         config = CapsuleHeadConfig(
-            StereoConvConfig(),
+            backbone,
+            hidden_sizes=backbone.hidden_sizes,
             head_type="spatial_pose",
             freeze_backbone=False,
             strategy=strategy,
@@ -67,6 +66,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
     config = CapsuleHeadConfig(
         GPT2Config(n_embd=1280, n_layer=36, n_head=20, architectures=["GPT2LMHeadModel"]),
         base_model_name_or_path=GPT2_LARGE,
+        hidden_sizes=[1280] * 37,
         head_only=True,
         strategy=strategy,
         **PAPER,

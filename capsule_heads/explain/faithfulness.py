@@ -104,7 +104,7 @@ def _probabilities(model: PreTrainedModel, text: Text, masks: Tensor) -> Tensor:
 
 
 def credit_chain(model: PreTrainedModel, text: Text) -> Tensor:
-    """This package's own: `model.explain`, all depths together, against the other classes."""
+    """This package's own: `model.explain`, all layers together, against the other classes."""
     (explanation,) = model.explain(text.inputs)
     return explanation.against_others(explanation.by_token())[:, text.target]
 

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+from .configuration_stereo_conv import StereoConvConfig
 
 Pair = Image.Image | np.ndarray | Tensor
 
@@ -129,3 +132,6 @@ def _read_pair(pair: Pair) -> np.ndarray:
             "255, or floats from 0 to 1."
         )
     return pair.astype(np.float32) / np.float32(limit)
+
+
+AutoImageProcessor.register(StereoConvConfig, StereoImageProcessor, exist_ok=True)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import with_pixel_values
+from ..data.images import with_pixel_values
 
 CATEGORIES = ("animal", "human", "airplane", "truck", "car")  # smallNORB's, in its order
 

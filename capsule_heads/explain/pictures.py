@@ -1,4 +1,4 @@
-"""Where a score comes from, as pictures: tokens by depths, patches over an image, parts; and deletion curves."""
+"""Where a score comes from, as pictures: tokens by layers, patches over an image, parts; and deletion curves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..explain import Explanation
-from ..faithfulness import DELETED
+from .attributions import Explanation
 from .canvas import new_figure
+from .faithfulness import DELETED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ COLOURS = "RdBu"  # against the class is red, for it is blue: told apart by thos
 
 
 def draw_tokens(explanation: Explanation, target: int | None = None) -> Figure:
-    """A heat map of a text's tokens at all depths, with the sums over each beside it.
+    """A heat map of a text's tokens at all layers, with the sums over each beside it.
 
     Args:
         explanation: of a text, or of anything whose hidden states have the same tokens.
@@ -29,19 +29,19 @@ def draw_tokens(explanation: Explanation, target: int | None = None) -> Figure:
         ValueError: if hidden states differ in tokens.
     """
     k = explanation.predicted if target is None else target
-    credits = explanation.against_others(explanation.by_token_and_depth())[..., k].numpy()
-    n_tokens, n_depths = credits.shape
+    credits = explanation.against_others(explanation.by_token_and_layer())[..., k].numpy()
+    n_tokens, n_layers = credits.shape
     names = explanation.tokens or [str(token) for token in range(n_tokens)]
-    figure = new_figure(max(5.0, 2.2 + 0.34 * n_tokens), 2.8 + 0.24 * n_depths)
-    sums, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.1, 0.24 * n_depths + 0.4))
+    figure = new_figure(max(5.0, 2.2 + 0.34 * n_tokens), 2.8 + 0.24 * n_layers)
+    sums, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.1, 0.24 * n_layers + 0.4))
     most = float(np.abs(credits).max()) or 1.0
     totals = credits.sum(1)
     sums.bar(range(n_tokens), totals, color=["#2166ac" if total > 0 else "#b2182b" for total in totals])
     sums.axhline(0, color="black", linewidth=0.8)
-    sums.set_ylabel("all depths")
+    sums.set_ylabel("all layers")
     image = heat.imshow(credits.T, cmap=COLOURS, vmin=-most, vmax=most, aspect="auto", origin="lower")
     heat.set_xticks(range(n_tokens), names, rotation=60, ha="right", rotation_mode="anchor")
-    heat.set_yticks(range(n_depths), explanation.depths)
+    heat.set_yticks(range(n_layers), explanation.layers)
     heat.set_ylabel("depth")
     figure.colorbar(image, ax=[sums, heat], label="credit (logits)")
     probability = float(explanation.probabilities[k])

@@ -11,8 +11,8 @@ from typing import Any
 
 import jinja2
 
-from ..explain import Explanation
-from .explanation import draw_patches
+from .attributions import Explanation
+from .pictures import draw_patches
 
 BLUE, RED = (33, 102, 172), (178, 24, 43)
 
@@ -81,12 +81,12 @@ def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
         entry["words"] = _coloured_words(explanation)
         entry["rest"] = explanation.text[explanation.spans[-1][1] :]
     if explanation.tokens is not None:
-        credits = explanation.against_others(explanation.by_token_and_depth())[..., k]
+        credits = explanation.against_others(explanation.by_token_and_layer())[..., k]
         most = float(credits.abs().max())
         entry["tokens"] = explanation.tokens
         entry["rows"] = [
-            (depth, [(credit, _colour(credit, most)) for credit in column])
-            for depth, column in zip(explanation.depths, credits.T.tolist())
+            (layer, [(credit, _colour(credit, most)) for credit in column])
+            for layer, column in zip(explanation.layers, credits.T.tolist())
         ]
     return entry
 

@@ -9,23 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backbones import check_mask, token_masks
-
-
-class Windowing(NamedTuple):
-    """How texts are cut into windows.
-
-    Attributes:
-        length: of a window, in tokens, special ones included.
-        overlap: number of tokens that neighbouring windows share at least, special ones aside.
-        n_before: special tokens at the beginning of every text; every window begins with them.
-        n_after: special tokens at the end of every text; every window ends with them.
-    """
-
-    length: int
-    overlap: int
-    n_before: int
-    n_after: int
+from .parts import Windowing
+from .running import check_mask, token_masks
 
 
 class Windows(NamedTuple):
@@ -103,7 +88,7 @@ def run_in_windows(
         inputs: those of the backbone, `[batch, tokens, ...]` if they are of texts.
 
     Returns:
-        Per depth `[batch, tokens, width]`, zero where a text has padding, and the masks `[batch, tokens]`; the very
+        Per layer `[batch, tokens, width]`, zero where a text has padding, and the masks `[batch, tokens]`; the very
         same as `run` returns where no text is cut.
 
     Raises:
@@ -128,7 +113,7 @@ def run_in_windows(
         of_part, _ = run(**pieces, attention_mask=part.mask.long())
         if any(x.shape[:2] != part.mask.shape for x in of_part):
             raise ValueError(
-                f"The backbone made hidden states of {', '.join(str(x.shape[1]) for x in of_part)} tokens, by depth, "
+                f"The backbone made hidden states of {', '.join(str(x.shape[1]) for x in of_part)} tokens, by layer, "
                 f"of windows of {windowing.length} tokens; windows expect one each. Leave window_length out, and cut "
                 "texts to what the backbone takes."
             )

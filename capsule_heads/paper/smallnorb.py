@@ -57,7 +57,7 @@ def load_smallnorb(
         cache_dir: Where the pairs are kept; by default the cache folder of datasets.
 
     Returns:
-        The splits `train`, `validation` and `test` with the columns of `capsule_heads.data.stereo.stereo_features`.
+        The splits `train`, `validation` and `test` with the columns of `capsule_heads.paper.stereo.stereo_features`.
 
     Raises:
         FileNotFoundError: If the directory or one of its files does not exist.

@@ -13,20 +13,11 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbones import (
-    AUDIO_INPUTS,
-    ENCODER,
-    IMAGE_INPUTS,
-    TEXT_INPUTS,
-    Part,
-    all_hidden_states,
-    main_input_name,
-    part_of,
-)
+from .parts import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, TEXT_INPUTS, Part, main_input_name, part_of
+from .running import all_hidden_states
 
 N_TOKENS = 4
 MORE_TOKENS = 64  # for backbones that need whole blocks of tokens
@@ -72,7 +63,7 @@ def probe(
         shares: of each sample in the batch: its length, as a share of the longest, where samples can be shorter.
 
     Returns:
-        The inputs, in our names, and per depth `[batch, tokens, width]`.
+        The inputs, in our names, and per layer `[batch, tokens, width]`.
 
     Raises:
         ValueError: as `probe_hidden_sizes`.
@@ -109,6 +100,8 @@ def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part
     Raises:
         ValueError: as `probe_hidden_sizes`, or if neither tells.
     """
+    from transformers import AutoModel  # here: see Backbone.candidates
+
     with torch.device("meta"):
         backbone = part_of(AutoModel.from_config(copy.deepcopy(base_config)), part)
     backbone.to("meta")  # what torch.Tensor(size) makes is on the CPU whatever was said

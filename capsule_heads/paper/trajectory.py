@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .canvas import new_figure
+from ..explain.canvas import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from ..checks import check_size
-
-
-class StereoConvConfig(PreTrainedConfig):
-    """Configuration of a `StereoConvModel`.
-
-    Args:
-        num_channels: channels of an image: the two views of a pair.
-        image_size: height and width of images.
-        hidden_sizes: channels after each block.
-        strides: of each block's convolution.
-
-    Raises:
-        ValueError: for sizes that are not positive whole numbers, or another number of them than of strides.
-    """
-
-    model_type = "stereo_conv"
-
-    def __init__(
-        self,
-        num_channels: int = 2,
-        image_size: int = 96,
-        hidden_sizes: Sequence[int] = (64, 64, 64, 64, 64, 64),
-        strides: Sequence[int] = (1, 2, 1, 2, 1, 2),
-        **kwargs,
-    ) -> None:
-        are_lists = isinstance(hidden_sizes, list | tuple) and isinstance(strides, list | tuple)
-        if not are_lists or len(hidden_sizes) != len(strides) or not hidden_sizes:
-            raise ValueError(f"hidden_sizes is {hidden_sizes} and strides {strides}; expected one of each per block.")
-        for name, size in {"num_channels": num_channels, "image_size": image_size}.items():
-            check_size(name, size)
-        for name, sizes in {"hidden_sizes": hidden_sizes, "strides": strides}.items():
-            for index, size in enumerate(sizes):
-                check_size(f"{name}[{index}]", size)
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.hidden_sizes = list(hidden_sizes)
-        self.strides = list(strides)
-        super().__init__(**kwargs)
+from .configuration_stereo_conv import StereoConvConfig
 
 
 class StereoConvModel(PreTrainedModel):
@@ -127,3 +87,6 @@ def _coordinates(images: Tensor) -> Tensor:
     # Always float32, as in the original: a float64 network then agrees with it to the last digit.
     rows, columns = (torch.linspace(-1.0, 1.0, size, device=images.device) for size in (height, width))
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(images.dtype).expand(n, -1, -1, -1)
+
+
+AutoModel.register(StereoConvConfig, StereoConvModel, exist_ok=True)

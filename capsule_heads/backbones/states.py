@@ -1,4 +1,4 @@
-"""What a backbone returned, as one `[batch, tokens, width]` and one mask per depth: every layout is known here."""
+"""What a backbone returned, as one `[batch, tokens, width]` and one mask per layer: every layout is known here."""
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ def arrange(states: Sequence[Tensor], layout: Layout, backbone: nn.Module) -> tu
         backbone: which has methods that count frames, if it is a speech model.
 
     Returns:
-        Per depth `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per depth
+        Per layer `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per layer
         `[batch, tokens]`, 1 for a token and 0 for padding, in float32 or wider.
 
     Raises:
         ValueError: for a shape that is none of these.
     """
     arranged, masks, given = [], [], None
-    for depth, x in enumerate(states):
-        width = layout.widths[depth] if layout.widths is not None and depth < len(layout.widths) else None
+    for layer, x in enumerate(states):
+        width = layout.widths[layer] if layout.widths is not None and layer < len(layout.widths) else None
         x, mask = _arrange_one(x, width, layout, backbone)
         arranged.append(x)
         dtype = torch.promote_types(x.dtype, torch.float32)  # mixup makes fractions, which bfloat16 would round

@@ -228,7 +228,7 @@ def _animal(rng: np.random.Generator) -> list[Solid]:
 def _human(rng: np.random.Generator) -> list[Solid]:
     shirt, trousers, dark = _tones(rng)
     skin, u = rng.uniform(0.35, 0.9), rng.uniform
-    hip, chest, depth = u(0.75, 0.95), u(0.3, 0.38), u(0.12, 0.18)
+    hip, chest, layer = u(0.75, 0.95), u(0.3, 0.38), u(0.12, 0.18)
     shoulder, limb = u(0.26, 0.36), u(0.075, 0.11)
     waist = shoulder * u(0.6, 0.9)
     stance, stride = u(0.02, 0.2), u(-0.25, 0.25)
@@ -245,7 +245,7 @@ def _human(rng: np.random.Generator) -> list[Solid]:
         parts.append(ball(hand, limb * 1.05, skin))
         parts.append(ball(joint, limb, shirt))
     # Widest at the shoulders: the third axis points down, along which a box narrows.
-    axes = np.diag([depth, shoulder, -chest])
+    axes = np.diag([layer, shoulder, -chest])
     parts.append(box((0, 0, hip + chest), axes, shirt, taper=(0.85, waist / shoulder)))
     size, top = u(0.15, 0.2), hip + 2 * chest
     parts.append(rod((0, 0, top), (0, 0, top + size), size * 0.5, skin))

@@ -1,163 +1,46 @@
-"""How a backbone is built and run: which part of it, with which of its inputs, under which names."""
+"""How a backbone is run: its inputs under its own names, and the hidden states at some layers."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..checks import is_readable
-from .backbone_states import Layout, arrange, hidden_states_of
-from .stereo_conv import StereoConvConfig, StereoConvModel
-
-# Backbones are built by the name of their type, the package's own like any other. It is not left to the package's root:
-# there is none where this code came along with a checkpoint.
-AutoConfig.register(StereoConvConfig.model_type, StereoConvConfig, exist_ok=True)
-AutoModel.register(StereoConvConfig, StereoConvModel, exist_ok=True)
-
-STACKS = ("encoder", "decoder")
-TOWERS = {
-    "text": ("text_config",),
-    "vision": ("vision_config", "image_config"),
-    "audio": ("audio_config", "speech_config"),
-}
-TEXT_INPUTS = ("input_ids",)
-IMAGE_INPUTS = ("pixel_values",)
-AUDIO_INPUTS = ("input_values", "input_features")
-# Names that some backbones have for inputs of ours. The first of a line that a backbone takes is its name for it.
-NAMES = {
-    "pixel_values": ("pixel_values", "pixel_values_videos", "flattened_patches", "hidden_states"),
-    "image_grid_thw": ("image_grid_thw", "grid_thw"),
-    "image_position_ids": ("image_position_ids", "pixel_position_ids"),
-    "input_features": ("input_features", "audio_mel"),
-    "attention_mask": (
-        "attention_mask",
-        "input_features_mask",
-        "feature_attention_mask",
-        "padding_mask",
-        "audio_mel_mask",
-    ),
-}
-INVERTED_MASKS = ("audio_mel_mask",)  # these are true for padding
-
-
-class Part(NamedTuple):
-    """Which part of a model is the backbone.
-
-    Attributes:
-        stack: of an encoder-decoder, "encoder" or "decoder".
-        tower: of a model of several towers, one of `TOWERS`; None for the whole model.
-    """
-
-    stack: str = "encoder"
-    tower: str | None = None
-
-
-ENCODER = Part()
-
-
-def build_backbone(
-    base_config: PreTrainedConfig,
-    dtype: torch.dtype | str | None = None,
-    part: Part = ENCODER,
-    trust_remote_code: bool = False,
-    code_revision: str | None = None,
-) -> PreTrainedModel:
-    """A backbone with random weights, without what the head does not need, from its configuration (which it keeps).
-
-    Args:
-        base_config: its configuration, or that of the model that it is a part of.
-        dtype: of its weights; None for that of its configuration.
-        part: which part.
-        trust_remote_code: whether to run code that its configuration names, of the repository that it is from.
-        code_revision: the commit of that code.
-    """
-    if dtype is not None:
-        base_config.dtype = dtype
-    is_known = type(base_config) in MODEL_MAPPING  # then no code is loaded, and from_config passes the keyword on
-    code_kwargs = {"code_revision": code_revision} if trust_remote_code and not is_known else {}
-    return part_of(AutoModel.from_config(base_config, trust_remote_code=trust_remote_code, **code_kwargs), part)
-
-
-def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
-    """The part of a model that a head needs: one tower, the encoder alone of an encoder-decoder, no pooler.
-
-    A head on hidden states never uses a pooler, or a decoder behind them, and DDP stops on such weights.
-
-    Raises:
-        ValueError: if the model has no such tower.
-    """
-    if part.tower is not None:
-        whole = _tower(whole, part.tower)
-    if "add_pooling_layer" in inspect.signature(type(whole).__init__).parameters and hasattr(whole, "pooler"):
-        whole.pooler = None
-    if not whole.config.is_encoder_decoder or part.stack == "decoder":
-        return whole
-    encoder = whole.get_encoder()
-    # Some encoders take what a convolutional backbone before them makes of the inputs.
-    takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(whole)
-    return encoder if takes_inputs else whole
-
-
-def tower_config(config: PreTrainedConfig, tower: str) -> PreTrainedConfig | None:
-    """The configuration of one tower, or None if the model has no such tower."""
-    configs = (getattr(config, name, None) for name in TOWERS[tower])
-    return next((found for found in configs if isinstance(found, PreTrainedConfig)), None)
-
-
-def _tower(whole: PreTrainedModel, tower: str) -> PreTrainedModel:
-    config = tower_config(whole.config, tower)
-    for module in whole.modules():
-        if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):
-            return module.base_model  # a language model's without its output layer
-    raise ValueError(f"{whole.config.model_type} has no {tower} tower; leave tower out, or name another.")
-
-
-def main_input_name(backbone: PreTrainedModel) -> str:
-    """What a backbone takes, in our names: "input_ids", "pixel_values", "input_values", "input_features"; or its own.
-
-    Packed patches, and videos, are "pixel_values" too.
-    """
-    accepted = list(inspect.signature(backbone.forward).parameters)
-    name = backbone.main_input_name
-    name = name if isinstance(name, str) and name in accepted else accepted[0]
-    if name == "hidden_states":
-        return "pixel_values" if _name_in(accepted, "image_grid_thw") else name
-    return next((ours for ours, names in NAMES.items() if name in names), name)
+from .parts import INVERTED_MASKS, name_in
+from .states import Layout, arrange, hidden_states_of
 
 
 def run_backbone(
-    backbone: PreTrainedModel, depths: Sequence[int], hidden_sizes: Sequence[int], stack: str = "encoder", **inputs
+    backbone: PreTrainedModel, layers: Sequence[int], hidden_sizes: Sequence[int], stack: str = "encoder", **inputs
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Runs a backbone and returns the hidden states at some depths, and their masks.
+    """Runs a backbone and returns the hidden states at some layers, and their masks.
 
-    Index 0 is the embedding output. The last depth is after the final norm. A token's states do not depend on padding,
+    Index 0 is the embedding output. The last layer is after the final norm. A token's states do not depend on padding,
     unless the backbone itself mixes padding into its tokens (FNet and others without a mask, ConvBERT's convolutions,
     RWKV with padding on the left).
 
     Args:
         backbone: what `part_of` returned.
-        depths: indices of the hidden states wanted, ascending.
+        layers: indices of the hidden states wanted, ascending.
         hidden_sizes: the width that each of the backbone's hidden states is expected to have.
         stack: "encoder" or "decoder", of an encoder-decoder.
         **inputs: its inputs, in our names; those that are None, or that it does not take, are left out.
 
     Returns:
-        Per depth `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per depth
+        Per layer `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per layer
         `[batch, tokens]`, 1 for a token and 0 for padding.
 
     Raises:
         ValueError: if the backbone yields another number of hidden states or other widths, or none.
     """
-    selected = depths if _selects(backbone, depths, hidden_sizes) else None
+    selected = layers if _selects(backbone, layers, hidden_sizes) else None
     states, masks = all_hidden_states(backbone, stack, inputs, hidden_sizes, selected)
-    if selected is not None and len(states) == len(depths):
+    if selected is not None and len(states) == len(layers):
         return states, masks
     found = [x.shape[-1] for x in states]
     if found != list(hidden_sizes):
@@ -166,17 +49,17 @@ def run_backbone(
             f"{describe(found)}, where the configuration has {len(hidden_sizes)} of {describe(hidden_sizes)}; set "
             "hidden_sizes to what it returns."
         )
-    return [states[depth] for depth in depths], [masks[depth] for depth in depths]
+    return [states[layer] for layer in layers], [masks[layer] for layer in layers]
 
 
-def _selects(backbone: PreTrainedModel, depths: Sequence[int], hidden_sizes: Sequence[int]) -> bool:
+def _selects(backbone: PreTrainedModel, layers: Sequence[int], hidden_sizes: Sequence[int]) -> bool:
     """Whether a backbone can be asked for some hidden states, to drop the others as it goes on.
 
     Those can that have transformers' hooks on each of their layers keep them, in order.
     """
     by_hooks = "hidden_states" in (getattr(type(backbone), "_can_record_outputs", None) or {})
     n_layers = getattr(backbone.config, "num_hidden_layers", None)
-    return by_hooks and len(depths) < len(hidden_sizes) == (n_layers or 0) + 1 and len(set(hidden_sizes)) == 1
+    return by_hooks and len(layers) < len(hidden_sizes) == (n_layers or 0) + 1 and len(set(hidden_sizes)) == 1
 
 
 def describe(widths: Sequence[int]) -> str:
@@ -191,9 +74,9 @@ def all_hidden_states(
     widths: Sequence[int] | None = None,
     selected: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The hidden states at all depths, and their masks, as in `run_backbone`; `widths` may be unknown.
+    """The hidden states at all layers, and their masks, as in `run_backbone`; `widths` may be unknown.
 
-    With `selected` those at these depths alone, unless transformers is too old to drop the others.
+    With `selected` those at these layers alone, unless transformers is too old to drop the others.
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
@@ -306,11 +189,11 @@ def _check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreT
 
 
 def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], widths: Sequence[int]) -> Sequence[Tensor]:
-    """Hidden states that a user gave, one `[batch, tokens, width]` per depth.
+    """Hidden states that a user gave, one `[batch, tokens, width]` per layer.
 
     Args:
-        hidden_states: these, or `[batch, tokens, depths, width]`.
-        widths: of each depth in use.
+        hidden_states: these, or `[batch, tokens, layers, width]`.
+        widths: of each layer in use.
 
     Raises:
         TypeError: for anything but floating-point tensors.
@@ -327,14 +210,14 @@ def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], widths: Sequen
     if len(shapes) != len(widths) or not fit:
         given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
         raise ValueError(
-            f"hidden_states has shape {given}; expected [batch, tokens, depths, width], or one [batch, tokens, width] "
-            f"per depth, with {len(widths)} depths of width {describe(widths)}."
+            f"hidden_states has shape {given}; expected [batch, tokens, layers, width], or one [batch, tokens, width] "
+            f"per layer, with {len(widths)} layers of width {describe(widths)}."
         )
     return states
 
 
 def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) -> list[Tensor]:
-    """Per depth, `[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
+    """Per layer, `[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
 
     In float32 or wider, whatever the states are: mixup makes fractions of it, which bfloat16 would round to two digits.
     """
@@ -350,7 +233,7 @@ def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tens
     accepted = inspect.signature(backbone.forward).parameters
     arguments = {}
     for ours, value in inputs.items():
-        name = _name_in(accepted, ours)
+        name = name_in(accepted, ours)
         if name is not None:
             arguments[name] = ~value.bool() if name in INVERTED_MASKS else value
     if "position_ids" in accepted and "position_ids" not in arguments and "attention_mask" in arguments:
@@ -362,11 +245,6 @@ def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tens
     if "decoder_input_ids" in accepted and "input_ids" in inputs:
         arguments |= _decoder_inputs(backbone.config, inputs)
     return arguments
-
-
-def _name_in(accepted: Container[str], ours: str) -> str | None:
-    """The name, among those that a backbone accepts, for an input of ours; None if it takes no such input."""
-    return next((name for name in NAMES.get(ours, (ours,)) if name in accepted), None)
 
 
 def _decoder_inputs(config: PreTrainedConfig, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,232 @@
+"""A backbone: where it comes from, which part of a model it is, and how it is loaded, tried and run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .loading import load_backbone_config, reading_weights, reference_of, resolve_backbone
+from .parts import (
+    AUDIO_INPUTS,
+    IMAGE_INPUTS,
+    Part,
+    Windowing,
+    check_main_input,
+    check_part,
+    part_of,
+    tower_config,
+)
+from .probe import probe_hidden_sizes, probe_hidden_sizes_without_weights
+from .running import run_backbone
+from .windows import run_in_windows
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What is known of a backbone, without its weights.
+
+    Attributes:
+        config: the configuration of the model that is loaded.
+        name_or_path: where its weights are: a name on the Hub, a directory, or `package:NAME/FOLDER` inside an
+            installed Python package; None for a backbone with random weights.
+        revision: the commit of the weights, where they are on the Hub.
+        part: the part of the model that is the backbone.
+        windowing: the windows that texts are cut into; None to run on complete texts.
+        hidden_sizes: size of each hidden state, the embedding output included; empty until it is known.
+
+    Raises:
+        ValueError: If the model has no such part.
+    """
+
+    config: PreTrainedConfig
+    name_or_path: str | None = None
+    revision: str | None = None
+    part: Part = Part()
+    windowing: Windowing | None = None
+    hidden_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_part(self.part, self.config)
+
+    @classmethod
+    def find(
+        cls,
+        name_or_path: str | os.PathLike[str] | PreTrainedConfig,
+        main_inputs: Sequence[str],
+        *,
+        revision: str | None = None,
+        part: Part = Part(),  # noqa: B008 - immutable
+        hidden_sizes: Sequence[int] | None = None,
+        **loading: Any,
+    ) -> tuple[Backbone, PreTrainedModel]:
+        """Load the backbone that takes some inputs out of a model, and find the sizes of its hidden states.
+
+        Of a model of several towers it is the first of `candidates` that runs on these inputs alone.
+
+        Args:
+            name_or_path: as the attribute; or a configuration, for a backbone with random weights.
+            main_inputs: the inputs that the backbone has to take, one of which it takes alone.
+            revision: branch, tag or commit.
+            part: the part to use; a tower of None chooses one.
+            hidden_sizes: sizes that are known; None to run the backbone once.
+            **loading: arguments of `BACKBONE_KWARGS`.
+
+        Returns:
+            The backbone, and the loaded module.
+
+        Raises:
+            ValueError: If no part of the model runs on these inputs, or its hidden states have an unknown layout.
+            OSError: If there is no such checkpoint.
+        """
+        if isinstance(name_or_path, PreTrainedConfig):
+            backbone = cls(name_or_path, part=part)
+        else:
+            config, commit = load_backbone_config(name_or_path, revision, **loading)
+            backbone = cls(config, reference_of(name_or_path), commit, part)
+        first_error: ValueError | None = None
+        for choice in backbone.candidates(main_inputs):
+            try:
+                if choice.name_or_path is None:
+                    module = choice.build(trust_remote_code=loading.get("trust_remote_code", False))
+                else:
+                    choice, module = choice.load(**loading)
+                check_main_input(module, main_inputs)
+                sizes = tuple(hidden_sizes or probe_hidden_sizes(module, choice.part.stack))
+                return dataclasses.replace(choice, hidden_sizes=sizes), module
+            except ValueError as error:
+                first_error = first_error or error
+        assert first_error is not None  # there is always a candidate
+        raise first_error
+
+    def candidates(self, main_inputs: Sequence[str]) -> list[Backbone]:
+        """Return the parts of the model that may be the backbone for some inputs, the likeliest first.
+
+        For images and audio that is the tower of a model of several; for text the complete model where it runs on text
+        alone (language models with a vision tower do), else its text tower (CLIP and its like). A tower is loaded by
+        itself where transformers has a class for it, else with the complete model, and taken out of that.
+        """
+        from transformers import (
+            MODEL_MAPPING,  # here: the configuration of a model imports this file, and needs no models
+        )
+
+        kind = {IMAGE_INPUTS: "vision", AUDIO_INPUTS: "audio"}.get(tuple(main_inputs), "text")
+        tower = tower_config(self.config, kind)
+        if self.part.tower is not None or tower is None:
+            return [self]
+        towers = [dataclasses.replace(self, part=self.part._replace(tower=kind))]
+        if type(tower) in MODEL_MAPPING:
+            towers.insert(0, dataclasses.replace(self, config=tower))
+        return towers if kind == "vision" else [self, *towers] if kind == "text" else [*towers, self]
+
+    def build(self, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+        """Return the backbone with random weights, without what a head does not need. It keeps the configuration.
+
+        Args:
+            dtype: of its weights; None for that of its configuration.
+            trust_remote_code: whether to run code that its configuration names, from the repository of its weights.
+        """
+        from transformers import MODEL_MAPPING, AutoModel
+
+        if dtype is not None:
+            self.config.dtype = dtype
+        is_known = type(self.config) in MODEL_MAPPING  # then no code is loaded, and from_config passes the keyword on
+        code_kwargs = {"code_revision": self.revision} if trust_remote_code and not is_known else {}
+        complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
+        return part_of(complete, self.part)
+
+    def load(self, **loading: Any) -> tuple[Backbone, PreTrainedModel]:
+        """Load the backbone's weights.
+
+        Args:
+            **loading: arguments of `BACKBONE_KWARGS`.
+
+        Returns:
+            The backbone with the configuration that it can be built from again, and the module.
+
+        Raises:
+            ValueError: If the checkpoint is itself a capsule-head model, or lacks weights of the backbone.
+            OSError: If there is no such checkpoint.
+        """
+        from transformers import AutoModel
+
+        if self.name_or_path is None:
+            raise ValueError(f"The {self.config.model_type} backbone has random weights, and no checkpoint to load.")
+        own_config, commit = load_backbone_config(self.name_or_path, self.revision, **loading)
+        source = resolve_backbone(self.name_or_path)
+        if hasattr(own_config, "quantization_config"):  # it says that the checkpoint itself is quantised
+            self.config.quantization_config = own_config.quantization_config
+        with reading_weights(source):
+            complete, found = AutoModel.from_pretrained(
+                source, config=self.config, revision=commit or self.revision, output_loading_info=True, **loading
+            )
+        module = part_of(complete, self.part)
+        used = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        state_dict = complete.state_dict(keep_vars=True)
+        missing = sorted(key for key in found["missing_keys"] if key in state_dict and id(state_dict[key]) in used)
+        if missing:
+            raise ValueError(
+                f"The checkpoint of {source} has no weights for {len(missing)} tensors of the "
+                f"{complete.config.model_type} backbone, among them {missing[0]}; expected a checkpoint with all of them."
+            )
+        return dataclasses.replace(self, config=complete.config), module
+
+    def probe(self) -> Backbone:
+        """Return the backbone with the sizes of its hidden states, found without weights.
+
+        The backbone is built on the meta device and run on tensors that have shapes and no data.
+
+        Raises:
+            ValueError: If it does not run on a text, an image or audio alone.
+        """
+        return dataclasses.replace(self, hidden_sizes=tuple(probe_hidden_sizes_without_weights(self.config, self.part)))
+
+    def run(
+        self, module: PreTrainedModel, layers: Sequence[int], inputs: dict[str, Tensor | None], *, trains: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the backbone on a batch, in windows where texts are longer than one.
+
+        Args:
+            module: the loaded backbone.
+            layers: indices of the hidden states wanted, ascending.
+            inputs: by our names; those that are None are left out.
+            trains: whether to keep a graph for the gradients of the backbone.
+
+        Returns:
+            Per layer `[batch, tokens, hidden_size]`, and per layer `[batch, tokens]`, 1 for a token and 0 for padding.
+
+        Raises:
+            ValueError: If inputs or hidden states do not fit the configuration.
+        """
+        # Not inference_mode: the head's affine map keeps its input for the gradient of its weight, and autograd takes
+        # no inference tensors. A clone of every state would cost more than the mode saves.
+        gradients: AbstractContextManager[None] = nullcontext() if trains else torch.no_grad()
+        with gradients:
+            run = partial(run_backbone, module, layers, self.hidden_sizes, self.part.stack)
+            return run_in_windows(run, self.windowing, inputs)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a `CapsuleHeadConfig` that describe the backbone."""
+        fields: dict[str, Any] = {
+            "base_config": self.config,
+            "base_model_name_or_path": self.name_or_path,
+            "base_model_revision": self.revision,
+            "hidden_sizes": list(self.hidden_sizes),
+            **self.part._asdict(),
+        }
+        if self.windowing is not None:
+            fields |= {
+                "window_length": self.windowing.length,
+                "window_overlap": self.windowing.overlap,
+                "window_special_tokens": [self.windowing.n_before, self.windowing.n_after],
+            }
+        return fields

@@ -1,0 +1,162 @@
+"""The parts of a model that can be a backbone, and the names of its inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Container, Sequence
+from typing import NamedTuple
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from ..checks import check_choice
+
+STACKS = ("encoder", "decoder")
+TOWERS = {
+    "text": ("text_config",),
+    "vision": ("vision_config", "image_config"),
+    "audio": ("audio_config", "speech_config"),
+}
+TEXT_INPUTS = ("input_ids",)
+IMAGE_INPUTS = ("pixel_values",)
+AUDIO_INPUTS = ("input_values", "input_features")
+# Names that some backbones have for inputs of ours. The first of a line that a backbone takes is its name for it.
+NAMES = {
+    "pixel_values": ("pixel_values", "pixel_values_videos", "flattened_patches", "hidden_states"),
+    "image_grid_thw": ("image_grid_thw", "grid_thw"),
+    "image_position_ids": ("image_position_ids", "pixel_position_ids"),
+    "input_features": ("input_features", "audio_mel"),
+    "attention_mask": (
+        "attention_mask",
+        "input_features_mask",
+        "feature_attention_mask",
+        "padding_mask",
+        "audio_mel_mask",
+    ),
+}
+INVERTED_MASKS = ("audio_mel_mask",)  # these are true for padding
+
+
+MODELS = {
+    "text": "CapsuleHeadForSequenceClassification",
+    "images": "CapsuleHeadForImageClassification",
+    "audio": "CapsuleHeadForAudioClassification",
+}
+
+
+class Part(NamedTuple):
+    """The part of a model that is the backbone.
+
+    Attributes:
+        stack: "encoder" or "decoder", of an encoder-decoder.
+        tower: one of `TOWERS`, of a model of several towers; None for the complete model.
+    """
+
+    stack: str = "encoder"
+    tower: str | None = None
+
+
+ENCODER = Part()
+
+
+class Windowing(NamedTuple):
+    """The windows that texts are cut into.
+
+    Attributes:
+        length: tokens of a window, special ones included.
+        overlap: least number of tokens that neighbouring windows share, special ones aside.
+        n_before: special tokens at the beginning of every text; every window begins with them.
+        n_after: special tokens at the end of every text; every window ends with them.
+    """
+
+    length: int
+    overlap: int
+    n_before: int
+    n_after: int
+
+
+def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
+    """Return the part of a model that a head needs: one tower, the encoder alone of an encoder-decoder, no pooler.
+
+    A head on hidden states never uses a pooler, or a decoder behind them, and DDP stops on weights without a gradient.
+
+    Raises:
+        ValueError: If the model has no such tower.
+    """
+    if part.tower is not None:
+        whole = _tower(whole, part.tower)
+    if "add_pooling_layer" in inspect.signature(type(whole).__init__).parameters and hasattr(whole, "pooler"):
+        whole.pooler = None
+    if not whole.config.is_encoder_decoder or part.stack == "decoder":
+        return whole
+    encoder = whole.get_encoder()
+    # Some encoders take what a convolutional backbone before them makes of the inputs.
+    takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(whole)
+    return encoder if takes_inputs else whole
+
+
+def tower_config(config: PreTrainedConfig, tower: str) -> PreTrainedConfig | None:
+    """Return the configuration of one tower, or None if the model has no such tower."""
+    configs = (getattr(config, name, None) for name in TOWERS[tower])
+    return next((found for found in configs if isinstance(found, PreTrainedConfig)), None)
+
+
+def _tower(whole: PreTrainedModel, tower: str) -> PreTrainedModel:
+    config = tower_config(whole.config, tower)
+    for module in whole.modules():
+        if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):
+            return module.base_model  # a language model's without its output layer
+    raise ValueError(f"{whole.config.model_type} has no {tower} tower; leave tower out, or name another.")
+
+
+def main_input_name(backbone: PreTrainedModel) -> str:
+    """Return the name of a backbone's main input.
+
+    It is one of ours, "input_ids", "pixel_values", "input_values" or "input_features", or else the backbone's own.
+    Packed patches, and videos, are "pixel_values" too.
+    """
+    accepted = list(inspect.signature(backbone.forward).parameters)
+    name = backbone.main_input_name
+    name = name if isinstance(name, str) and name in accepted else accepted[0]
+    if name == "hidden_states":
+        return "pixel_values" if name_in(accepted, "image_grid_thw") else name
+    return next((ours for ours, names in NAMES.items() if name in names), name)
+
+
+def name_in(accepted: Container[str], ours: str) -> str | None:
+    """Return the name, among those that a backbone accepts, for an input of ours; None if it takes no such input."""
+    return next((name for name in NAMES.get(ours, (ours,)) if name in accepted), None)
+
+
+def check_part(part: Part, config: PreTrainedConfig) -> None:
+    """Check that a model has a part.
+
+    Raises:
+        ValueError: If it is no encoder-decoder, or has no such tower.
+    """
+    check_choice("stack", part.stack, STACKS)
+    if part.stack == "decoder" and not config.is_encoder_decoder:
+        raise ValueError(
+            f'stack is "decoder", but {config.model_type} is no encoder-decoder: it has one stack, whichever it is; '
+            "leave stack out."
+        )
+    if part.tower is not None and (part.tower not in TOWERS or tower_config(config, part.tower) is None):
+        has = [name for name in TOWERS if tower_config(config, name) is not None]
+        raise ValueError(
+            f"tower is {part.tower!r}; expected None, or a tower of {config.model_type}, which has "
+            f"{', '.join(has) or 'none'}."
+        )
+
+
+def check_main_input(backbone: PreTrainedModel, expected: Sequence[str]) -> None:
+    """Check that a backbone takes one of the inputs that a model of ours gives it.
+
+    Raises:
+        ValueError: If it takes another.
+    """
+    name = main_input_name(backbone)
+    if name not in expected:
+        models = ", ".join(f"for {kind} there is {model}" for kind, model in MODELS.items())
+        raise ValueError(
+            f"{backbone.config.model_type} takes {name}; expected a backbone that takes {' or '.join(expected)}: {models}."
+        )

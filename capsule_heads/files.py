@@ -1,0 +1,36 @@
+"""Text and JSON files, written completely or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: str | Path, kind: type[dict | list] = dict) -> Any:
+    """Read a JSON file that holds keys and values, or a list.
+
+    Raises:
+        ValueError: If it is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are not UTF-8
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, kind):
+        expected = {dict: "keys and values", list: "a list"}[kind]
+        raise ValueError(f"{path}: expected {expected}, found {type(content).__name__}.")
+    return content
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file, completely or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, completely or not at all: under another name first."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

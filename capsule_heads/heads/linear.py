@@ -1,0 +1,78 @@
+"""A linear head, and the pooling of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Head, HeadOptions, HeadOutput, Mix, mixed, option, register
+
+
+@dataclass(frozen=True)
+class LinearOptions(HeadOptions):
+    """The options of `LinearHead`."""
+
+    pooling: str = option(
+        "mean",
+        "Pooling of tokens: the mean of all, or the first (BERT's [CLS]) or last one that is no padding.",
+        choices=("mean", "first", "last"),
+    )
+
+
+@register("linear")
+class LinearHead(Head):
+    """One hidden state, pooled over tokens, and an affine map.
+
+    Args:
+        hidden_sizes: size of the one hidden state, as a sequence.
+        n_out: number of scores.
+        **options: fields of `LinearOptions`.
+    """
+
+    title = "A linear control head, without capsules,"
+    Options = LinearOptions
+    takes_one_layer = True
+    options: LinearOptions
+
+    def __init__(self, *, hidden_sizes: Sequence[int], n_out: int, **options: Any) -> None:
+        super().__init__(hidden_sizes=hidden_sizes, n_out=n_out, **options)
+        self.affine = nn.Linear(self.hidden_sizes[0], n_out)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to zero: all classes start alike."""
+        nn.init.zeros_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+
+    def score(
+        self,
+        hidden_states: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        return_routing_probabilities: bool,
+        mix: Mix | None,
+    ) -> HeadOutput:
+        """Score pooled tokens; see `Head.score`."""
+        x = mixed(hidden_states[0].to(self.affine.weight.dtype), mix)
+        return HeadOutput(self.affine(pool_tokens(x, masks[0], self.options.pooling)).float())
+
+
+def pool_tokens(x: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Return `[batch, hidden_size]` from `[batch, tokens, hidden_size]`; zero where all tokens are masked.
+
+    Args:
+        x: the tokens.
+        mask: `[batch, tokens]`, from 0 to 1.
+        pooling: one of the choices of `LinearOptions`.
+    """
+    mask = mask.to(x.dtype)
+    if pooling == "first":  # where the mask rises: of texts that were mixed there may be two
+        mask = (mask - F.pad(mask, (1, 0))[:, :-1]).clamp_min(0)
+    elif pooling == "last":  # where it falls
+        mask = (mask - F.pad(mask, (0, 1))[:, 1:]).clamp_min(0)
+    weights = mask / mask.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
+    return (weights[:, None] @ x)[:, 0]

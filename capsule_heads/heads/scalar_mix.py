@@ -1,0 +1,75 @@
+"""A head on a learned mix of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Head, HeadOptions, HeadOutput, Mix, mixed, option, register
+from .linear import pool_tokens
+
+
+@dataclass(frozen=True)
+class ScalarMixOptions(HeadOptions):
+    """The options of `ScalarMixHead`."""
+
+    d_inp: int = option(64, "Size of the hidden layer.")
+
+
+@register("scalar_mix")
+class ScalarMixHead(Head):
+    """A learned mix of all layers (Peters et al., 2018, arXiv 1802.05365), its mean over tokens, and a hidden layer.
+
+    `gamma sum_l s_l h_l` with `s = softmax(w)`; swish between the two affine maps.
+
+    Args:
+        hidden_sizes: size of each hidden state, all the same.
+        n_out: number of scores.
+        **options: fields of `ScalarMixOptions`.
+
+    Raises:
+        ValueError: If hidden states differ in size: they cannot be mixed.
+    """
+
+    title = "A control head without capsules, which mixes layers,"
+    Options = ScalarMixOptions
+    options: ScalarMixOptions
+
+    def __init__(self, *, hidden_sizes: Sequence[int], n_out: int, **options: Any) -> None:
+        super().__init__(hidden_sizes=hidden_sizes, n_out=n_out, **options)
+        if len(set(self.hidden_sizes)) > 1:
+            raise ValueError(
+                f'Hidden states have sizes {", ".join(map(str, self.hidden_sizes))}; head_type="scalar_mix" adds them up, '
+                "and expected one size: name layers that have it, or take another head."
+            )
+        self.w, self.gamma = nn.Parameter(torch.empty(len(self.hidden_sizes))), nn.Parameter(torch.empty(()))
+        self.hidden = nn.Linear(self.hidden_sizes[0], self.options.d_inp)
+        self.affine = nn.Linear(self.options.d_inp, n_out)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters again: all layers weigh the same, and all classes start alike."""
+        nn.init.zeros_(self.w)
+        nn.init.ones_(self.gamma)
+        nn.init.kaiming_normal_(self.hidden.weight)
+        for zeros in (self.hidden.bias, self.affine.weight, self.affine.bias):
+            nn.init.zeros_(zeros)
+
+    def score(
+        self,
+        hidden_states: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        return_routing_probabilities: bool,
+        mix: Mix | None,
+    ) -> HeadOutput:
+        """Score the mix; see `Head.score`."""
+        dtype = self.hidden.weight.dtype
+        # A mean over tokens of a mix of layers is a mix of means, which are small.
+        means = [pool_tokens(mixed(x.to(dtype), mix), mask, "mean") for x, mask in zip(hidden_states, masks)]
+        pooled = self.gamma * torch.einsum("l,lbd->bd", self.w.softmax(0), torch.stack(means))
+        return HeadOutput(self.affine(F.silu(self.hidden(pooled))).float())

@@ -1,0 +1,45 @@
+"""The paper's text head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .base import option, register
+from .inputs import TokenHead
+from .routing import RoutingHead, RoutingOptions
+
+
+@dataclass(frozen=True)
+class TokenDepthOptions(RoutingOptions):
+    """The options of `TokenDepthHead`."""
+
+    d_inp: int = option(64, "Size of the capsules that hidden states become.")
+    d_cap: int = option(2, "Columns of the pose of part and class capsules.")
+
+
+@register("token_depth")
+class TokenDepthHead(TokenHead, RoutingHead):
+    """The paper's text head: every token at every layer is a capsule, routed to parts, routed to classes.
+
+    A learned embedding of the layer is added to the hidden states; an affine map, swish and layer normalisation make
+    each one a capsule of `1 x d_inp`, with its token's mask as score; these are routed to `n_parts` capsules of
+    `1 x d_cap`, and those to `n_out` capsules of `1 x d_cap`, whose scores are the logits (Heinsen, 2019, section
+    4.2). Hidden states of several sizes, such as those of hierarchical image models, have one affine map and
+    normalisation per size.
+
+    Args:
+        hidden_sizes: size of each hidden state.
+        n_out: number of output capsules; None to stop at the parts, which are then the output.
+        **options: fields of `TokenDepthOptions`.
+    """
+
+    title = "A routing-capsule head"
+    Options = TokenDepthOptions
+    options: TokenDepthOptions
+
+    def __init__(self, *, hidden_sizes: Sequence[int], n_out: int | None, **options: Any) -> None:
+        super().__init__(hidden_sizes=hidden_sizes, n_out=n_out, **options)
+        self.detect_parts = self.make_detectors(self.options.d_inp)
+        self.routings = self.make_routings(1, self.options.d_inp, self.options.d_cap)

@@ -1,0 +1,56 @@
+"""The results of a run, `results.json`, as `capsule-heads train` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json
+
+SPLITS = ("validation", "test")
+_NOT_METRICS = ("loss", "runtime", "per_second", "preparation_time")
+NUMBER = (int, float)
+_RUN_KEYS = {"task": str, "seed": int, "steps": int, "trained_parameters": int, "training_seconds": NUMBER}
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Reads files that capsule-heads train wrote.
+
+    Raises:
+        ValueError: if a file is none of these.
+    """
+    runs = []
+    for path in paths:
+        name = f"{path} holds no results of capsule-heads train"
+        try:
+            run = read_json(path)
+        except OSError as error:
+            raise ValueError(f"{name}: {error.strerror}.") from None
+        metrics = {f"{split}_{name}" for split in SPLITS for name in metrics_of(run)} & run.keys()
+        optional = {"backbone": (str, type(None)), **dict.fromkeys(metrics, (*NUMBER, type(None)))}
+        keys = _RUN_KEYS | {key: types for key, types in optional.items() if key in run}
+        check_record(run, keys, name)
+        runs.append(run)
+    return runs
+
+
+def check_record(record: Any, keys: dict[str, Any], name: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{name}: {record!r} stands where keys and values are expected.")
+    missing = keys.keys() - record.keys()
+    if missing:
+        raise ValueError(f"{name}: {', '.join(sorted(missing))} missing.")
+    for key, types in keys.items():
+        if not isinstance(record[key], types):
+            raise ValueError(f"{name}: {key} is {record[key]!r}, of the wrong type.")
+
+
+def is_metric(name: str) -> bool:
+    """Whether a key of a run's results, such as "test_accuracy", is a metric, not a loss or a time."""
+    return not name.endswith(_NOT_METRICS)
+
+
+def metrics_of(run: dict[str, Any]) -> list[str]:
+    names = (name.removeprefix(f"{split}_") for split in SPLITS for name in run if name.startswith(f"{split}_"))
+    return [name for name in dict.fromkeys(names) if is_metric(name)]
