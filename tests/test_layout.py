@@ -194,6 +194,7 @@ def modules_after(statement):
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+OF_TRANSFORMERS = {"accelerate", "scipy", "triton"}  # it imports these for its models
 HEAVY = {"accelerate", "datasets", "evaluate", "matplotlib", "numba", "pandas", "scipy", "sklearn", "triton"}
 
 
@@ -202,7 +203,10 @@ HEAVY = {"accelerate", "datasets", "evaluate", "matplotlib", "numba", "pandas", 
     [
         ("import capsule_heads", HEAVY | {"transformers", "torch", "numpy"}),
         ("from capsule_heads import Routing", HEAVY | {"transformers"}),
-        ("from capsule_heads import CapsuleHeadForSequenceClassification", HEAVY - {"accelerate", "scipy", "triton"}),  # of transformers itself
+        (
+            "from capsule_heads import CapsuleHeadForSequenceClassification",
+            HEAVY - {"accelerate", "scipy", "triton"},
+        ),  # of transformers itself
     ],
     ids=["root", "layer", "model"],
 )
