@@ -222,7 +222,7 @@ def _m_step(
 @triton.jit
 def _load_m_step(state_ptr, beta_use_ptr, beta_ign_ptr, t, T: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
                  BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):  # fmt: skip
-    """Load what the M-step of iteration `t` reads: `n_used`, `mean`, `scatter`, `total`, `bias` and both betas; float64."""
+    """Load what the M-step of iteration `t` reads: `n_used`, `mean`, `scatter`, `total`, `bias`, betas; float64."""
     N: tl.constexpr = BJ * BH
     j = tl.arange(0, N) // BH
     row = t * (1 + 2 * C)
@@ -675,7 +675,7 @@ def _through_softmax(
 
 @triton.jit
 def _d_W_of_bias(centre_ptr, sums_ptr, start, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    """Return rows `start` to `start + BD` of what the gradient of `bias = centre W + B` adds to that of `W`, `[BD,N]`."""
+    """Return rows `start` to `start + BD` of what the gradient of `bias = centre W + B` adds to that of `W`."""
     d = start + tl.arange(0, BD)
     d_W = tl.zeros([BD, N], dtype=centre_ptr.dtype.element_ty)
     for c in tl.static_range(C):
@@ -1112,7 +1112,7 @@ def own_backward_kernel(
     T: tl.constexpr, EPS: tl.constexpr, SKM: tl.constexpr,
     HAS_A: tl.constexpr, HAS_MU: tl.constexpr, HAS_SIG2: tl.constexpr, HAS_D_R: tl.constexpr,
 ):  # fmt: skip
-    """Go back through all iterations of a sample. `parts` gets its parts of the parameters' gradients, in their order."""
+    """Go back through all iterations of a sample. `parts` gets parts of the parameters' gradients, in their order."""
     N: tl.constexpr = BJ * BH
     sample = tl.program_id(0).to(tl.int64)
     state_ptr += sample * (T * (1 + 2 * C) * N)
