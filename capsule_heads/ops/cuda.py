@@ -114,17 +114,17 @@ class Sizes(NamedTuple):
 
     @property
     def N(self) -> int:
-        """Columns of a block of wide inputs, and of all small tensors."""
+        """Return the number of columns of a block of wide inputs, and of all small tensors."""
         return self.BJ * self.BH
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the kernels for narrow inputs serve these sizes: they are written out for each number of a vote."""
+        """Return whether the kernels for narrow inputs serve these sizes. They have a variable for each number of a vote."""
         return self.D < 16 and self.C * self.H <= 16 and self.C * self.D <= 32
 
     @property
     def rows_of_program(self) -> int:
-        """Rows of sums that a program writes."""
+        """Return the number of rows of sums that a program writes."""
         return self.BI if self.is_narrow else 1
 
     @classmethod
