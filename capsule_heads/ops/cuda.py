@@ -119,7 +119,7 @@ class Sizes(NamedTuple):
 
     @property
     def is_narrow(self) -> bool:
-        """Return whether the kernels for narrow inputs serve these sizes. They have a variable for each number of a vote."""
+        """Return whether the kernels for narrow inputs serve these sizes. They name each number of a vote."""
         return self.D < 16 and self.C * self.H <= 16 and self.C * self.D <= 32
 
     @property
