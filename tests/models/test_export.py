@@ -114,7 +114,7 @@ def test_onnx_where_scores_of_parts_are_low(make_kind, tmp_path):
 
 
 def test_exporting_takes_the_literal_loop_however_many_votes_there_are(make_kind, monkeypatch):
-    monkeypatch.setattr("capsule_heads.ops.SMALL", 0)
+    monkeypatch.setattr("capsule_heads.ops.routing.SMALL", 0)
     model, inputs, _ = make_kind("text")
     program = torch.export.export(model, (), inputs(3, 7))
     assert not any("capsule_heads" in str(node.target) for node in program.graph.nodes)

@@ -1,4 +1,4 @@
-"""Strategy "numba" by itself: sizes around those of its vectors and tiles, threads, and numba that is not installed."""
+"""Strategy "cpu" by itself: sizes around those of its vectors and tiles, threads, and numba that is not installed."""
 
 import importlib.util
 import types
@@ -9,13 +9,15 @@ import pytest
 import torch
 from oracle import as_torch, draw, random_cotangents
 
-from capsule_heads.ops import _check_strategy, numba_kernels, route
-from capsule_heads.ops import numba as strategy
+from capsule_heads.ops import cpu, cpu_kernels, route
+from capsule_heads.ops.routing import STRATEGIES, _check_served
+from capsule_heads.ops.strategy import Call
+from capsule_heads.ops.terms import EStep, Inputs
 
 SHARED = {"own_inp": False}
 
 
-def values_and_gradients(tensors, name="numba", **options):
+def values_and_gradients(tensors, name="cpu", **options):
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     outputs = route(*tensors, strategy=name, **options)
     return (*outputs, *torch.autograd.grad(outputs, tensors, random_cotangents(outputs)))
@@ -26,12 +28,12 @@ def values_and_gradients(tensors, name="numba", **options):
 @pytest.mark.parametrize("d_inp, d_out", [(1, 1), (4, 4), (5, 2), (9, 8), (64, 2), (64, 3)])
 @pytest.mark.parametrize("kept", [True, False])
 def test_odd_sizes(monkeypatch, n_inp, n_out, d_cov, d_inp, d_out, kept):
-    monkeypatch.setattr(strategy, "_MAX_TILE", 48)
+    monkeypatch.setattr(cpu, "_MAX_TILE", 48)
     if not kept:
-        monkeypatch.setattr(strategy, "MAX_KEPT", 0)
+        monkeypatch.setattr(cpu, "MAX_KEPT", 0)
     sizes = {"n_inp": n_inp, "n_out": n_out, "d_cov": d_cov, "d_inp": d_inp, "d_out": d_out}
     tensors = as_torch(draw(batch=(2,), **sizes, **SHARED))
-    actual, expected = (values_and_gradients(tensors, s, n_out=n_out, return_R=True) for s in ("numba", "reference"))
+    actual, expected = (values_and_gradients(tensors, s, n_out=n_out, return_R=True) for s in ("cpu", "reference"))
     for a, e in zip(actual, expected, strict=True):  # of a single output, some gradients are zero
         assert (a - e).norm() <= 1e-9 * e.norm().clamp_min(1e-3)
 
@@ -47,7 +49,7 @@ def test_no_bit_depends_on_the_number_of_threads(d_inp):
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            outputs = strategy.statistics(*pass_of(tensors), None)
+            outputs = STRATEGIES["cpu"].statistics(*pass_of(tensors), None)
             results.append(outputs[:3])
     finally:
         torch.set_num_threads(n_threads)
@@ -59,11 +61,11 @@ def pass_of(tensors):
     a_inp, mu_inp, W = tensors[:3]
     f_inp = torch.sigmoid(a_inp)
     total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
-    inputs = strategy.Inputs(mu_inp, f_inp, total, mu_inp[:, :1] * 0, W[0].permute(2, 0, 1).contiguous(), 1e-5)
+    inputs = Inputs(mu_inp, f_inp, total, mu_inp[:, :1] * 0, W[0].permute(2, 0, 1).contiguous(), 1e-5)
     generator = torch.Generator().manual_seed(0)
     n, c, (h, j, _) = len(mu_inp), mu_inp.shape[2], inputs.W.shape
     mean, log_prior = (torch.randn(n, *s, j, dtype=torch.float64, generator=generator) for s in ((c, h), ()))
-    return inputs, strategy.EStep(log_prior, mean, torch.ones_like(mean))
+    return inputs, EStep(log_prior, mean, torch.ones_like(mean))
 
 
 def test_calls_from_several_threads():
@@ -89,7 +91,7 @@ def test_exp():
     @numba.njit
     def exp(values):
         for i in range(len(values)):
-            values[i] = numba_kernels._exp(values[i])
+            values[i] = cpu_kernels._exp(values[i])
 
     for dtype, error in ((torch.float32, 2e-7), (torch.float64, 1e-15)):
         values = logits.to(dtype, copy=True)
@@ -108,19 +110,19 @@ def test_kernels_without_a_place_to_keep_them(monkeypatch):
         return njit(**options)
 
     monkeypatch.setattr(numba, "njit", without_cache)
-    assert numba_kernels._jit(lambda x: x + 1)(1) == 2
+    assert cpu_kernels._jit()(lambda x: x + 1)(1) == 2
 
 
 def test_without_numba_it_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     tensors = large()
     with pytest.raises(ImportError, match=r'numba is not installed: `pip install "capsule-heads\[cpu\]"`'):
-        route(*tensors, n_out=20, strategy="numba")
+        route(*tensors, n_out=20, strategy="cpu")
     auto, votes = (route(*tensors, n_out=20, strategy=name) for name in ("auto", "votes"))
     assert all(torch.equal(a, b) for a, b in zip(auto, votes, strict=True))
 
 
 def test_it_is_for_the_cpu():
     mu_inp = types.SimpleNamespace(device=torch.device("cuda"), shape=(7, 1, 2))
-    with pytest.raises(ValueError, match=r'strategy "numba" runs on the CPU, and the inputs are on cuda\. Use strat'):
-        _check_strategy("numba", mu_inp, (torch.ones(1, 3, 2, 2),), 3)
+    with pytest.raises(ValueError, match=r'strategy "cpu" runs on the CPU, and the inputs are on cuda\. Use strat'):
+        _check_served(STRATEGIES["cpu"], Call(mu_inp, (torch.ones(1, 3, 2, 2),), n_out=3))

@@ -1,12 +1,9 @@
-"""The kernels of strategy "numba": one fused loop over tiles of inputs for each pass, on one thread, without the GIL.
+"""The kernels of strategy "cpu": one fused loop over tiles of inputs for each pass, on one thread, without the GIL.
 
-A tile is some hundred inputs of one sample. Vector lanes run over its inputs, so that sums over outputs and over
-columns are sums of vectors, whatever the sizes are; rows in scratch memory are planes `[i]`. The planes
-`u_ijch = (x W)_ijch` are made in blocks of four, which stay in the first-level cache, in the order `q = (j, h)` for
-each `c`: from the inputs, by a product of small blocks in registers; or they have been kept from an earlier pass.
-
-What a tile adds up is of the dtype of the inputs; what tiles add up, float64. Sums follow the order of the tiles, and
-how tiles are dealt to chunks does not depend on the threads: results are the same to the bit, however many run.
+README.md explains tiles and chunks. Rows in scratch memory are planes `[i]`. The planes `u_ijch = (x W)_ijch` are made
+in blocks of four, in the order `q = (j, h)` for each `c`: from the inputs, by a product of small blocks in registers,
+or they have been kept from an earlier pass. What a tile adds up is of the dtype of the inputs; what tiles add up is
+float64.
 
 In the shapes `q` counts outputs and their columns, padded to a multiple of four like `d`; `p` counts `c` and `h`; `T`
 is the largest number of inputs in a tile, and some more. numba keeps what it compiles until this file changes: what the
@@ -15,6 +12,9 @@ passes call has to be in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import numpy as np
 
 try:  # also a sign to transformers, which else refuses code that comes with a checkpoint where numba is not installed
@@ -22,20 +22,35 @@ try:  # also a sign to transformers, which else refuses code that comes with a c
     from numba.extending import intrinsic, overload
 except ImportError as error:
     raise ImportError(
-        'numba is not installed, and strategy "numba" is made of its kernels: `pip install "capsule-heads[cpu]"`, or '
+        'numba is not installed, and strategy "cpu" is made of its kernels: `pip install "capsule-heads[cpu]"`, or '
         'use strategy="auto".'
     ) from error
 
 
-def _jit(function=None, *, fastmath=("contract", "nsz", "reassoc")):
-    """Compiles when first called. Sums may be reordered, else they would not be vectors; infinities stay exact."""
-    if function is None:
-        return lambda function: _jit(function, fastmath=fastmath)
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no directory to write to, neither beside this file nor the user's
-        return numba.njit(**options)(function)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Inputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+_PlanOfTiles = tuple[np.ndarray, np.ndarray, int]
+
+
+def _jit(*fastmath: str) -> Callable[[_Function], _Function]:
+    """Compile a function when it is first called.
+
+    Args:
+        fastmath: what the compiler may do with numbers. Infinities stay exact.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
+
+    def decorate(function: _Function) -> _Function:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no directory to write to, neither beside this file nor the user's
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+_jit_sums = _jit("contract", "nsz", "reassoc")  # sums may be reordered, else they would not be vectors
+_jit_exact = _jit("contract")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,17 +59,18 @@ def _jit(function=None, *, fastmath=("contract", "nsz", "reassoc")):
 
 
 @intrinsic
-def _float_of_bits(typing_context, bits):
+def _float_of_bits(typing_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the number that has these bits. numba passes the context."""
     result = numba.float32 if bits == numba.int32 else numba.float64
 
-    def codegen(context, builder, signature, arguments):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(result))
 
     return result(bits), codegen
 
 
-@_jit(fastmath=("contract",))  # the two parts of log 2 must not be added before they are subtracted
-def _exp32(x):
+@_jit_exact  # the two parts of log 2 must not be added before they are subtracted
+def _exp32(x: np.float32) -> np.float32:
     y = max(x, np.float32(-80.0))
     n = np.int32(y * np.float32(1.4426950408889634) - np.float32(0.5))  # towards zero: y is not above it
     r = y - np.float32(n) * np.float32(0.693359375)
@@ -65,21 +81,22 @@ def _exp32(x):
     p = p * r + np.float32(1 / 6)
     p = p * r + np.float32(0.5)
     p = p * (r * r) + r + np.float32(1.0)
+    bits = np.int32((n + 127) << 23)
     # Zero in good time before the smallest normal number: processors are slow with smaller ones and their products
-    return p * _float_of_bits(np.int32((n + 127) << 23)) if x > np.float32(-78.0) else np.float32(0.0)
+    return p * _float_of_bits(bits) if x > np.float32(-78.0) else np.float32(0.0)  # type: ignore[call-arg]  # see there
 
 
-@_jit(fastmath=("contract",))
-def _exp64(x):
+@_jit_exact
+def _exp64(x: float) -> float:
     return np.exp(x) if x > -640.0 else 0.0
 
 
-def _exp(x):
-    """`exp(x)` for `x <= 0`, or 0 where that is next to nothing."""
+def _exp(x: float) -> Any:
+    """Return `exp(x)` for `x <= 0`, or 0 where that is next to nothing. Only compiled code calls it."""
 
 
 @overload(_exp)
-def _(x):
+def _(x) -> Callable[[Any], Any]:  # type: ignore[no-untyped-def]  # numba compares annotations with a lambda's
     return (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: _exp64(x))
 
 
@@ -89,9 +106,9 @@ def _(x):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@_jit
-def _product(planes, at, W, q, x, c, width):
-    """`planes [at:at+4] = W [q:q+4] x [c]`."""
+@_jit_sums
+def _product(planes: np.ndarray, at: int, W: np.ndarray, q: int, x: np.ndarray, c: int, width: int) -> None:
+    """Compute `planes [at:at+4] = W [q:q+4] x [c]`."""
     for d in range(0, W.shape[1], 4):
         w00, w01, w02, w03 = W[q, d], W[q, d + 1], W[q, d + 2], W[q, d + 3]
         w10, w11, w12, w13 = W[q + 1, d], W[q + 1, d + 1], W[q + 1, d + 2], W[q + 1, d + 3]
@@ -113,9 +130,19 @@ def _product(planes, at, W, q, x, c, width):
                 planes[at + 3, i] += w30 * a0 + w31 * a1 + w32 * a2 + w33 * a3
 
 
-@_jit
-def _product_backward(d_planes, at, W, q, x, c, d_W, d_x, width):
-    """With `g = d_planes [at:at+4]`: adds `W [q:q+4]^T g` to `d_x [c]`, and `g x [c]^T` to `d_W [q:q+4]`, float64."""
+@_jit_sums
+def _product_backward(
+    d_planes: np.ndarray,
+    at: int,
+    W: np.ndarray,
+    q: int,
+    x: np.ndarray,
+    c: int,
+    d_W: np.ndarray,
+    d_x: np.ndarray,
+    width: int,
+) -> None:
+    """Add `W [q:q+4]^T g` to `d_x [c]`, and `g x [c]^T` to `d_W [q:q+4]`, float64, with `g = d_planes [at:at+4]`."""
     zero = x.dtype.type(0)
     for d in range(0, W.shape[1], 4):
         w00, w01, w02, w03 = W[q, d], W[q, d + 1], W[q, d + 2], W[q, d + 3]
@@ -147,9 +174,18 @@ def _product_backward(d_planes, at, W, q, x, c, d_W, d_x, width):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@_jit
-def _load(x, f_tile, mu_inp, f_inp, centre, first, count, width):
-    """A tile's inputs, centred, `x [c,d,T]`, and their `f_tile [T]`; zeros fill the last vectors."""
+@_jit_sums
+def _load(
+    x: np.ndarray,
+    f_tile: np.ndarray,
+    mu_inp: np.ndarray,
+    f_inp: np.ndarray,
+    centre: np.ndarray,
+    first: int,
+    count: int,
+    width: int,
+) -> None:
+    """Load a tile's inputs, centred, `x [c,d,T]`, and their `f_tile [T]`; zeros fill the last vectors."""
     for c in range(centre.shape[0]):
         for d in range(centre.shape[1]):
             middle = centre[c, d]
@@ -163,9 +199,20 @@ def _load(x, f_tile, mu_inp, f_inp, centre, first, count, width):
         f_tile[i] = 0
 
 
-@_jit
-def _e_step(weights, d_D, planes, x, W, uniform, e_step, d_use, compute, width):
-    """`R`, as `weights [j,T]`; if `d_use` has rows, also the gradient of `D`, `d_D [j,T]`; if `compute`, the planes."""
+@_jit_sums
+def _e_step(
+    weights: np.ndarray,
+    d_D: np.ndarray,
+    planes: np.ndarray,
+    x: np.ndarray,
+    W: np.ndarray,
+    uniform: bool,
+    e_step: np.ndarray,
+    d_use: np.ndarray,
+    compute: bool,
+    width: int,
+) -> None:
+    """Compute `R` as `weights [j,T]`; with rows in `d_use` also the gradient of `D`; with `compute` also the planes."""
     n_c, n_q, n_out = x.shape[0], W.shape[0], weights.shape[0]
     n_p = e_step.shape[0] // 3
     n_h = n_p // n_c
@@ -199,9 +246,19 @@ def _e_step(weights, d_D, planes, x, W, uniform, e_step, d_use, compute, width):
         _softmax(weights, e_step, width)
 
 
-@_jit(fastmath=("contract",))
-def _add_energy(energy, j, planes, at, group, e_step, p, n_p, width):
-    """Adds `z^2`, `z = scale (u - mean)`, of one, two or four planes at once: fewer steps through memory."""
+@_jit_exact
+def _add_energy(
+    energy: np.ndarray,
+    j: int,
+    planes: np.ndarray,
+    at: int,
+    group: int,
+    e_step: np.ndarray,
+    p: int,
+    n_p: int,
+    width: int,
+) -> None:
+    """Add `z^2`, `z = scale (u - mean)`, of one, two or four planes at once: fewer steps through memory."""
     m0, s0, r0 = e_step[p, j], e_step[p + n_p, j], e_step[p + 2 * n_p, j]
     if group == 1:
         for i in range(width):
@@ -224,9 +281,9 @@ def _add_energy(energy, j, planes, at, group, e_step, p, n_p, width):
         energy[j, i] += (z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)
 
 
-@_jit
-def _softmax(weights, e_step, width):
-    """`softmax_j( log_prior_j - energy_j )`, in the place of the energies, `weights [j,T]`."""
+@_jit_sums
+def _softmax(weights: np.ndarray, e_step: np.ndarray, width: int) -> None:
+    """Compute `softmax_j( log_prior_j - energy_j )`, in the memory of the energies, `weights [j,T]`."""
     n_out = weights.shape[0]
     total, top = np.empty_like(weights[0]), np.empty_like(weights[0])
     one = weights.dtype.type(1)
@@ -250,9 +307,11 @@ def _softmax(weights, e_step, width):
             weights[j, i] *= total[i]
 
 
-@_jit
-def _moments(D, j, planes, at, middle, n_used, width):
-    """How far the mean of a plane is from `middle`, and the scatter about the mean."""
+@_jit_sums
+def _moments(
+    D: np.ndarray, j: int, planes: np.ndarray, at: int, middle: float, n_used: float, width: int
+) -> tuple[float, float]:
+    """Return the distance of a plane's mean from `middle`, and the scatter about the mean."""
     zero = planes.dtype.type(0)
     first, second = zero, zero
     for i in range(width):
@@ -275,7 +334,7 @@ def _moments(D, j, planes, at, middle, n_used, width):
 # ---------------------------------------------------------------------------------------------------------------------
 # Passes
 #
-# Arguments of both:
+# Arguments of all passes, or of most:
 #     inputs: `mu_inp [n,i,c,d]`, `f_inp [n,i]`, `centre [n,c,d]` and `W [q,d]`, padded.
 #     plan: `tiles [tiles,4]` (sample, first input, count, segment), `chunks` (first tile of each, and the end), `T`.
 #     share: which chunks are this call's, the first, and how far it is from each to the next.
@@ -287,11 +346,22 @@ def _moments(D, j, planes, at, middle, n_used, width):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@_jit
-def statistics(inputs, plan, share, kept, n_scratch, uniform, e_step, fill, R, sums):
-    """A pass for the M-step.
+@_jit_sums
+def statistics(
+    inputs: _Inputs,
+    plan: _PlanOfTiles,
+    share: tuple[int, int],
+    kept: np.ndarray,
+    n_scratch: int,
+    uniform: bool,
+    e_step: np.ndarray,
+    fill: bool,
+    R: np.ndarray,
+    sums: np.ndarray,
+) -> None:
+    """Do a pass for the M-step.
 
-    Args:
+    Beside the arguments of all passes:
         fill: whether to compute `kept`, rather than read it.
         R: `[n,i,j]` to write to, or of no samples.
         sums: `[segments,1+2p,j]`, float64, zeros: counts, means and scatters are written here.
@@ -332,26 +402,43 @@ def statistics(inputs, plan, share, kept, n_scratch, uniform, e_step, fill, R, s
                         _merge(sums, segment, p, n_p, j, n_used[j], np.float64(middle) + distance, scatter)
 
 
-@_jit
-def _merge(sums, segment, p, n_p, j, n_used, mean, scatter):
-    """Adds a tile's mean and scatter to those of the tiles before it, which with it have the count of `sums`."""
+@_jit_sums
+def _merge(
+    sums: np.ndarray, segment: int, p: int, n_p: int, j: int, n_used: float, mean: float, scatter: float
+) -> None:
+    """Add a tile's mean and scatter to those of the tiles before it, which with it have the count of `sums`."""
     if n_used > 0:
         count = sums[segment, 0, j]
-        distance, share = mean - sums[segment, p, j], n_used / count
-        sums[segment, p + n_p, j] += scatter + distance * distance * (count - n_used) * share
-        sums[segment, p, j] += distance * share
+        distance, fraction = mean - sums[segment, p, j], n_used / count
+        sums[segment, p + n_p, j] += scatter + distance * distance * (count - n_used) * fraction
+        sums[segment, p, j] += distance * fraction
 
 
-@_jit
+@_jit_sums
 def gradients(
-    inputs, plan, share, kept, n_scratch, uniform, e_step, fill, d_use, d_R, d_kept, add, d_mu_inp, d_f_inp, d_W, sums
-):
-    """The backward pass of `statistics`.
+    inputs: _Inputs,
+    plan: _PlanOfTiles,
+    share: tuple[int, int],
+    kept: np.ndarray,
+    n_scratch: int,
+    uniform: bool,
+    e_step: np.ndarray,
+    fill: bool,
+    d_use: np.ndarray,
+    d_R: np.ndarray,
+    d_kept: np.ndarray,
+    add: bool,
+    d_mu_inp: np.ndarray,
+    d_f_inp: np.ndarray,
+    d_W: np.ndarray,
+    sums: np.ndarray,
+) -> None:
+    """Go back through `statistics`.
 
-    Args:
+    Beside the arguments of all passes:
         d_use: `[n,1+3p,j]`: constant, means, `linear` and `square`.
         d_R: `[n,i,j]`, or of no samples.
-        d_kept: like `kept`: the gradient of what is kept, in the place of those of the inputs and `W`.
+        d_kept: like `kept`: the gradient of what is kept, instead of those of the inputs and `W`.
         add: whether to add to `d_kept`, rather than write it.
         d_mu_inp: `[n,i,c,d]`, added to.
         d_f_inp: `[n,i]`, added to.
@@ -397,9 +484,16 @@ def gradients(
                 _store(d_mu_inp[n], d_x, first, count)
 
 
-@_jit
-def gradients_of_kept(inputs, plan, share, d_kept, d_mu_inp, d_W):
-    """From the gradient of the planes that were kept to those of the inputs and the weights, which it adds to."""
+@_jit_sums
+def gradients_of_kept(
+    inputs: _Inputs,
+    plan: _PlanOfTiles,
+    share: tuple[int, int],
+    d_kept: np.ndarray,
+    d_mu_inp: np.ndarray,
+    d_W: np.ndarray,
+) -> None:
+    """Add to the gradients of the inputs and the weights, from that of the planes that were kept."""
     mu_inp, f_inp, centre, W = inputs
     tiles, chunks, T = plan
     n_c, n_q = mu_inp.shape[2], W.shape[0]
@@ -417,9 +511,9 @@ def gradients_of_kept(inputs, plan, share, d_kept, d_mu_inp, d_W):
             _store(d_mu_inp[n], d_x, first, count)
 
 
-@_jit
-def uniform_moments(inputs, plan, share, moments):
-    """Adds `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic` in the last column, to `moments [segments,c,d,d+1]`, float64.
+@_jit_sums
+def uniform_moments(inputs: _Inputs, plan: _PlanOfTiles, share: tuple[int, int], moments: np.ndarray) -> None:
+    """Add `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic` in the last column, to `moments [segments,c,d,d+1]`, float64.
 
     For narrow inputs: it makes one pass over a tile for each of these sums.
     """
@@ -447,11 +541,19 @@ def uniform_moments(inputs, plan, share, moments):
                             moments[segment, c, e, d] += total
 
 
-@_jit
-def uniform_gradients(inputs, plan, share, constant, half, d_mu_inp, d_f_inp):
-    """The backward pass of the first iteration, in which `D_ij` has the same gradient for all `j`, quadratic in `x_i`.
+@_jit_sums
+def uniform_gradients(
+    inputs: _Inputs,
+    plan: _PlanOfTiles,
+    share: tuple[int, int],
+    constant: np.ndarray,
+    half: np.ndarray,
+    d_mu_inp: np.ndarray,
+    d_f_inp: np.ndarray,
+) -> None:
+    """Go back through the first iteration, in which `D_ij` has the same gradient for all `j`, quadratic in `x_i`.
 
-    Args:
+    Beside the arguments of all passes:
         constant: `[n]`, its constant term.
         half: `[n,c,d+1,d]`: the matrix of the quadratic form and, in the last row, half its linear term.
         d_mu_inp: `[n,i,c,d]`, added to.
@@ -483,17 +585,26 @@ def uniform_gradients(inputs, plan, share, constant, half, d_mu_inp, d_f_inp):
             _store(d_mu_inp[n], d_x, first, count)
 
 
-@_jit
-def _store(d_mu_inp, d_x, first, count):
+@_jit_sums
+def _store(d_mu_inp: np.ndarray, d_x: np.ndarray, first: int, count: int) -> None:
     for i in range(count):
         for c in range(d_mu_inp.shape[1]):
             for d in range(d_mu_inp.shape[2]):
                 d_mu_inp[first + i, c, d] += d_x[c, d, i]
 
 
-@_jit
-def _softmax_backward(D, d_D, f, d_f_inp, d_R, first, count, width):
-    """From `R` in `D` and the gradient of `D`, in place to `D = f R` and the gradient of the logits."""
+@_jit_sums
+def _softmax_backward(
+    D: np.ndarray,
+    d_D: np.ndarray,
+    f: np.ndarray,
+    d_f_inp: np.ndarray,
+    d_R: np.ndarray,
+    first: int,
+    count: int,
+    width: int,
+) -> None:
+    """Compute `D = f R` from `R`, and the gradient of the logits from that of `D`, both in place."""
     dot, dot_R = np.zeros_like(f), np.zeros_like(f)
     for j in range(len(D)):
         for i in range(width):
@@ -515,9 +626,24 @@ def _softmax_backward(D, d_D, f, d_f_inp, d_R, first, count, width):
             D[j, i] *= f[i]
 
 
-@_jit
-def _block_backward(d_block, planes, at, D, d_logits, e_step, d_use, n, n_c, c, q, sums, segment, width):
-    """The gradient of a block of planes: through the M-step and through the E-step."""
+@_jit_sums
+def _block_backward(
+    d_block: np.ndarray,
+    planes: np.ndarray,
+    at: int,
+    D: np.ndarray,
+    d_logits: np.ndarray,
+    e_step: np.ndarray,
+    d_use: np.ndarray,
+    n: int,
+    n_c: int,
+    c: int,
+    q: int,
+    sums: np.ndarray,
+    segment: int,
+    width: int,
+) -> None:
+    """Compute the gradient of a block of planes: through the M-step and through the E-step."""
     n_p, n_out = e_step.shape[1] // 3, len(D)
     n_h = n_p // n_c
     for k in range(4):

@@ -1,12 +1,7 @@
-"""Routing by fused kernels for the CPU, compiled by numba: each pass goes over tiles of inputs that stay in the cache.
+"""Strategy "cpu": fused kernels for the CPU, compiled by numba. README.md explains how they cut the work.
 
-Votes are made in blocks of a few planes. Of narrow inputs, such as 4x4 poses, a block is made anew where it is needed;
-of wide ones, all blocks of a tile are made once for each pass; and where the votes of a whole call are few, they are
-made once for all its iterations.
-
-The kernels release the GIL, and run on torch's threads (see `threads`): numba's are either a second OpenMP beside
-torch's, or may not be called from several threads. The first call for a dtype takes about half a minute to compile
-forward and backward; what is compiled is kept on disk, where there is a place for it.
+The first call for a dtype takes about half a minute to compile forward and backward. What is compiled is kept on disk,
+if there is a place for it.
 """
 
 from __future__ import annotations
@@ -14,15 +9,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import numba_kernels as kernels
 from . import uniform
-from .passes import EStep, Inputs, Statistics, UseGradient, workspace
+from .autograd import StreamingStrategy
+from .blocks import workspace
+from .strategy import Call, is_installed
+from .terms import EStep, Inputs, Statistics, UseGradient
 from .threads import run_on_threads
 
 _N_CHUNKS = 16  # shares of the work, whatever the number of threads: sums depend on it
@@ -33,69 +31,97 @@ _TILE_BYTES = 2**20  # half of a second-level cache
 NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
 
 
-def n_kept(d_cov: int, d_inp: int) -> int:
-    """See `passes.Passes`."""
-    return 0
+class Cpu(StreamingStrategy):
+    """Routing by the kernels in `cpu_kernels`."""
+
+    name = "cpu"
+
+    def missing(self) -> str | None:
+        """Return None, or what to install."""
+        if is_installed("numba"):
+            return None
+        return 'is made of kernels that numba compiles, and numba is not installed: `pip install "capsule-heads[cpu]"`'
+
+    def unserved(self, call: Call) -> str | None:
+        """Return None if it serves a call, else the reason."""
+        if call.mu_inp.device.type != "cpu":
+            return f"runs on the CPU, and the inputs are on {call.mu_inp.device}"
+        return super().unserved(call)
+
+    def needs_double(self, n_votes: int, p_model: str, is_split: bool) -> bool:
+        """Return whether to compute float32 inputs in float64.
+
+        Nothing scales the distances of soft k-means: where they are large, their rounding decides between outputs.
+        """
+        return p_model == "skm"
+
+    def uniform_statistics(self, inputs: Inputs) -> tuple[Statistics, Tensor]:
+        """Add up statistics of the first iteration; see `Passes`."""
+        direction = _Direction.of(inputs)
+        if direction.keeps_votes:  # nothing to make: a pass over them is less work than second moments
+            return _statistics(inputs, None, None), uniform.no_moments(inputs)
+        if direction.is_narrow:
+            moments = direction.uniform_moments()
+            return uniform.statistics_of(inputs, moments), moments
+        return uniform.uniform_statistics(inputs)
+
+    def uniform_gradients(
+        self, inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor
+    ) -> Tensor:
+        """Go back through `uniform_statistics`; see `Passes`."""
+        direction = _Direction.of(inputs)
+        if direction.keeps_votes:
+            direction.gradients(None, d_use, None, d_mu_inp, d_f_inp)
+            return direction.gradients_of_votes(
+                d_mu_inp
+            )  # of all iterations: this one is the last to be differentiated
+        if direction.is_narrow:
+            constant, half, d_W = uniform.quadratic_form(inputs, moments, d_use)
+            direction.uniform_gradients(constant, half, d_mu_inp, d_f_inp)
+            return d_W
+        return uniform.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
+
+    def statistics(self, inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
+        """Add up statistics; see `Passes`."""
+        return _statistics(inputs, e_step, R)
+
+    def gradients(
+        self,
+        inputs: Inputs,
+        e_step: EStep,
+        statistics: Statistics,
+        d_use: UseGradient,
+        d_R: Tensor | None,
+        d_mu_inp: Tensor,
+        d_f_inp: Tensor,
+    ) -> tuple[EStep, Tensor]:
+        """Go back through `statistics`; see `Passes`."""
+        direction = _Direction.of(inputs)
+        sums, d_W = direction.gradients(e_step, d_use, d_R, d_mu_inp, d_f_inp)
+        sums, scale = direction.per_sample(sums), e_step.scale
+        first, second = (x.reshape(scale.shape) for x in sums[:, 1:].chunk(2, dim=1))
+        return EStep(sums[:, 0], 2.0 * scale.square() * first, -2.0 * scale * second), d_W
 
 
-def uniform_statistics(inputs: Inputs) -> tuple[Statistics, Tensor]:
-    """See `passes.Passes`."""
-    call = _Call.of(inputs)
-    if call.keeps_votes:  # nothing to make: a pass over them is less work than second moments
-        return _statistics(inputs, None, None), uniform.no_moments(inputs)
-    if call.is_narrow:
-        moments = call.uniform_moments()
-        return uniform.statistics_of(inputs, moments), moments
-    return uniform.uniform_statistics(inputs)
+def _kernels() -> ModuleType:
+    """Return the kernels. Importing them needs numba, which not everyone has."""
+    from . import cpu_kernels
 
-
-def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
-    """See `passes.Passes`."""
-    call = _Call.of(inputs)
-    if call.keeps_votes:
-        call.gradients(None, d_use, None, d_mu_inp, d_f_inp)
-        return call.gradients_of_votes(d_mu_inp)  # of all iterations: this one is the last to be differentiated
-    if call.is_narrow:
-        constant, half, d_W = uniform.quadratic_form(inputs, moments, d_use)
-        call.uniform_gradients(constant, half, d_mu_inp, d_f_inp)
-        return d_W
-    return uniform.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
-
-
-def statistics(inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
-    """See `passes.Passes`."""
-    return _statistics(inputs, e_step, R)
+    return cpu_kernels
 
 
 def _statistics(inputs: Inputs, e_step: EStep | None, R: Tensor | None) -> Statistics:
-    """The same; without an `e_step`, those of the first iteration."""
-    call = _Call.of(inputs)
-    sums = call.statistics(e_step, R)
+    """Add up statistics; without an `e_step`, those of the first iteration."""
+    direction = _Direction.of(inputs)
+    sums = direction.statistics(e_step, R)
     counts, means, scatters = sums[:, :1], *sums[:, 1:].chunk(2, dim=1)
     if len(sums) != len(inputs.mu_inp):  # Chan's formula, for all segments of a sample at once
-        n_used = call.per_sample(counts)
-        mean = call.per_sample(counts * means) / n_used.clamp_min(torch.finfo(n_used.dtype).tiny)
-        scatters = call.per_sample(scatters + counts * (means - mean[call.plan.samples]).square())
+        n_used = direction.per_sample(counts)
+        mean = direction.per_sample(counts * means) / n_used.clamp_min(torch.finfo(n_used.dtype).tiny)
+        scatters = direction.per_sample(scatters + counts * (means - mean[direction.plan.samples]).square())
         counts, means = n_used, mean
     means, scatters = (x.unflatten(1, (inputs.mu_inp.shape[2], -1)) for x in (means, scatters))  # [nchj]
     return Statistics(counts[:, 0], means, scatters)
-
-
-def gradients(
-    inputs: Inputs,
-    e_step: EStep,
-    statistics: Statistics,
-    d_use: UseGradient,
-    d_R: Tensor | None,
-    d_mu_inp: Tensor,
-    d_f_inp: Tensor,
-) -> tuple[EStep, Tensor]:
-    """See `passes.Passes`."""
-    call = _Call.of(inputs)
-    sums, d_W = call.gradients(e_step, d_use, d_R, d_mu_inp, d_f_inp)
-    sums, scale = call.per_sample(sums), e_step.scale
-    first, second = (x.reshape(scale.shape) for x in sums[:, 1:].chunk(2, dim=1))
-    return EStep(sums[:, 0], 2.0 * scale.square() * first, -2.0 * scale * second), d_W
 
 
 class _Plan(NamedTuple):
@@ -127,12 +153,12 @@ def _plan(n_samples: int, n_inp: int, tile_size: int) -> _Plan:
     return _Plan(tiles, chunks, torch.from_numpy(samples), np.searchsorted(samples, np.arange(n_samples)))
 
 
-class _Call:
-    """What the passes of one direction of a call share.
+class _Direction:
+    """What the passes of one direction of a call share: the forward passes, or the backward passes.
 
     Attributes:
         is_narrow: whether votes are cheaper to make than to keep.
-        keeps_votes: whether they share the votes.
+        keeps_votes: whether votes are made once for all passes.
         plan: how the work is cut.
     """
 
@@ -163,31 +189,31 @@ class _Call:
         self._has_votes = False
 
     @classmethod
-    def of(cls, inputs: Inputs) -> _Call:
-        """The one for these inputs."""
-        if "call" not in inputs.memo:
-            inputs.memo["call"] = cls(inputs)
-        return inputs.memo["call"]
+    def of(cls, inputs: Inputs) -> _Direction:
+        """Return the one for these inputs."""
+        if cls not in inputs.memo:
+            inputs.memo[cls] = cls(inputs)
+        return inputs.memo[cls]
 
     def uniform_moments(self) -> Tensor:
-        """`[n,c,d,d+1]`, float64, see `numba_kernels.uniform_moments`."""
+        """Return the moments of the inputs, `[n,c,d,d+1]`, float64."""
         _, c, _, _, d = self._sizes
         moments = torch.zeros(len(self.plan.samples), c, d, d + 1, dtype=torch.float64)
-        self._run(kernels.uniform_moments, moments.numpy())
+        self._run(_kernels().uniform_moments, moments.numpy())
         return self.per_sample(moments)
 
     def uniform_gradients(self, constant: Tensor, half: Tensor, d_mu_inp: Tensor, d_f_inp: Tensor) -> None:
-        """See `numba_kernels.uniform_gradients`."""
-        self._run(kernels.uniform_gradients, *(x.numpy() for x in (constant, half, d_mu_inp, d_f_inp)))
+        """Add to `d_mu_inp` and `d_f_inp`; see `cpu_kernels.uniform_gradients`."""
+        self._run(_kernels().uniform_gradients, *(x.numpy() for x in (constant, half, d_mu_inp, d_f_inp)))
 
     def statistics(self, e_step: EStep | None, R: Tensor | None) -> Tensor:
-        """`[segments,1+2p,j]`, float64: counts, means and scatters. Writes `R [n,i,j]` where it is given.
+        """Return counts, means and scatters, `[segments,1+2p,j]`, float64. Write `R [n,i,j]` if it is given.
 
-        Without an `e_step`, those of the first iteration.
+        Without an `e_step`, they are those of the first iteration.
         """
         sums = self._new_sums()
         self._run(
-            kernels.statistics,
+            _kernels().statistics,
             self._votes,
             self._scratch[1],
             e_step is None,
@@ -202,10 +228,10 @@ class _Call:
     def gradients(
         self, e_step: EStep | None, d_use: UseGradient, d_R: Tensor | None, d_mu_inp: Tensor, d_f_inp: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Adds to `d_mu_inp` (unless it keeps votes, and so their gradient) and to `d_f_inp`.
+        """Add to `d_mu_inp` (unless it keeps votes, and so their gradient) and to `d_f_inp`.
 
         Returns:
-            `[segments,1+2p,j]`, float64, see `numba_kernels.gradients`; and the gradient of `W`, but for what it keeps.
+            `[segments,1+2p,j]`, float64, see `cpu_kernels.gradients`; and the gradient of `W` (0 if it keeps votes).
         """
         sums = self._new_sums()
         d_W = torch.zeros(0, 0, 0, dtype=torch.float64) if self.keeps_votes else self._new_d_W()
@@ -214,7 +240,7 @@ class _Call:
             self._d_votes = workspace.like("d_votes", self._weights, self._votes.shape).numpy()
         constant, linear, square, mean = d_use
         self._run(
-            kernels.gradients,
+            _kernels().gradients,
             self._votes,
             self._scratch[1],
             e_step is None,
@@ -233,20 +259,20 @@ class _Call:
         return sums, d_W.sum() if self.keeps_votes else self._unpadded(d_W)
 
     def gradients_of_votes(self, d_mu_inp: Tensor) -> Tensor:
-        """Adds to `d_mu_inp` what comes through the votes that it keeps, and returns the gradient of `W`."""
+        """Add to `d_mu_inp` what comes through the votes that it keeps, and return the gradient of `W`."""
         d_W = self._new_d_W()
-        self._run(kernels.gradients_of_kept, self._d_votes, d_mu_inp.numpy(), d_W.numpy())
+        self._run(_kernels().gradients_of_kept, self._d_votes, d_mu_inp.numpy(), d_W.numpy())
         return self._unpadded(d_W)
 
     def per_sample(self, x: Tensor) -> Tensor:
-        """Sums of segments, `[segments,...]`, as `[n,...]`."""
+        """Sum what segments have added up, `[segments,...]`, to `[n,...]`."""
         n = len(self._inputs[0])
         if len(x) in (0, n):
             return x.new_zeros(n, *x.shape[1:]) if len(x) == 0 else x
         return torch.from_numpy(np.add.reduceat(x.numpy(), self.plan.firsts, axis=0))
 
     def _run(self, kernel: Callable[..., None], *arguments: object) -> None:
-        """The chunks in turn, on as many threads as torch would use."""
+        """Run a kernel on all chunks, on as many threads as torch would use."""
         n_threads = max(1, min(torch.get_num_threads(), len(self.plan.tiles)))
         plan = (self.plan.tiles, self.plan.chunks, self._scratch[0])
 
@@ -257,7 +283,7 @@ class _Call:
             run_on_threads(run, n_threads)
 
     def _e_step(self, e_step: EStep | None) -> np.ndarray:
-        """As `[n,2+3p,j]`, see `numba_kernels`; priors relative to the largest: far from zero, logits lose digits."""
+        """Pack as `[n,2+3p,j]`, see `cpu_kernels`. Priors are relative to the largest, as large logits lose digits."""
         if e_step is None:
             n, c, h, j, _ = self._sizes
             return torch.zeros(n, 2 + 3 * c * h, j, dtype=self._dtype).numpy()
@@ -268,7 +294,7 @@ class _Call:
         )
 
     def _packed(self, *terms: Tensor) -> np.ndarray:
-        """`[n,j]` and `[n,c,h,j]` as `[n,rows,j]`, of the dtype of the inputs."""
+        """Pack `[n,j]` and `[n,c,h,j]` as `[n,rows,j]`, of the dtype of the inputs."""
         return torch.cat([x[:, None] if x.ndim == 2 else x.flatten(1, 2) for x in terms], dim=1).to(self._dtype).numpy()
 
     def _new_sums(self) -> Tensor:
@@ -279,6 +305,6 @@ class _Call:
         return torch.zeros(_N_CHUNKS, *self._weights.shape, dtype=torch.float64)
 
     def _unpadded(self, d_W: Tensor) -> Tensor:
-        """`[chunks,q,d]` as `[h,j,d]`."""
+        """Sum `[chunks,q,d]` to `[h,j,d]`."""
         _, _, h, j, d = self._sizes
         return d_W.sum(0)[: h * j, :d].unflatten(0, (j, h)).transpose(0, 1)
