@@ -55,8 +55,8 @@ class Routing(nn.Module):
         super().__init__()
         for name, size in (("d_cov", d_cov), ("d_inp", d_inp), ("d_out", d_out)):
             check_size(name, size)
-        for name, size in (("n_inp", n_inp), ("n_out", n_out)):
-            check_size(name, size, or_none="variable")
+        for name, number in (("n_inp", n_inp), ("n_out", n_out)):
+            check_size(name, number, or_none="variable")
         if not isinstance(single_beta, bool):
             raise ValueError(f"single_beta is {single_beta!r}; expected True or False.")
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
@@ -81,7 +81,7 @@ class Routing(nn.Module):
                 nn.init.zeros_(parameter)
 
     def credits(self, a_inp: Tensor, R: Tensor) -> Tensor:
-        """Return what each input adds to the score of each output: data used times its benefit, less data ignored its cost.
+        """Return what each input adds to each output's score: the benefit of data used, less the cost of data ignored.
 
         Args:
             a_inp: `[...i]`, input scores, as logits.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from .splits import made_when_read, with_validation
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from torch import Tensor
-    from transformers import SequenceFeatureExtractor
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 # Names of folders with a split's files, as `datasets` knows them for folders of images.
@@ -27,6 +26,24 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 LAYOUT = "train/CLASS/*.wav and the like"
+
+
+class FeatureExtractor(Protocol):
+    """A feature extractor of transformers for audio, such as `Wav2Vec2FeatureExtractor`.
+
+    Attributes:
+        sampling_rate: Samples per second that it takes.
+        model_input_names: Names of what it makes.
+    """
+
+    sampling_rate: int
+    model_input_names: list[str]
+
+    def __call__(self, raw_speech: np.ndarray, **options: Any) -> Mapping[str, Any]:
+        """Return what a model takes of one recording."""
+
+    def pad(self, processed_features: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
+        """Return a padded batch."""
 
 
 def load_audio_folder(source: str | os.PathLike[str] | None) -> DatasetDict:
@@ -117,7 +134,7 @@ def open_audio(path: str | os.PathLike[str], sampling_rate: int) -> np.ndarray:
     return resample_poly(mono, sampling_rate // divisor, found_rate // divisor).astype(np.float32)
 
 
-def audio_features(samples: np.ndarray, feature_extractor: SequenceFeatureExtractor) -> dict[str, np.ndarray]:
+def audio_features(samples: np.ndarray, feature_extractor: FeatureExtractor) -> dict[str, np.ndarray]:
     """Return what a model takes of one recording: its input and, if the feature extractor makes one, `attention_mask`.
 
     Args:
@@ -140,7 +157,7 @@ def audio_features(samples: np.ndarray, feature_extractor: SequenceFeatureExtrac
     return found
 
 
-def _input_name(feature_extractor: SequenceFeatureExtractor) -> str:
+def _input_name(feature_extractor: FeatureExtractor) -> str:
     from ..backbones.parts import AUDIO_INPUTS
 
     for name in AUDIO_INPUTS:
@@ -152,7 +169,7 @@ def _input_name(feature_extractor: SequenceFeatureExtractor) -> str:
     )
 
 
-def prepare_audio(splits: DatasetDict, feature_extractor: SequenceFeatureExtractor) -> DatasetDict:
+def prepare_audio(splits: DatasetDict, feature_extractor: FeatureExtractor) -> DatasetDict:
     """Give audio the columns that a Trainer takes: the model's input and `labels`, made when they are read.
 
     A file that cannot be read then raises a `ValueError` that names it. `AudioCollator` makes batches of the rows.
@@ -171,7 +188,7 @@ def prepare_audio(splits: DatasetDict, feature_extractor: SequenceFeatureExtract
     return datasets.DatasetDict({split: made_when_read(rows, "audio", name, make) for split, rows in splits.items()})
 
 
-def _features_of_files(feature_extractor: SequenceFeatureExtractor, paths: list[str]) -> dict[str, list[np.ndarray]]:
+def _features_of_files(feature_extractor: FeatureExtractor, paths: list[str]) -> dict[str, list[np.ndarray]]:
     rows = [audio_features(open_audio(path, feature_extractor.sampling_rate), feature_extractor) for path in paths]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -184,7 +201,7 @@ class AudioCollator:
         feature_extractor: The backbone's.
     """
 
-    feature_extractor: SequenceFeatureExtractor
+    feature_extractor: FeatureExtractor
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return what the model takes: its input, `attention_mask` where the rows have one, and `labels`.

@@ -144,7 +144,7 @@ def load_glue(task: str, source: str | os.PathLike[str] | None = None) -> datase
     order of the Hub, or a float32 score for STS-B. The label is -1 (NaN for STS-B) where a test split is unlabelled.
 
     Warning: The validation split of GLUE's SST-2 is not the test set of root sentences of the Stanford Sentiment
-    Treebank, and an accuracy on it is not an SST-2/R accuracy: its 872 sentences are the root sentences of the Treebank's
+    Treebank. An accuracy on it is not an SST-2/R accuracy: its 872 sentences are the root sentences of the Treebank's
     dev set. `capsule_heads.data.sst.load_sst(fine_grained=False)` has the 1,821 of SST-2/R.
 
     Args:

@@ -95,16 +95,16 @@ class HiddenStateCache(Dataset):
     stored once. A computation that is killed is resumed by the next. Several processes may ask for the same states at
     once: one computes, the others wait.
 
-    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, hidden_size]` (float16, without
-    padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of them. States are read
-    when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in memory.
-    `CapsuleTrainer` groups them by length; transformers' own Trainer does that with its own datasets only, and needs
-    `train_sampling_strategy="random"` here.
+    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, hidden_size]` (float16,
+    without padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of them. States
+    are read when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in
+    memory. `CapsuleTrainer` groups them by length. transformers' own Trainer does that with its own datasets only, and
+    needs `train_sampling_strategy="random"` here.
 
     `to(device)` keeps them on a GPU, or in memory. Batches are then made there: no states are read or copied in a step.
 
-    It takes `2 * layers * hidden_size` bytes of disk a token: see `estimate`. To have a cache of several datasets at once
-    (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
+    It takes `2 * layers * hidden_size` bytes of disk a token: see `estimate`. To have a cache of several datasets at
+    once (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
 
     Args:
         dataset: tokenized, as `tokenize` returns it.

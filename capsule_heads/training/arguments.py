@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -98,13 +99,13 @@ class CapsuleTrainingArguments(TrainingArguments):
     backbone_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate of the trainable parameters in the backbone (all with freeze_backbone: false, or "
-            "adapters); the ends of its cycle are in proportion to the head's. Default: the head's."
+            "help": "Peak learning rate of the trainable parameters in the backbone (all with freeze_backbone: false, "
+            "or adapters); the ends of its cycle are in proportion to the head's. Default: the head's."
         },
     )
     min_adam_beta1: float = field(
         default=0.81,
-        metadata={"help": "Adam's beta1 at the peak of the learning rate; adam_beta1 is that at the ends."},
+        metadata={"help": "Adam's beta1 at the peak of the learning rate; at the ends it is adam_beta1."},
     )
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps until the peak; a number below 1 is a fraction of all steps."}
@@ -115,8 +116,8 @@ class CapsuleTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": 'Order of examples: "group_by_length" for batches of texts of like length (images and audio in random '
-            "order), or a strategy of transformers.",
+            "help": 'Order of examples: "group_by_length" for batches of texts of like length (images and audio in '
+            "random order), or a strategy of transformers.",
             "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
         },
     )
@@ -159,8 +160,8 @@ class CapsuleTrainingArguments(TrainingArguments):
 
 def describe_arguments(arguments: TrainingArguments) -> dict[str, int | float | str | bool]:
     """Return the training arguments that a model card shows, those that are set."""
-    values = {name: getattr(arguments, name, None) for name in DESCRIBED}
-    # What others make void is not set.
+    values: dict[str, Any] = {name: getattr(arguments, name, None) for name in DESCRIBED}
+    # An argument that another one makes void is not set.
     del values["num_train_epochs" if values["max_steps"] > 0 else "max_steps"]
     if values["lr_scheduler_type"] != ONE_CYCLE:
         del values["min_learning_rate"], values["min_adam_beta1"]

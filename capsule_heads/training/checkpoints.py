@@ -55,14 +55,14 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir
         logger.warning("%s is not complete, and passed over: %s.", candidate, fault)
     if checkpoint is True:
         raise ValueError(
-            f'There is no complete checkpoint in {run_dir} to resume from; "{LAST}" would start from the beginning.'
+            f'There is no complete checkpoint in {run_dir} to resume from; "{LAST}" starts a new run.'
         )
     return None
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn any failure to write to a folder, which libraries report in their own ways, into an `OSError` that names it."""
+    """Turn any failure to write to a folder, whatever a library raises, into an `OSError` that names it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
