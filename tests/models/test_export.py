@@ -103,7 +103,7 @@ def test_onnx_where_scores_of_parts_are_low(make_kind, tmp_path):
     model, inputs, dimensions = make_kind("text")
     model.head.routings[0].beta_ign += torch.linspace(0.5, 1.0, 6)  # the cost of all that a part ignores
     batch = inputs(2, 40)
-    states, masks = model._hidden_states(None, {"inputs_embeds": None, **batch})
+    states, masks = model.compute_hidden_states(**batch)
     parts, *_ = model.head.routings[0](*model.head.detect(states, masks))
     assert parts.max() > -30 and parts.min() < -60
     program = torch.export.export(model, (), inputs(3, 7), dynamic_shapes=dimensions)
