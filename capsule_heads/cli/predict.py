@@ -50,21 +50,46 @@ def run(options: argparse.Namespace) -> None:
 def _classify(
     model: CapsuleHeadClassifier, modality: str, inputs: Sequence[str], processor: Any, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Return the label and score of each input, as transformers' pipeline of the modality gives them."""
-    from transformers import AudioClassificationPipeline, ImageClassificationPipeline, TextClassificationPipeline
+    """Return the label and score of each input."""
+    from transformers import ImageClassificationPipeline, TextClassificationPipeline
 
     from ..tasks import MODALITIES
 
+    if modality == "audio":
+        return _classify_audio(model, inputs, processor, batch_size)
     values = (MODALITIES[modality].read(given, processor) for given in inputs)  # one batch after another
-    if modality == "text":
-        classify = TextClassificationPipeline(model=model, tokenizer=processor)
-        texts = [dict(zip(("text", "text_pair"), (x,) if isinstance(x, str) else x)) for x in values]
-        return classify(texts, batch_size=batch_size, truncation=model.config.windowing is None)
     if modality == "image":
-        classify = ImageClassificationPipeline(model=model, image_processor=processor)
-    else:
-        classify = AudioClassificationPipeline(model=model, feature_extractor=processor)
-    return [best[0] for best in classify(values, batch_size=batch_size, top_k=1)]
+        classify_images = ImageClassificationPipeline(model=model, image_processor=processor)
+        return [best[0] for best in classify_images(values, batch_size=batch_size, top_k=1)]
+    texts = [dict(zip(("text", "text_pair"), (x,) if isinstance(x, str) else x)) for x in values]
+    classify_texts = TextClassificationPipeline(model=model, tokenizer=processor)
+    return classify_texts(texts, batch_size=batch_size, truncation=model.config.windowing is None)
+
+
+def _classify_audio(
+    model: CapsuleHeadClassifier, files: Sequence[str], processor: Any, batch_size: int
+) -> list[dict[str, Any]]:
+    """Return the label and score of each file, prepared as in training; transformers' pipeline passes no mask."""
+    import torch
+    from datasets import Dataset, DatasetDict
+
+    from ..data.audio import AudioCollator, prepare_audio
+
+    rows = Dataset.from_dict({"audio": list(files), "label": [0] * len(files)})
+    rows = prepare_audio(DatasetDict(files=rows), processor)["files"]
+    collate, predictions = AudioCollator(processor), []
+    for start in range(0, len(files), batch_size):
+        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(files)))])
+        del batch["labels"]
+        with torch.no_grad():
+            logits = model(**batch).logits
+        if model.config.problem_type == "multi_label_classification":
+            scores = logits.sigmoid()
+        else:
+            scores = logits if model.config.problem_type == "regression" else logits.softmax(-1)
+        for score, index in zip(*(x.tolist() for x in scores.max(-1))):
+            predictions.append({"label": model.config.id2label[index], "score": score})
+    return predictions
 
 
 COMMAND = Command("Classify texts, images or audio.", make_parser, run)

@@ -213,13 +213,17 @@ def _print_configs() -> NoReturn:
 def _groups() -> dict[str, dict[str, tuple[Any, str]]]:
     """Return the options by the title of their group: the type and help text of each."""
     of_heads = {name: (next(iter(x.values())).type, _head_help(x)) for name, x in _head_fields().items()}
-    data, model, training = ({x.name: (x.type, _help(x)) for x in _fields(cls).values()} for cls in CLASSES)
+    data, model, training = (
+        {name: (kind, _help(_fields(cls)[name])) for name, kind in get_type_hints(cls).items() if name in _fields(cls)}
+        for cls in CLASSES
+    )
     output = {name: training.pop(name) for name in list(training) if name.startswith(OUTPUT)}
     return {"data": data, "model": {**model, **of_heads}, "training": training, "output": output}
 
 
 def _help(field: dataclasses.Field) -> str:
-    words = {"source": source_help()}.get(field.name, field.metadata.get("help", ""))
+    own = {"source": source_help(), "output_dir": "Folder of the run. Default: runs/ and the configuration's or task's name."}
+    words = own.get(field.name, field.metadata.get("help", ""))
     choices = _choices().get(field.name) or field.metadata.get("choices") or ()
     if isinstance(field.type, type) and issubclass(field.type, Enum):
         choices = [x.value for x in field.type]
