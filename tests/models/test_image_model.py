@@ -212,7 +212,7 @@ def test_text_backbones_are_refused(backbone_dir, backbone_config):
 
 def test_a_checkpoint_of_an_image_model_is_no_text_model(make_image_model, tmp_path):
     make_image_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vit takes pixel_values; CapsuleHeadForSequenceClassification expects"):
+    with pytest.raises(ValueError, match="vit takes pixel_values; expected a backbone that takes input_ids"):
         CapsuleHeadForSequenceClassification.from_pretrained(tmp_path)
 
 

@@ -326,9 +326,9 @@ def test_inputs_that_are_none(hidden_states, mask, error, said):
     [
         (
             lambda: TokenDepthHead(hidden_sizes=[], n_out=3),
-            "hidden_sizes is []; expected the width of each hidden state",
+            "hidden_sizes is []; expected the size of each hidden state",
         ),
-        (lambda: TokenDepthHead(hidden_sizes=8, n_out=3), "hidden_sizes is 8; expected the width of each hidden state"),
+        (lambda: TokenDepthHead(hidden_sizes=8, n_out=3), "hidden_sizes is 8; expected the size of each hidden state"),
         (
             lambda: TokenDepthHead(hidden_sizes=[8, 0.5], n_out=3),
             "hidden_sizes[1] is 0.5; expected a positive whole number.",
@@ -337,7 +337,7 @@ def test_inputs_that_are_none(hidden_states, mask, error, said):
         (lambda: TokenDepthHead(hidden_sizes=[8], n_out=True), "n_out is True; expected a positive whole number"),
         (
             lambda: SpatialPoseHead(hidden_sizes=[8, 8], n_out=3),
-            "hidden_sizes has 2 widths; this head takes 1 hidden state.",
+            "hidden_sizes has 2 sizes; this head takes 1 hidden state.",
         ),
         (
             lambda: SpatialPoseHead(hidden_sizes=[8], n_out=3, n_parts=0),
@@ -345,7 +345,7 @@ def test_inputs_that_are_none(hidden_states, mask, error, said):
         ),
         (
             lambda: LinearHead(hidden_sizes=[8, 8], n_out=3),
-            "hidden_sizes has 2 widths; this head takes 1 hidden state.",
+            "hidden_sizes has 2 sizes; this head takes 1 hidden state.",
         ),
         (
             lambda: LinearHead(hidden_sizes=[8], n_out=3, pooling="max"),
@@ -353,7 +353,7 @@ def test_inputs_that_are_none(hidden_states, mask, error, said):
         ),
         (
             lambda: AttentivePoolingHead(hidden_sizes=[8], n_out=None),
-            "n_out is None; expected a positive whole number.",
+            "n_out is None, and a AttentivePoolingHead has no parts to stop at",
         ),
         (lambda: ScalarMixHead(hidden_sizes=[8], n_out=3, d_inp=0), "d_inp is 0; expected a positive whole number."),
         (lambda: VectorRouting(n_out=3, d_inp=0, d_out=2), "d_inp is 0; expected a positive whole number."),

@@ -156,7 +156,7 @@ def test_state_space_layers_are_run_without_a_cache(backbone_config):
 
 def test_models_of_other_modalities_are_refused(tmp_path):
     AutoModel.from_config(ViTConfig(image_size=8, patch_size=4, **SIZES)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="vit takes pixel_values; CapsuleHeadForSequenceClassification expects"):
+    with pytest.raises(ValueError, match="vit takes pixel_values; expected a backbone that takes input_ids"):
         CapsuleHeadForSequenceClassification.from_backbone(tmp_path / "vit")
 
 

@@ -1,5 +1,6 @@
 """Control heads against literal computations in float64, and what all of them have in common."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import BertConfig
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleHeadModel
 from capsule_heads.heads import (
+    get_head,
     AttentivePoolingHead,
     LinearHead,
     ScalarMixHead,
@@ -198,17 +200,12 @@ def test_half_precision_and_mixup(name):
 # In models
 
 
-def make_config(**fields):
-    return make_config(
-        BertConfig(),
-        head_only=True,
-        **{"hidden_sizes": [WIDTH] * 3, "d_inp": D_INP, "n_parts": 6, "num_labels": 3, **fields},
-    )
-
-
 def make_model(**fields):
     torch.manual_seed(0)
-    return CapsuleHeadForSequenceClassification(make_config(**fields), build=False)
+    has = {field.name for field in dataclasses.fields(get_head(fields["head_type"]).Options)}
+    sizes = {name: size for name, size in {"d_inp": D_INP, "n_parts": 6}.items() if name in has}
+    fields = {"hidden_sizes": [WIDTH] * 3, "num_labels": 3, **sizes, **fields}
+    return CapsuleHeadForSequenceClassification(make_config(BertConfig(), head_only=True, **fields), build=False)
 
 
 @pytest.mark.parametrize("name", HEAD_TYPES)
@@ -265,31 +262,36 @@ def test_weights_are_drawn_anew_for_a_new_head(name):
     ("fields", "message"),
     [
         ({"head_type": "linear", "pooling": "max"}, r"pooling is 'max'; expected one of mean, first, last\."),
-        ({"pooling": "first"}, r"pooling is 'first'; only head_type=\"linear\" chooses how to pool tokens\."),
+        (
+            {"pooling": "first"},
+            "pooling is 'first', and head_type=\"token_depth\" has no such option; expected one of n_",
+        ),
         ({"head_type": "linear", "layers": [0, 1]}, 'head_type="linear" takes one hidden state'),
         ({"head_type": "vector_routing", "n_iters": 0}, "n_iters is 0"),
     ],
 )
 def test_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):
-        make_config(**fields)
+        make_config(BertConfig(), hidden_sizes=[WIDTH] * 3, **fields)
 
 
 def test_what_cannot_be_built():
-    with pytest.raises(ValueError, match='widths 5, 6, 5; head_type="scalar_mix" adds them up, and expected one width'):
+    with pytest.raises(ValueError, match='sizes 5, 6, 5; head_type="scalar_mix" adds them up, and expected one size'):
         make_model(head_type="scalar_mix", hidden_sizes=[5, 6, 5])
     with pytest.raises(
         ValueError, match=r"n_out is 1; expected 2 or more: a single output has nothing to compete with"
     ):
         make_model(head_type="vector_routing", num_labels=1)
     with pytest.raises(
-        ValueError, match='A head of head_type="attentive_pooling" has no parts; load it as a classifier'
+        ValueError, match="n_out is None, and a AttentivePoolingHead has no parts to stop at; load a classifier"
     ):
-        CapsuleHeadModel(make_config(head_type="attentive_pooling"), build=False)
+        CapsuleHeadModel(
+            make_config(BertConfig(), hidden_sizes=[WIDTH] * 3, head_type="attentive_pooling"), build=False
+        )
     with pytest.raises(ValueError, match="x_inp has 3 vectors; this layer was built for n_inp=4"):
         VectorRouting(n_out=2, d_inp=2, d_out=1, n_inp=4)(torch.randn(3, 2))
 
 
 def test_iterations_are_the_papers_by_default():
-    assert make_config(head_type="vector_routing").n_iters == 2
-    assert make_config().n_iters == 3
+    assert get_head("vector_routing").Options().n_iters == 2
+    assert get_head("token_depth").Options().n_iters == 3
