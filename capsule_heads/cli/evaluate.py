@@ -15,7 +15,9 @@ def make_parser(prog: str) -> OneLineParser:
 
     parser = OneLineParser(prog=prog, description="Evaluate a trained model, and print the task's metrics as JSON.")
     parser.add_argument("model", help="Directory or Hub name of the model.")
-    parser.add_argument("--task", required=True, metavar="TASK", choices=registered_tasks(), help="Task to evaluate on.")
+    parser.add_argument(
+        "--task", required=True, metavar="TASK", choices=registered_tasks(), help="Task to evaluate on."
+    )
     parser.add_argument("--source", help=source_help())
     parser.add_argument("--split", default="validation", help="validation (default) or test.")
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="Batch size (default: %(default)s).")
@@ -41,7 +43,9 @@ def run(options: argparse.Namespace) -> None:
         model = load_classifier(options.model)
         modality = MODALITIES[modality_of(model)]
         if modality is not task.data:
-            raise ValueError(f"{task.name} is of {task.data.noun}; expected a task of {modality.noun} for {options.model}.")
+            raise ValueError(
+                f"{task.name} is of {task.data.noun}; expected a task of {modality.noun} for {options.model}."
+            )
         check_labels_match(model, next(iter(splits.values())))
         processor = task.load_processor(options.model)
         prepared = task.prepare(DatasetDict(splits), processor, in_windows=model.config.windowing is not None)

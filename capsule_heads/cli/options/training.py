@@ -38,7 +38,18 @@ COMMON = (
     *("output_dir", "save_strategy", "push_to_hub"),
 )
 # How the names of transformers' arguments begin that are about what a run writes.
-OUTPUT = ("output_dir", "save_", "logging_", "log_", "push_", "hub_", "report_to", "run_name", "disable_tqdm", "project")
+OUTPUT = (
+    "output_dir",
+    "save_",
+    "logging_",
+    "log_",
+    "push_",
+    "hub_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "project",
+)
 
 
 class TrainParser(OneLineParser):
@@ -73,7 +84,7 @@ class TrainParser(OneLineParser):
         parser = _GivenOptions((DataArguments, ModelArguments, head_class, CapsuleTrainingArguments))
         values = _parse_config(parser, config, own.config)
         overrides, unknown = parser.parse(rest, self.source)
-        if unknown and (unknown[0] in named_configs() or Path(unknown[0]).suffix in SUFFIXES):
+        if unknown and not own.config and (unknown[0] in named_configs() or Path(unknown[0]).suffix in SUFFIXES):
             self.error(f"unexpected value {unknown[0]}; did you mean --config {unknown[0]}?")
         parser.refuse(unknown)
         values |= overrides
@@ -222,7 +233,10 @@ def _groups() -> dict[str, dict[str, tuple[Any, str]]]:
 
 
 def _help(field: dataclasses.Field) -> str:
-    own = {"source": source_help(), "output_dir": "Folder of the run. Default: runs/ and the configuration's or task's name."}
+    own = {
+        "source": source_help(),
+        "output_dir": "Folder of the run. Default: runs/ and the configuration's or task's name.",
+    }
     words = own.get(field.name, field.metadata.get("help", ""))
     choices = _choices().get(field.name) or field.metadata.get("choices") or ()
     if isinstance(field.type, type) and issubclass(field.type, Enum):
