@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
-from capsule_heads import CapsuleHeadForSequenceClassification, demo
+from capsule_heads import CapsuleHeadForSequenceClassification
+from capsule_heads.cli import main
+from capsule_heads.cli.demo import build_demo
 from capsule_heads.explain import explain
+from capsule_heads.hub.space import write_space
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -43,7 +46,7 @@ def test_in_a_browser(classifier, tmp_path, monkeypatch):
     from selenium.webdriver.support.wait import WebDriverWait
 
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    page = demo.build_demo(str(classifier))
+    page = build_demo(str(classifier))
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", server_port=None)
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -79,11 +82,8 @@ def test_in_a_browser(classifier, tmp_path, monkeypatch):
         page.close()
 
 
-def test_a_space(classifier, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["capsule-heads", "demo", "me/sst2-capsules", "--write_space", str(tmp_path / "space")]
-    )
-    demo.main()
+def test_a_space(tmp_path, capsys):
+    main(["demo", "me/sst2-capsules", "--write_space", str(tmp_path / "space")])
     assert capsys.readouterr().out == f"{tmp_path / 'space'}\n"
     assert "build_demo('me/sst2-capsules').launch()" in (tmp_path / "space" / "app.py").read_text()
     assert (tmp_path / "space" / "requirements.txt").read_text().startswith("capsule-heads[demo]==")
@@ -92,15 +92,14 @@ def test_a_space(classifier, tmp_path, monkeypatch, capsys):
 
 def test_a_space_cannot_load_a_directory(classifier, tmp_path):
     with pytest.raises(ValueError, match=f"{classifier} is a directory here, and a Space loads its model from the Hub"):
-        demo.write_space(str(classifier), tmp_path / "space")
+        write_space(str(classifier), tmp_path / "space")
     assert not (tmp_path / "space").exists()
 
 
 def test_mistakes(classifier, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["capsule-heads", "demo", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
-        demo.main()
+        main(["demo", str(tmp_path / "nowhere")])
     assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r'The page needs Gradio: pip install "capsule-heads\[demo\]"'):
-        demo.build_demo(str(classifier))
+        build_demo(str(classifier))

@@ -1,6 +1,4 @@
-"""scripts/explain.py and scripts/benchmark_explanations.py, as a user runs them."""
-
-import json
+"""`capsule-heads explain`, as a user runs it."""
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ def classifier(backbone, tmp_path_factory):
 
 
 def test_texts(call, classifier, tmp_path):
-    status, out, err = call("explain.py", classifier, "good food", "it was\tbad", "--output_dir", tmp_path / "found")
+    status, out, err = call("explain", classifier, "good food", "it was\tbad", "--output_dir", tmp_path / "found")
     assert status == 0, err
     assert out == f"{tmp_path / 'found' / 'report.html'}\n"
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
@@ -38,7 +36,7 @@ def test_texts(call, classifier, tmp_path):
 
 def test_a_sample_of_a_test_set(call, classifier, tmp_path):
     options = ("--task", "reviews", "--max_inputs", 3, "--output_dir", tmp_path)
-    status, _, err = call("explain.py", classifier, *options)
+    status, _, err = call("explain", classifier, *options)
     assert status == 0, err
     assert (tmp_path / "report.html").read_text().count("true: ") == 3
     assert len(list(tmp_path.glob("0*.png"))) == 3
@@ -52,36 +50,16 @@ def test_images(call, tmp_path):
     model.save_pretrained(tmp_path / "model")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
     Image.effect_noise((20, 20), 60).convert("RGB").save(tmp_path / "noise.png")
-    status, _, err = call("explain.py", tmp_path / "model", tmp_path / "noise.png", "--output_dir", tmp_path / "found")
+    status, _, err = call("explain", tmp_path / "model", tmp_path / "noise.png", "--output_dir", tmp_path / "found")
     assert status == 0, err
     assert "data:image/png;base64," in (tmp_path / "found" / "report.html").read_text()
     assert (tmp_path / "found" / "001.png").exists()
 
 
 def test_mistakes(fails, classifier, tmp_path):
-    message = "error: Expected either texts or images, or --task with a test split to explain."
-    assert fails("explain.py", classifier) == message
-    assert fails("explain.py", classifier, "good", "--task", "reviews") == message
-    assert "nowhere" in fails("explain.py", tmp_path / "nowhere", "good")
+    message = "error: Expected either texts or files, or --task with a test split to explain."
+    assert fails("explain", classifier) == message
+    assert fails("explain", classifier, "good", "--task", "reviews") == message
+    assert "nowhere" in fails("explain", tmp_path / "nowhere", "good")
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in fails("explain.py", classifier, "good", "--output_dir", tmp_path / "file")
-
-
-def test_faithfulness(call, classifier, tmp_path):
-    options = ("--task", "reviews", "--max_texts", 3, "--json", tmp_path / "f.json", "--picture", tmp_path / "f.png")
-    status, out, err = call("benchmark_explanations.py", classifier, *options)
-    assert status == 0, err
-    rows = [line for line in out.splitlines() if line.startswith("| ")][2:]
-    assert [row.split(" | ")[0][2:] for row in rows] == [
-        "credits (this package)",
-        "integrated gradients, 50 steps",
-        "gradient x input",
-        "leave one out",
-        "attention rollout",
-        "random",
-    ]
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert len(found["texts"]) == 3 and len(found["methods"]["random"]) == 3
-    of_ours = [x["comprehensiveness"] for x in found["methods"]["credits (this package)"]]
-    assert f"| credits (this package) | {sum(of_ours) / 3:.3f} ±" in out
-    assert (tmp_path / "f.png").exists()
+    assert str(tmp_path / "file") in fails("explain", classifier, "good", "--output_dir", tmp_path / "file")

@@ -7,22 +7,34 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 import capsule_heads
-from capsule_heads import CapsuleTrainingArguments
-from capsule_heads.cli.options import parse_config_and_options
+from capsule_heads.cli import main
+from capsule_heads.cli.options.configs import config_folder, describe_config, named_configs
+from capsule_heads.cli.options.training import TrainParser
 from capsule_heads.data.glue import GLUE_TASKS
-from capsule_heads.training.experiment import STEREO_TASKS, DataArguments, ModelArguments, compute_metrics_of
+from capsule_heads.metrics import metric_names
+from capsule_heads.tasks import get_task
 
 ROOT = Path(capsule_heads.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-COMMAND = re.compile(r"^#   python scripts/train\.py (configs/\S+)(.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^#   capsule-heads train --config (\S+)(.*)$", re.MULTILINE)
 RECIPES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 LAUNCH = re.compile(r"^#   accelerate launch (.*)$", re.MULTILINE)
 
 
-def parse(path, *options):
-    return parse_config_and_options(
-        (DataArguments, ModelArguments, CapsuleTrainingArguments), [str(path), *options], ""
-    )
+def parse(config, *options):
+    return TrainParser("capsule-heads train").parse_args(["--config", config, *options])
+
+
+def test_they_are_found_by_name(capsys):
+    assert config_folder() == ROOT / "configs"
+    assert list(named_configs().values()) == CONFIGS
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--list-configs"])
+    assert exit_info.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [path.stem for path in CONFIGS]
+    assert "sst5          SST-5, the paper's own experiment: a head on a frozen GPT-2-large." in lines
+    assert lines[-1] == f"Files: {ROOT / 'configs'}"
 
 
 def test_there_are_those_of_the_paper_and_one_per_glue_task():
@@ -43,14 +55,16 @@ def test_there_are_those_of_the_paper_and_one_per_glue_task():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_header_launches_its_own_file(path):
     (command,) = COMMAND.findall(path.read_text(encoding="utf-8"))
-    assert command[0] == f"configs/{path.name}"
-    parse(path, "--use_cpu", *command[1].split())  # its options are options
+    assert command[0] == path.stem
+    assert describe_config(path).endswith(".")  # its first line is a sentence
+    parse(path.stem, "--use_cpu", *command[1].split())  # its options are options
     assert re.search(r"should reach|has not run it", path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_keys_and_values(path):
-    data, model, arguments = parse(path, "--use_cpu")
+    given = parse(path.stem, "--use_cpu")
+    data, model, arguments = given.data, given.model, given.arguments
     assert Path(arguments.output_dir) == Path("runs", path.stem)
     assert model.freeze_backbone == (model.backbone != "new:stereo_conv")
     assert (data.pad_token == "<|endoftext|>") == ("gpt2" in model.backbone)
@@ -61,21 +75,16 @@ def test_the_keys_and_values(path):
     if path.stem in n_epochs:  # the paper's regime
         assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (n_epochs[path.stem], 20)
         assert (arguments.learning_rate, data.phrases, model.mixup_alpha) == (5e-4, True, 0.2)
-    if data.task in STEREO_TASKS:
+    if get_task(data.task).processor is not None:  # of stereo pairs
         assert (model.head_type, model.backbone) == ("spatial_pose", "new:stereo_conv")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_best_model_is_chosen_by_a_metric_of_the_task(path):
-    data, _, arguments = parse(path, "--use_cpu")
-    name = arguments.metric_for_best_model
-    if name is None:
-        return
-    if data.task == "mnli":
-        name = name.removeprefix("validation_matched_")
-    metric = compute_metrics_of(data.task).__closure__[0].cell_contents
-    values = [0.0, 1.0, 2.0] if data.task == "stsb" else [0, 1, 1]
-    assert name in metric.compute(predictions=values, references=values)
+    given = parse(path.stem, "--use_cpu")
+    name, task = given.arguments.metric_for_best_model, get_task(given.data.task)
+    if name is not None:
+        assert name.removeprefix("validation_matched_") in metric_names(task.metric)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -83,9 +92,11 @@ def test_a_recipe_of_several_processes_starts_what_its_header_says(path, monkeyp
     monkeypatch.chdir(ROOT)
     (command,) = LAUNCH.findall(path.read_text(encoding="utf-8"))
     launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(command.split()))
-    config, *options = launch.training_script_args
+    option, config, *options = launch.training_script_args
+    assert option == "--config"
     assert (launch.config_file, launch.training_script) == (f"configs/accelerate/{path.name}", "scripts/train.py")
-    _, model, arguments = parse(config, "--use_cpu", *options)
+    given = parse(config, "--use_cpu", *options)
+    model, arguments = given.model, given.arguments
     assert launch.num_processes * arguments.per_device_train_batch_size == 20  # the paper's batch
     kinds = {"ddp": launch.multi_gpu, "fsdp2": launch.use_fsdp, "deepspeed": launch.use_deepspeed}
     assert [kind for kind, is_on in kinds.items() if is_on] == [path.stem]

@@ -1,4 +1,4 @@
-"""Image classifiers through the scripts: trained, evaluated, used, converted and drawn."""
+"""Image classifiers through the commands: trained, evaluated, used, explained and converted."""
 
 import json
 
@@ -43,18 +43,18 @@ def test_a_folder_of_images_from_training_to_predictions(call, vit, pictures, tm
     config, folder = tmp_path / "run.yaml", tmp_path / "run"
     keys = {"task": "image_folder", "source": str(pictures), "backbone": str(vit), "output_dir": str(folder)}
     config.write_text(yaml.safe_dump({**keys, "num_train_epochs": 15, "learning_rate": 0.02, "save_strategy": "no"}))
-    status, _, err = call("train.py", config)
+    status, _, err = call("train", "--config", config)
     assert status == 0, err
     results = json.loads((folder / "results.json").read_text())
     assert (results["task"], results["head_type"], results["freeze_backbone"]) == ("image_folder", "token_depth", True)
     assert results["steps"] == 15 and results["test_accuracy"] == 1.0
 
-    status, out, _ = call("evaluate.py", folder, "--task", "image_folder", "--source", pictures, "--split", "test")
+    status, out, _ = call("evaluate", folder, "--task", "image_folder", "--source", pictures, "--split", "test")
     assert status == 0
     assert json.loads(out[out.index("{\n") :])["test_accuracy"] == 1.0
 
     files = [pictures / "test" / name / "0.png" for name in ("dark", "bright")]
-    status, out, _ = call("predict.py", folder, *files)
+    status, out, _ = call("predict", folder, *files)
     assert status == 0
     answers = [json.loads(line) for line in out.splitlines()]
     assert [(answer["image"], answer["label"]) for answer in answers] == list(zip(map(str, files), ("dark", "bright")))
@@ -81,7 +81,7 @@ def test_stereo_pairs_are_classified(call, fails, stereo_model, tmp_path):
     toy = build_toy("car", np.random.default_rng(0))
     pair = render_view(toy, elevation=3, azimuth=2, lighting=1)
     side_by_side(pair).save(tmp_path / "car.png")
-    status, out, _ = call("predict.py", stereo_model, tmp_path / "car.png")
+    status, out, _ = call("predict", stereo_model, tmp_path / "car.png")
     assert status == 0
     model = CapsuleHeadForImageClassification.from_pretrained(stereo_model)
     probabilities = model(torch.from_numpy(pair)[None] / 255).logits.softmax(-1)[0]
@@ -91,31 +91,22 @@ def test_stereo_pairs_are_classified(call, fails, stereo_model, tmp_path):
 
     Image.new("L", (30, 20)).save(tmp_path / "single.png")
     assert "expected both views of a stereo pair side by side" in fails(
-        "predict.py", stereo_model, tmp_path / "single.png"
+        "predict", stereo_model, tmp_path / "single.png"
     )
-    line = fails("predict.py", stereo_model, tmp_path / "none.png")
+    line = fails("predict", stereo_model, tmp_path / "none.png")
     assert "none.png is no file; the model classifies images, expected their files" in line
     whole = (tmp_path / "car.png").read_bytes()
     for content in (whole[: len(whole) // 2], b"text", b""):
         (tmp_path / "cut.png").write_bytes(content)
-        for script in ("predict.py", "explain.py"):
-            line = fails(script, stereo_model, tmp_path / "car.png", tmp_path / "cut.png")
+        for command in ("predict", "explain"):
+            line = fails(command, stereo_model, tmp_path / "car.png", tmp_path / "cut.png")
             assert line.startswith(f"error: {tmp_path / 'cut.png'} is no image that can be read: ")
-
-
-@pytest.mark.slow
-def test_a_trajectory_is_drawn(call, stereo_model, tmp_path):
-    path = tmp_path / "trajectory.png"
-    options = ("--data", "toy_norb", "--factor", "elevation", "--label", "truck", "--output", path)
-    status, out, err = call("draw_trajectory.py", stereo_model, *options)
-    assert status == 0, err
-    assert len(out.splitlines()) == 5 and Image.open(path).size[0] > 800
 
 
 @pytest.mark.slow
 def test_a_sample_of_stereo_pairs_is_explained(call, stereo_model, tmp_path):
     options = ("--task", "toy_norb", "--max_inputs", 2, "--output_dir", tmp_path)
-    status, _, err = call("explain.py", stereo_model, *options)
+    status, _, err = call("explain", stereo_model, *options)
     assert status == 0, err
     assert Image.open(tmp_path / "002.png").size[0] > 300
     assert (tmp_path / "report.html").read_text().count("true: ") == 2
@@ -133,11 +124,11 @@ def test_checkpoints_are_converted(call, fails, tmp_path):
             tensor = tensor[..., None] if tensor.ndim == 3 else tensor
         state_dict[key] = tensor
     torch.save(state_dict, tmp_path / "weights.pt")
-    status, out, _ = call("convert_checkpoint.py", tmp_path / "weights.pt", "smallnorb", tmp_path / "model")
+    status, out, _ = call("convert", tmp_path / "weights.pt", "smallnorb", tmp_path / "model")
     assert (status, out.splitlines()[-1]) == (0, f"Wrote {tmp_path / 'model'}.")
     images = torch.rand(1, 2, 96, 96)
     loaded = CapsuleHeadForImageClassification.from_pretrained(tmp_path / "model")
     assert torch.equal(loaded(images).logits, model(images).logits)
-    line = fails("convert_checkpoint.py", tmp_path / "weights.pt", "sst2_root", tmp_path / "other")
+    line = fails("convert", tmp_path / "weights.pt", "sst2_root", tmp_path / "other")
     assert "not the weights of the sst2_root network" in line and not (tmp_path / "other").exists()
-    assert "weights.pt" in fails("convert_checkpoint.py", tmp_path / "none" / "weights.pt", "smallnorb", tmp_path / "x")
+    assert "weights.pt" in fails("convert", tmp_path / "none" / "weights.pt", "smallnorb", tmp_path / "x")
