@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 
 from .cli.options import OneLineParser, fail
+from .explain.pictures import draw_parts, draw_patches, draw_tokens
+from .explain.report import render_words
 from .files import write_text
 from .hub.push import pushing_to
 from .models import CapsuleHeadForImageClassification
-from .pictures import draw_parts, draw_patches, draw_tokens, render_words
 from .training.experiment import load_classifier
 from .version import __version__
 
