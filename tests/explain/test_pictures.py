@@ -9,7 +9,8 @@ from PIL import Image
 
 from capsule_heads.explain.attributions import Explanation
 from capsule_heads.explain.faithfulness import DELETED
-from capsule_heads.pictures import draw_deletion, draw_parts, draw_patches, draw_tokens, render_report
+from capsule_heads.explain.pictures import draw_deletion, draw_parts, draw_patches, draw_tokens, new_figure
+from capsule_heads.explain.report import render_report, render_words
 
 
 def of_text(logits, text="good <b>film</b>", seed=0):
@@ -49,6 +50,25 @@ def of_image():
     )
 
 
+def of_audio(n_frames=500):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.0, 1.0])
+    return Explanation(
+        labels=("no", "yes"),
+        logits=logits,
+        probabilities=logits.softmax(0),
+        is_multi_label=False,
+        parts=torch.randn(5, 2, generator=generator),
+        credits=tuple(torch.randn(n_frames, 2, generator=generator) for _ in range(3)),
+        layers=(0, 1, 2),
+    )
+
+
+def test_an_empty_figure():
+    figure = new_figure(4, 3, dpi=50)
+    assert figure.get_size_inches().tolist() == [4, 3] and figure.dpi == 50 and not figure.axes
+
+
 def test_tokens_by_layer():
     explanation = of_text([0.0, 1.0, 3.0])
     sums, heat, _ = draw_tokens(explanation).axes
@@ -59,6 +79,14 @@ def test_tokens_by_layer():
     assert [label.get_text() for label in heat.get_yticklabels()] == ["0", "2"]
     assert sums.get_title() == "For good, against the others; probability 0.84"
     assert draw_tokens(explanation, target=0).axes[0].get_title().startswith("For bad, ")
+
+
+def test_positions_of_audio_by_layer():
+    figure = draw_tokens(of_audio())
+    sums, heat, _ = figure.axes
+    assert figure.get_size_inches()[0] == 16  # a tick for each frame would be metres wide
+    assert heat.get_xlabel() == "position" and heat.get_ylabel() == "layer"
+    assert len(heat.get_xticks()) < 20 and len(sums.patches) == 500
 
 
 def test_patches_over_an_image():
@@ -117,6 +145,14 @@ def test_wrong_predictions_come_first():
         render_report(explanations, [0])
 
 
-def test_images_are_inside_the_page():
-    page = render_report([of_image()])
-    assert page.count('src="data:image/png;base64,iVBOR') == 1
+def test_images_and_audio_are_inside_the_page():
+    for explanation, alt in ((of_image(), "the image, and"), (of_audio(), "credits of positions by layers")):
+        page = render_report([explanation])
+        assert page.count('src="data:image/png;base64,iVBOR') == 1 and f'alt="{alt}' in page
+
+
+def test_a_text_alone():
+    explanation = of_text([0.0, 1.0, 3.0])
+    words = render_words(explanation)
+    assert words.count("<span") == 2 and "&lt;b&gt;film&lt;/b&gt;" in words
+    assert render_words(of_image()) == ""

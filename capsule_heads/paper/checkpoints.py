@@ -1,4 +1,4 @@
-"""From the published checkpoints of the original implementation to directories that `from_pretrained` loads."""
+"""Conversion of the original implementation's published checkpoints to directories that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,33 +26,37 @@ from .stereo import CATEGORIES
 
 NETWORKS = ("sst2_root", "sst5_root", "smallnorb")
 GPT2_LARGE = "openai-community/gpt2-large"
-# Our name of a weight, and the original's. There, convolutions are numbered through: normalisation, convolution, swish.
-TEXT_NAMES = (
+# Patterns of our names of weights, and what to put there for the original's. In the original, convolutions are numbered
+# through: normalisation, convolution, swish.
+Names = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+TEXT_NAMES: Names = (
     (r"^head\.detect_parts\.0\.depth_emb$", "depth_emb"),
     (r"^head\.detect_parts\.0\.affine\.", "detect_parts.0."),
     (r"^head\.detect_parts\.0\.norm\.", "detect_parts.2."),
     (r"^head\.", ""),
 )
-VISION_NAMES = (
+VISION_NAMES: Names = (
     (r"^backbone\.blocks\.(\d+)\.(\d+)\.", lambda match: f"convolve.{3 * int(match[1]) + int(match[2])}."),
     (r"^head\.", ""),
 )
 
 
 def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrainedModel:
-    """One of the networks of Heinsen (2019), section 4, with random weights.
+    """Build one of the networks of Heinsen (2019), section 4, with random weights.
 
     Args:
         network: "sst2_root" or "sst5_root", heads on the hidden states of GPT-2-large, without it; or "smallnorb".
-        strategy: of the routing to the parts.
+        strategy: way of computing the routing to the parts.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: for another name.
+        ValueError: If there is no such network.
     """
     check_choice("network", network, NETWORKS)
+    names = {"smallnorb": CATEGORIES, "sst5_root": FINE_GRAINED_NAMES, "sst2_root": BINARY_NAMES}[network]
+    fields: dict[str, Any] = {"strategy": strategy, **PAPER, **label_fields(names)}
     if network == "smallnorb":
         backbone = StereoConvConfig()
         config = CapsuleHeadConfig(
@@ -58,9 +64,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
             hidden_sizes=backbone.hidden_sizes,
             head_type="spatial_pose",
             freeze_backbone=False,
-            strategy=strategy,
-            **PAPER,
-            **label_fields(CATEGORIES),
+            **fields,
         )
         return CapsuleHeadForImageClassification(config).eval()
     config = CapsuleHeadConfig(
@@ -68,19 +72,17 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
         base_model_name_or_path=GPT2_LARGE,
         hidden_sizes=[1280] * 37,
         head_only=True,
-        strategy=strategy,
-        **PAPER,
-        **label_fields(FINE_GRAINED_NAMES if network == "sst5_root" else BINARY_NAMES),
+        **fields,
     )
     return CapsuleHeadForSequenceClassification(config, build=False).eval()
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads a file that `torch.save` wrote of a state dict, without executing anything in it.
+    """Read a file that `torch.save` wrote of a state dict, without executing anything in it.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it holds anything but tensors by name, or is no such file.
+        OSError: If it cannot be read.
+        ValueError: If it holds anything but tensors by name, or is no such file.
     """
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,7 +100,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def convert_state_dict(state_dict: dict[str, Tensor], network: str) -> CapsuleHeadPreTrainedModel:
-    """Puts the weights of an original network into one of ours.
+    """Put the weights of an original network into one of ours.
 
     Args:
         state_dict: tensors by their original names.
@@ -108,12 +110,12 @@ def convert_state_dict(state_dict: dict[str, Tensor], network: str) -> CapsuleHe
         The model, in evaluation mode, of the dtype of the weights.
 
     Raises:
-        ValueError: if a tensor is missing, unexpected, or of another shape; names all of them.
+        ValueError: If a tensor is missing, unexpected, or of another shape; names all of them.
     """
     model = build_network(network)
     own = model.state_dict()
     names = {key: _original_name(key, VISION_NAMES if network == "smallnorb" else TEXT_NAMES) for key in own}
-    # Constants of the original, of which there is no use here.
+    # Constants of the original, which are not needed here.
     given = {name: tensor for name, tensor in state_dict.items() if not name.endswith(".CONST_one")}
     problems = [f"{name} is missing" for name in names.values() if name not in given]
     problems += [f"{name} is unexpected" for name in given.keys() - set(names.values())]
@@ -133,7 +135,7 @@ def convert_state_dict(state_dict: dict[str, Tensor], network: str) -> CapsuleHe
 
 
 def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.PathLike) -> None:
-    """Converts a published state dict to a directory that `from_pretrained` loads.
+    """Convert a published state dict to a directory that `from_pretrained` loads.
 
     Args:
         path: the state dict.
@@ -141,28 +143,29 @@ def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.P
         output: directory to write; it must be new, or empty.
 
     Raises:
-        OSError: if the file cannot be read, or the directory not written.
-        ValueError: as `read_state_dict` and `convert_state_dict`, or if there is something in the directory.
+        OSError: If the file cannot be read, or the directory not written.
+        ValueError: If the file is not the network's state dict, or the directory is not empty.
     """
     output = Path(output)
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; name another directory.")
+        raise ValueError(f"{output} is not empty; expected a new or empty directory: name another one.")
     model = convert_state_dict(read_state_dict(path), network)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-        whole = Path(folder, "model")  # what is half-written never has the name of the output
-        model.save_pretrained(whole)
+        complete = Path(folder, "model")  # what is half-written never has the name of the output
+        model.save_pretrained(complete)
         if network == "smallnorb":
-            StereoImageProcessor().save_pretrained(whole)
-        whole.replace(output)
+            StereoImageProcessor().save_pretrained(complete)
+        complete.replace(output)
 
 
-def _original_name(key: str, names: tuple) -> str:
+def _original_name(key: str, names: Names) -> str:
+    """Return the original's name of one of our weights."""
     for pattern, replacement in names:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def _original_shape(key: str, tensor: Tensor) -> torch.Size:
-    """There, the convolutions of the head are two-dimensional."""
+    """Return the shape that a weight of ours has in the original, whose head has two-dimensional convolutions."""
     return torch.Size([*tensor.shape, 1]) if re.match(r"^head\.compute_\w+\.1\.weight$", key) else tensor.shape

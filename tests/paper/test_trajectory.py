@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import nn
 from transformers.utils import ModelOutput
 
-from capsule_heads.pictures import (
+from capsule_heads.paper.trajectory import (
     activated_poses,
     compute_capsules,
     draw_trajectory,
@@ -253,7 +253,7 @@ def test_unequal_numbers_of_steps():
 PROGRAM = """
 import sys
 import numpy as np
-from capsule_heads.pictures import draw_trajectory, pose_trajectory
+from capsule_heads.paper.trajectory import draw_trajectory, pose_trajectory
 assert "matplotlib" not in sys.modules
 trajectory = pose_trajectory(np.eye(3)[:, None])
 sys.modules["matplotlib"] = None  # as if it were not installed
@@ -270,7 +270,7 @@ def test_computing_needs_no_matplotlib_and_drawing_says_which_extra():
 
 
 def test_pyplot_is_left_alone():
-    program = "import sys, numpy as np\nfrom capsule_heads.pictures import draw_trajectory, pose_trajectory\n"
+    program = "import sys, numpy as np\nfrom capsule_heads.paper.trajectory import draw_trajectory, pose_trajectory\n"
     program += "images = [np.zeros((2, 8, 8))] * 3\n"
     program += "draw_trajectory(pose_trajectory(np.eye(3)[:, None]), images, [0, 1, 2], 'azimuth', '')\n"
     program += "assert 'matplotlib.pyplot' not in sys.modules"

@@ -1,13 +1,28 @@
 """Explanations: credits that add up, against a literal computation, and what users get of them."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import FunnelConfig, ResNetConfig, SwinConfig, ViTConfig, ViTImageProcessor
+from transformers import (
+    FunnelConfig,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+    ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+)
 
-from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification, Routing
-from capsule_heads.explain import explain
-from capsule_heads.explain.attributions import compute_credits
+from capsule_heads import (
+    CapsuleHeadForAudioClassification,
+    CapsuleHeadForImageClassification,
+    CapsuleHeadForSequenceClassification,
+    Routing,
+)
+from capsule_heads.explain import compute_credits, explain
 from capsule_heads.heads import LinearHead, SpatialPoseHead, TokenDepthHead
 from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
@@ -49,7 +64,7 @@ def test_credits_are_those_of_the_literal_chain(shake, name):
     torch.testing.assert_close(found.scores, expected)
     torch.testing.assert_close(found.parts.sum(1), expected)
 
-    # The chain, with votes, a whole Jacobian, and loops in the place of sums.
+    # The chain, with votes, a complete Jacobian, and loops instead of sums.
     first, second = head.routings
     with torch.no_grad():
         a_inp, x = head.detect(states, masks)
@@ -71,7 +86,7 @@ def test_credits_are_those_of_the_literal_chain(shake, name):
     n_tokens = [x.shape[1] for x in states]
     for layer, credits in enumerate(found.inputs):
         for token in range(n_tokens[layer]):
-            if name == "spatial pose":  # part * places + place
+            if name == "spatial pose":  # part * positions + position
                 inputs = [part * n_tokens[0] + token for part in range(4)]
             elif name == "hierarchical":
                 inputs = [sum(n_tokens[:layer]) + token]
@@ -134,7 +149,7 @@ def test_texts(make_model, tokenizer):
 
 def test_the_tokenizer_is_found_where_the_model_is(make_model, tokenizer, tmp_path):
     model = make_model()
-    with pytest.raises(OSError, match=r"There is no processor in .*; pass it: explain\(\.\.\., processor=\.\.\.\)"):
+    with pytest.raises(OSError, match=r"There is no processor in .*; pass it: explain\(model, inputs, processor\)"):
         explain(model, "dull")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -184,13 +199,14 @@ def test_long_texts_in_windows(make_model, tokenizer):
     torch.testing.assert_close(explanation.parts.sum(0), explanation.logits)
 
 
-def test_what_cannot_be_explained(make_model, tokenizer):
+def test_what_cannot_be_explained(make_model, backbone_dir, tokenizer):
     with pytest.raises(ValueError, match="this model is a regression; its values have none"):
         explain(make_model(num_labels=1, problem_type="regression"), "dull", tokenizer)
     with pytest.raises(TypeError, match="An input is 3; expected a text, or a tuple of two"):
         explain(make_model(), ["dull", 3], tokenizer)
     with pytest.raises(ValueError, match="A LinearHead has no credits"):
-        explain(make_model(head_type="linear", layers=[2]), "dull", tokenizer)
+        linear = CapsuleHeadForSequenceClassification.from_backbone(backbone_dir(), num_labels=3, head_type="linear")
+        explain(linear, "dull", tokenizer)
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
@@ -211,7 +227,8 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 def image_model(backbone, shake, **fields):
     torch.manual_seed(0)
-    fields = {"num_labels": N_OUT, "d_inp": 8, "n_parts": 6, **fields}
+    sizes = {"n_parts": 6} if "head_type" in fields else {"d_inp": 8, "n_parts": 6}
+    fields = {"num_labels": N_OUT, **sizes, **fields}
     model = CapsuleHeadForImageClassification.from_backbone(backbone, **fields)
     shake(model.head)
     return model.eval()
@@ -253,13 +270,21 @@ def test_patches_of_hierarchical_backbones(shake, kind):
         explanation.by_token()
 
 
-def test_places_of_a_feature_map(shake):
+def test_positions_of_a_feature_map(shake):
     model = image_model(
         StereoConvConfig(hidden_sizes=[4] * 6), shake, head_type="spatial_pose", freeze_backbone=False, d_cov=2, d_cap=2
     )
     (explanation,) = explain(model, Image.effect_noise((192, 96), 60).convert("L"), StereoImageProcessor())
     rows, columns, _ = explanation.by_patch().shape
     assert rows == columns and rows * columns == len(explanation.by_token())
+    assert explanation.image.shape == (96, 96)  # the left view: two channels are no colours
+
+
+def test_a_batch_in_one_array_is_refused(shake):
+    model = image_model(ViTConfig(image_size=24, patch_size=8, **SMALL), shake, freeze_backbone=False)
+    processor = ViTImageProcessor(size={"height": 24, "width": 24}, do_rescale=False)
+    with pytest.raises(ValueError, match="The processor made 2 samples of 1 inputs; expected one of each: pass a list"):
+        explain(model, np.zeros((2, 3, 24, 24), np.float32), processor)
 
 
 def test_tokens_that_make_no_grid(make_model, shake):
@@ -268,3 +293,64 @@ def test_tokens_that_make_no_grid(make_model, shake):
     odd = type(explanation)(**{**vars(explanation), "credits": tuple(x[:8] for x in explanation.credits)})
     with pytest.raises(ValueError, match=r"8 tokens make no grid of the shape of the image, 24x24 pixels"):
         odd.by_patch()
+
+
+# Audio
+
+RATE = 8_000  # not the 16,000 of most feature extractors
+
+
+def audio_model(backbone, shake):
+    torch.manual_seed(0)
+    fields = {"num_labels": N_OUT, "d_inp": 8, "n_parts": 6, "freeze_backbone": False}
+    model = CapsuleHeadForAudioClassification.from_backbone(backbone, **fields)
+    shake(model.head)
+    return model.eval()
+
+
+@pytest.fixture
+def waves(shake):
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (2, 2), "num_conv_pos_embeddings": 4}
+    return audio_model(Wav2Vec2Config(num_conv_pos_embedding_groups=2, **convolutions, **SMALL), shake)
+
+
+def noise(n_samples, seed=0):
+    return np.random.default_rng(seed).normal(size=n_samples).astype(np.float32)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+def test_audio(waves, as_array, tmp_path):
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE)
+    waves.save_pretrained(tmp_path, head_only=False)
+    extractor.save_pretrained(tmp_path)  # explain finds it beside the model, and the sampling rate in it
+    model = CapsuleHeadForAudioClassification.from_pretrained(tmp_path)
+    sounds = [noise(400), noise(100, seed=1)]
+    explanations = explain(model, [as_array(samples) for samples in sounds])
+    for samples, explanation in zip(sounds, explanations):
+        inputs = extractor(samples, sampling_rate=RATE, return_tensors="pt")
+        logits = model(**inputs).logits[0].detach()
+        torch.testing.assert_close(explanation.logits, logits)  # without padding: as if it were alone
+        torch.testing.assert_close(explanation.parts.sum(0), logits)
+        n_frames = model.backbone(**inputs).last_hidden_state.shape[1]
+        assert explanation.by_token_and_layer().shape == (n_frames, 3, N_OUT)
+        assert explanation.tokens is None and explanation.image is None
+    (alone,) = explain(model, as_array(sounds[1]), extractor)
+    torch.testing.assert_close(alone.by_token(), explanations[1].by_token())
+
+
+def test_audio_as_a_spectrum_of_one_length(shake):
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    backbone = WhisperConfig(
+        d_model=16, num_mel_bins=6, max_source_positions=50, vocab_size=64, encoder_ffn_dim=24, **sizes, **tokens
+    )
+    extractor = WhisperFeatureExtractor(feature_size=6, chunk_length=1)
+    explanations = explain(audio_model(backbone, shake), [noise(4_000), noise(16_000)], extractor)
+    assert [len(x.by_token()) for x in explanations] == [50, 50]
+
+
+@pytest.mark.parametrize("inputs, shape", [([0.5, 0.25], "float of 0"), (noise((2, 8)), "ndarray of 2")])
+def test_what_is_no_audio(waves, inputs, shape):
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE)
+    with pytest.raises(TypeError, match=rf"An input is a {shape} dimensions; expected audio as an array \[samples\]"):
+        explain(waves, inputs, extractor)

@@ -1,4 +1,4 @@
-"""Faithfulness: the numbers against a literal computation, and the methods against what they are known to fulfil."""
+"""Faithfulness: the numbers against a literal computation, and the methods against their known properties."""
 
 import math
 import sys
@@ -44,7 +44,7 @@ def tokenizer():
 
 
 def probability(model, text, kept):
-    """Of the class, with the tokens at some places alone."""
+    """Return the probability of the class with the tokens at some positions alone."""
     mask = torch.zeros_like(text.inputs["attention_mask"])
     mask[0, list(kept)] = 1
     return float(model(**{**text.inputs, "attention_mask": mask}).logits.softmax(-1)[0, text.target])
@@ -55,23 +55,23 @@ def test_numbers(model, tokenizer):
     assert text.candidates.tolist() == [1, 2, 3, 4, 5]
     ranking = [4, 1, 5, 2, 3]
 
-    def explain(model, text):
-        credits = torch.full((7,), 99.0)  # of special tokens, which stay
-        credits[ranking] = torch.arange(5, 0, -1).float()
-        return credits
+    def method(model, text):
+        attributions = torch.full((7,), 99.0)  # of special tokens, which stay
+        attributions[ranking] = torch.arange(5, 0, -1).float()
+        return attributions
 
-    found = f.measure(model, text, explain)
+    found = f.measure(model, text, method)
     everything = {*range(7)}
-    whole = probability(model, text, everything)
-    numbers = [max(1, math.ceil(share * 5)) for share in f.SHARES]
+    complete = probability(model, text, everything)
+    numbers = [max(1, math.ceil(fraction * 5)) for fraction in f.FRACTIONS]
     assert numbers == [1, 1, 1, 1, 3]
     without = [probability(model, text, everything - {*ranking[:n]}) for n in numbers]
     alone = [probability(model, text, {0, 6, *ranking[:n]}) for n in numbers]
-    assert found.comprehensiveness == pytest.approx(whole - sum(without) / 5, abs=1e-6)
-    assert found.sufficiency == pytest.approx(whole - sum(alone) / 5, abs=1e-6)
-    deleted = [probability(model, text, everything - {*ranking[: round(share * 5)]}) for share in f.DELETED]
+    assert found.comprehensiveness == pytest.approx(complete - sum(without) / 5, abs=1e-6)
+    assert found.sufficiency == pytest.approx(complete - sum(alone) / 5, abs=1e-6)
+    deleted = [probability(model, text, everything - {*ranking[: round(fraction * 5)]}) for fraction in f.DELETED]
     assert found.deletion == pytest.approx(deleted, abs=1e-6)
-    assert found.deletion[0] == pytest.approx(whole, abs=1e-6)
+    assert found.deletion[0] == pytest.approx(complete, abs=1e-6)
     assert found.seconds > 0
 
 
@@ -89,7 +89,7 @@ def test_methods(model, tokenizer):
     ]
     torch.testing.assert_close(f.leave_one_out(model, text), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
-    log_probability = f._log_probability(model, text)
+    log_probability = f.log_probability(model, text)
     embed = model.get_input_embeddings()
     ids = text.inputs["input_ids"]
     embeddings, baseline = (embed(x).detach() for x in (ids, ids.index_fill(1, text.candidates, 0)))
@@ -110,8 +110,8 @@ def test_methods(model, tokenizer):
 def test_all_methods_on_all_texts(model, tokenizer):
     found = f.compare_methods(model, tokenizer, [TEXT, "good film"])
     assert list(found) == list(f.METHODS) and all(len(x) == 2 for x in found.values())
-    of_whole = {of_texts[0].deletion[0] for of_texts in found.values()}
-    assert max(of_whole) - min(of_whole) < 1e-6  # nothing removed yet
+    with_all = {of_texts[0].deletion[0] for of_texts in found.values()}
+    assert max(with_all) - min(with_all) < 1e-6  # nothing removed yet
 
 
 def test_a_frozen_backbone_keeps_no_gradient(model, tokenizer, monkeypatch):

@@ -241,7 +241,7 @@ def test_a_damaged_gzip_file(tmp_path, kind, harm):
     folder = write(tmp_path, [kind])
     file = folder / f"{STEMS['train']}-{kind}.mat.gz"
     file.write_bytes(harm(file.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{kind}\.mat\.gz is not a whole gzip file \(.*\); fetch it again"):
+    with pytest.raises(ValueError, match=rf"{kind}\.mat\.gz is not a complete gzip file \(.*\); fetch it again"):
         load_smallnorb(folder, cache_dir=tmp_path / "cache")
 
 
