@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..backbones.loading import PACKAGE_PREFIX, check_model_type
-from ..files import read_json, write_text
-from ..heads import get_head, registered_heads
+from ..backbones.loading import PACKAGE_PREFIX
+from ..files import write_text
+from ..heads import get_head
 from ..version import __version__
-from .code import CLASSES
+from .config import auto_class_of, read_config
 from .results import SPLITS, is_metric
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -85,7 +85,7 @@ def model_card(
     directory, results = Path(directory), results or {}
     config = read_config(directory)
     model_class = config["architectures"][0]
-    auto_class = next(name for name, class_name in CLASSES.items() if class_name == model_class)
+    auto_class = auto_class_of(config)
     pipeline_tag, pipeline_input = TASKS[auto_class]
     name, rows = repo_id.split("/")[-1], list(_metrics(results))
     dataset = Dataset(**results["dataset"]) if results.get("dataset") else None
@@ -125,35 +125,6 @@ def model_card(
         rows=rows,
         version=__version__,
     )
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a checkpoint.
-
-    Raises:
-        OSError: if there is none in the directory.
-        ValueError: if it is of another kind of model, or was not written by `save_pretrained`; names what is wrong.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise OSError(f"{directory} holds no config.json; expected a directory that save_pretrained wrote.")
-    config = read_json(path)
-    check_model_type(config, directory)
-    is_right = {
-        "architectures": lambda x: isinstance(x, list) and len(x) == 1 and x[0] in CLASSES.values(),
-        "base_config": lambda x: isinstance(x, dict) and "model_type" in x,
-        "base_model_name_or_path": lambda x: isinstance(x, str | None),
-        "base_model_revision": lambda x: isinstance(x, str | None),
-        "head_only": lambda x: isinstance(x, bool),
-        "head_type": lambda x: isinstance(x, str) and x in registered_heads(),
-        "id2label": lambda x: isinstance(x, dict) and all(map(str.isdecimal, x)),
-    }
-    config.setdefault("id2label", {})  # which is left out for two classes without names
-    for key, check in is_right.items():
-        if key not in config or not check(config[key]):
-            found = f"is {config[key]!r}" if key in config else "is missing"
-            raise ValueError(f"{key} {found} in {path}; expected what save_pretrained writes: save the model again.")
-    return config
 
 
 def _backbone(config: dict[str, Any]) -> str:
