@@ -48,7 +48,7 @@ from capsule_heads.heads import AttentivePoolingHead, TokenDepthHead
 from capsule_heads.ops import STRATEGIES, cpu, route
 from capsule_heads.ops.reference import Reference
 from capsule_heads.ops.strategy import n_votes
-from capsule_heads.paper.convert import build_network
+from capsule_heads.paper.checkpoints import build_network
 
 SEED = 0
 PARITY = 1e-5

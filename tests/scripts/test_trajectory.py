@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capsule_heads.paper.convert import build_network
+from capsule_heads.paper.checkpoints import build_network
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
 
