@@ -4,12 +4,9 @@ Names are imported when they are first used, so that `import capsule_heads` is f
 the models as soon as both packages are imported, in whichever order.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from wrapt import register_post_import_hook
-
-from .lazy import lazy_names
+from .lazy import import_after, lazy_names
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +50,4 @@ for _auto, _own in (
     ("modeling_auto", "paper.modeling_stereo_conv"),
     ("image_processing_auto", "paper.image_processing_stereo"),
 ):
-    register_post_import_hook(
-        lambda _, own=_own: import_module(f".{own}", __name__), f"transformers.models.auto.{_auto}"
-    )
+    import_after(f"transformers.models.auto.{_auto}", __name__, _own)

@@ -13,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 os.environ["MKL_CBWR"] = "AUTO"
 
 
+pytest_plugins = ["command_fixtures", "model_fixtures"]  # after the variables above are set
+
+
 def pytest_configure(config):
     """Hide CUDA devices, or all but one for the tests marked `gpu`: the driver reads this when it is first called."""
     if config.option.markexpr == "gpu":

@@ -18,7 +18,9 @@ from transformers.modeling_utils import PreTrainedModel
 from .loading import load_backbone_config, reading_weights, reference_of, resolve_backbone
 from .parts import (
     AUDIO_INPUTS,
+    ENCODER,
     IMAGE_INPUTS,
+    Inputs,
     Part,
     Windowing,
     check_main_input,
@@ -51,7 +53,7 @@ class Backbone:
     config: PreTrainedConfig
     name_or_path: str | None = None
     revision: str | None = None
-    part: Part = Part()
+    part: Part = ENCODER
     windowing: Windowing | None = None
     hidden_sizes: tuple[int, ...] = ()
 
@@ -65,7 +67,7 @@ class Backbone:
         main_inputs: Sequence[str],
         *,
         revision: str | None = None,
-        part: Part = Part(),  # noqa: B008 - immutable
+        part: Part = ENCODER,
         hidden_sizes: Sequence[int] | None = None,
         **loading: Any,
     ) -> tuple[Backbone, PreTrainedModel]:
@@ -176,7 +178,8 @@ class Backbone:
         if missing:
             raise ValueError(
                 f"The checkpoint of {source} has no weights for {len(missing)} tensors of the "
-                f"{complete.config.model_type} backbone, among them {missing[0]}; expected a checkpoint with all of them."
+                f"{complete.config.model_type} backbone, among them {missing[0]}; expected a checkpoint with all of "
+                "them."
             )
         return dataclasses.replace(self, config=complete.config), module
 
@@ -191,7 +194,7 @@ class Backbone:
         return dataclasses.replace(self, hidden_sizes=tuple(probe_hidden_sizes_without_weights(self.config, self.part)))
 
     def run(
-        self, module: PreTrainedModel, layers: Sequence[int], inputs: dict[str, Tensor | None], *, trains: bool = False
+        self, module: PreTrainedModel, layers: Sequence[int], inputs: Inputs, *, trains: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run the backbone on a batch, in windows where texts are longer than one.
 

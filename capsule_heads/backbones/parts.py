@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -58,6 +59,8 @@ class Part(NamedTuple):
 
 ENCODER = Part()
 
+Inputs = Mapping[str, Tensor | bool | None]  # of a backbone, by our names; None for one that is not given
+
 
 class Windowing(NamedTuple):
     """The windows that texts are cut into.
@@ -86,7 +89,7 @@ def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
     if part.tower is not None:
         whole = _tower(whole, part.tower)
     if "add_pooling_layer" in inspect.signature(type(whole).__init__).parameters and hasattr(whole, "pooler"):
-        whole.pooler = None
+        whole.pooler = None  # type: ignore[assignment]  # an attribute of some models
     if not whole.config.is_encoder_decoder or part.stack == "decoder":
         return whole
     encoder = whole.get_encoder()
@@ -105,7 +108,8 @@ def _tower(whole: PreTrainedModel, tower: str) -> PreTrainedModel:
     config = tower_config(whole.config, tower)
     for module in whole.modules():
         if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):
-            return module.base_model  # a language model's without its output layer
+            base: PreTrainedModel = module.base_model  # type: ignore[assignment]  # a language model's without output
+            return base
     raise ValueError(f"{whole.config.model_type} has no {tower} tower; leave tower out, or name another.")
 
 
@@ -158,5 +162,6 @@ def check_main_input(backbone: PreTrainedModel, expected: Sequence[str]) -> None
     if name not in expected:
         models = ", ".join(f"for {kind} there is {model}" for kind, model in MODELS.items())
         raise ValueError(
-            f"{backbone.config.model_type} takes {name}; expected a backbone that takes {' or '.join(expected)}: {models}."
+            f"{backbone.config.model_type} takes {name}; expected a backbone that takes {' or '.join(expected)}: "
+            f"{models}."
         )

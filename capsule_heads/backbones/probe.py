@@ -1,13 +1,14 @@
-"""What a backbone's hidden states look like: found by running it on inputs made up for it."""
+"""The sizes of a backbone's hidden states, found by running it on example inputs."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,7 +24,7 @@ N_TOKENS = 4
 MORE_TOKENS = 64  # for backbones that need whole blocks of tokens
 IMAGE_SIZE = 64  # where the configuration does not say for which size the backbone was made
 LARGER_IMAGE_SIZE = 224  # for backbones that need more
-N_SAMPLES = 9600  # of sound; a multiple of the blocks that codecs take
+N_SAMPLES = 9600  # of audio; a multiple of the blocks that codecs take
 N_FRAMES = 400  # of a spectrum; a multiple of the windows that some models take
 # Fields that say how many bins a spectrum has, or features a frame.
 BINS = (
@@ -38,35 +39,34 @@ BINS = (
 
 @torch.no_grad()
 def probe_hidden_sizes(backbone: PreTrainedModel, stack: str = "encoder") -> list[int]:
-    """Runs a backbone on a few tokens, an image or some sound, and returns the width of each of its hidden states.
+    """Run a backbone on a few tokens, an image or some audio, and return the size of each of its hidden states.
 
     Args:
-        backbone: what `part_of` returned.
+        backbone: the loaded backbone.
         stack: "encoder" or "decoder", of an encoder-decoder.
 
     Raises:
-        ValueError: if it is not a text, image or audio model that yields hidden states for such inputs alone; says what
-            was found.
+        ValueError: If it is not a text, image or audio model that yields hidden states for such inputs alone.
     """
     return [x.shape[-1] for x in probe(backbone, stack)[1]]
 
 
 @torch.no_grad()
 def probe(
-    backbone: PreTrainedModel, stack: str = "encoder", shares: Sequence[float] = (1.0,)
+    backbone: PreTrainedModel, stack: str = "encoder", fractions: Sequence[float] = (1.0,)
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The first of the inputs made up for a backbone that it runs on, and its hidden states for them.
+    """Return the first of the example inputs that a backbone runs on, and its hidden states for them.
 
     Args:
-        backbone: what `part_of` returned.
+        backbone: the loaded backbone.
         stack: "encoder" or "decoder", of an encoder-decoder.
-        shares: of each sample in the batch: its length, as a share of the longest, where samples can be shorter.
+        fractions: the length of each sample in the batch as a fraction of the longest, where samples can be shorter.
 
     Returns:
-        The inputs, in our names, and per layer `[batch, tokens, width]`.
+        The inputs, by our names, and per layer `[batch, tokens, hidden_size]`.
 
     Raises:
-        ValueError: as `probe_hidden_sizes`.
+        ValueError: If the backbone runs on none of the example inputs; see `probe_hidden_sizes`.
     """
     model_type, name = backbone.config.model_type, main_input_name(backbone)
     if name not in TEXT_INPUTS + IMAGE_INPUTS + AUDIO_INPUTS:
@@ -74,10 +74,11 @@ def probe(
             f"{model_type} takes {name}; expected a backbone for text, images or audio: one that takes "
             f"{', '.join(TEXT_INPUTS + IMAGE_INPUTS)} or {' or '.join(AUDIO_INPUTS)}."
         )
-    was_training, errors = backbone.training, []
+    was_training = backbone.training
+    errors: list[Exception] = []
     backbone.eval()
     try:
-        for inputs in example_inputs(backbone, shares):
+        for inputs in example_inputs(backbone, fractions):
             inputs = {key: value.to(backbone.device) for key, value in inputs.items()}
             try:
                 return inputs, all_hidden_states(backbone, stack, inputs)[0]
@@ -86,70 +87,71 @@ def probe(
     finally:
         backbone.train(was_training)
     # The first try may only have left out an argument that a later one passed.
-    error = next((error for error in errors if not isinstance(error, TypeError)), errors[0])
+    first = next((error for error in errors if not isinstance(error, TypeError)), errors[0])
     raise ValueError(
-        f"{model_type} does not run on {name} alone; expected a backbone for text, images or audio. {error}"
-    ) from error
+        f"{model_type} does not run on {name} alone; expected a backbone for text, images or audio. {first}"
+    ) from first
 
 
 def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part = ENCODER) -> list[int]:
-    """The same from a backbone's configuration alone: it runs on tensors that have shapes and no data.
+    """Return the sizes from a backbone's configuration alone: it runs on tensors that have shapes and no data.
 
-    Where the way through a backbone depends on data (mixtures of experts), its configuration has to say it.
+    Where the way through a backbone depends on data (mixtures of experts), its configuration has to say them.
 
     Raises:
-        ValueError: as `probe_hidden_sizes`, or if neither tells.
+        ValueError: If it does not run, as in `probe_hidden_sizes`, or the configuration does not say the sizes.
     """
     from transformers import AutoModel  # here: see Backbone.candidates
 
     with torch.device("meta"):
         backbone = part_of(AutoModel.from_config(copy.deepcopy(base_config)), part)
-    backbone.to("meta")  # what torch.Tensor(size) makes is on the CPU whatever was said
+    nn.Module.to(backbone, "meta")  # what torch.Tensor(size) makes is on the CPU whatever was said
     # Models look at the values of some tensors, unless those are fake: meta tensors alone would not do.
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return probe_hidden_sizes(backbone, part.stack)
     except ValueError as error:
         text_config = base_config.get_text_config()
-        n_layers, width = (getattr(text_config, name, None) for name in ("num_hidden_layers", "hidden_size"))
-        if not isinstance(error.__cause__, DataDependentOutputException | DynamicOutputShapeException) or not n_layers:
+        n_layers, size = (getattr(text_config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+        depends_on_data = isinstance(error.__cause__, DataDependentOutputException | DynamicOutputShapeException)
+        if not depends_on_data or n_layers is None or size is None:
             raise
-        return [width] * (n_layers + 1)
+        return [size] * (n_layers + 1)
 
 
-def example_inputs(backbone: PreTrainedModel, shares: Sequence[float] = (1.0,)) -> Iterator[dict[str, Tensor]]:
-    """Inputs that a backbone may run on, the likeliest first; in our names.
+def example_inputs(backbone: PreTrainedModel, fractions: Sequence[float] = (1.0,)) -> Iterator[dict[str, Tensor]]:
+    """Yield inputs that a backbone may run on, by our names, the likeliest first.
 
     Args:
         backbone: a text, image or audio model.
-        shares: as in `probe`.
+        fractions: as in `probe`.
     """
     name = main_input_name(backbone)
     config, dtype = backbone.config, backbone.dtype
     if name in TEXT_INPUTS:
         for n_tokens in (N_TOKENS, MORE_TOKENS):
-            tokens = torch.arange(len(shares) * n_tokens).remainder(7).add(3).view(len(shares), n_tokens)
-            yield {"input_ids": tokens, **_mask(shares, n_tokens)}
+            tokens = torch.arange(len(fractions) * n_tokens).remainder(7).add(3).view(len(fractions), n_tokens)
+            yield {"input_ids": tokens, **_mask(fractions, n_tokens)}
     elif name in IMAGE_INPUTS:
-        for inputs in _images(backbone, shares):
+        for inputs in _images(backbone, fractions):
             yield {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
     else:
         for shape, length in _audio_shapes(config, name):
-            noise = torch.randn(len(shares), *shape).to(dtype)
-            yield {name: noise, **_mask(shares, length)}
-            yield {name: noise, "attention_mask": torch.ones(len(shares), length, dtype=torch.long)}
+            noise = torch.randn(len(fractions), *shape).to(dtype)
+            yield {name: noise, **_mask(fractions, length)}
+            yield {name: noise, "attention_mask": torch.ones(len(fractions), length, dtype=torch.long)}
 
 
-def _mask(shares: Sequence[float], length: int) -> dict[str, Tensor]:
-    """The mask of a batch of such lengths; none where all are equal."""
-    if set(shares) == {1.0}:
+def _mask(fractions: Sequence[float], length: int) -> dict[str, Tensor]:
+    """Return the mask of a batch of such lengths; nothing where all are equal."""
+    if set(fractions) == {1.0}:
         return {}
-    ends = torch.tensor([max(1, round(share * length)) for share in shares])
+    ends = torch.tensor([max(1, round(fraction * length)) for fraction in fractions])
     return {"attention_mask": (torch.arange(length) < ends[:, None]).long()}
 
 
-def _images(backbone: PreTrainedModel, shares: Sequence[float]) -> Iterator[dict[str, Tensor]]:
-    config, n = backbone.config, len(shares)
+def _images(backbone: PreTrainedModel, fractions: Sequence[float]) -> Iterator[dict[str, Tensor]]:
+    config, n = backbone.config, len(fractions)
     accepted = inspect.signature(backbone.forward).parameters.keys()
     n_channels = _first(config, ("num_channels", "in_channels", "in_chans", "num_input_channels"), 3)
     height, width = _pair(_first(config, ("image_size", "img_size", "input_size"), IMAGE_SIZE))
@@ -158,7 +160,7 @@ def _images(backbone: PreTrainedModel, shares: Sequence[float]) -> Iterator[dict
     n_values = n_channels * patch * patch
     merge = _pair(_first(config, ("spatial_merge_size", "merge_kernel_size", "pooling_kernel_size"), 2))[0] * 2
     if accepted & {"grid_thw", "image_grid_thw"}:
-        grids = torch.tensor([[1, merge, merge * (2 if share == 1 else 1)] for share in shares])
+        grids = torch.tensor([[1, merge, merge * (2 if fraction == 1 else 1)] for fraction in fractions])
         total = int(grids.prod(-1).sum())
         frame = _pair(_first(config, ("temporal_patch_size",), 1))[0]
         for shape in (
@@ -172,14 +174,14 @@ def _images(backbone: PreTrainedModel, shares: Sequence[float]) -> Iterator[dict
         return
     if "spatial_shapes" in accepted:
         side = merge
-        mask = _mask(shares, side * side).get("attention_mask", torch.ones(n, side * side, dtype=torch.long))
-        shapes = torch.tensor([[max(1, round(share * side)), side] for share in shares])
+        mask = _mask(fractions, side * side).get("attention_mask", torch.ones(n, side * side, dtype=torch.long))
+        shapes = torch.tensor([[max(1, round(fraction * side)), side] for fraction in fractions])
         pixels = torch.randn(n, side * side, n_values)
         yield {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     if accepted & {"pixel_position_ids", "image_position_ids"}:
         rows, columns = torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
-        places = torch.stack([columns, rows], -1).flatten(0, 1).expand(n, -1, -1)
-        yield {"pixel_values": torch.rand(n, merge * merge, n_values), "image_position_ids": places}
+        positions = torch.stack([columns, rows], -1).flatten(0, 1).expand(n, -1, -1)
+        yield {"pixel_values": torch.rand(n, merge * merge, n_values), "image_position_ids": positions}
     video = {"pixel_values": torch.randn(n, frames, n_channels, height, width)}
     if "pixel_values_videos" in accepted:
         yield video
@@ -189,7 +191,7 @@ def _images(backbone: PreTrainedModel, shares: Sequence[float]) -> Iterator[dict
 
 
 def _audio_shapes(config: PreTrainedConfig, name: str) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Sound `[samples]` or `[1, samples]`, a spectrum `[frames, bins]` or `[bins, frames]`; and samples, or frames."""
+    """Yield shapes of audio, `[samples]`, or of a spectrum, `[frames, bins]`, and the number of samples or frames."""
     if name == "input_values" and getattr(config, "num_mel_bins", None) is None:
         yield (N_SAMPLES,), N_SAMPLES
         yield (1, N_SAMPLES), N_SAMPLES
@@ -204,8 +206,8 @@ def _audio_shapes(config: PreTrainedConfig, name: str) -> Iterator[tuple[tuple[i
         yield (N_SAMPLES,), N_SAMPLES
 
 
-def _first(config: PreTrainedConfig, names: Sequence[str], default: int) -> int | list[int]:
-    """The first of some fields that a configuration, or one of those in it, has."""
+def _first(config: PreTrainedConfig, names: Sequence[str], default: int) -> Any:
+    """Return the first of some fields that a configuration, or one of those in it, has."""
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     found = (getattr(part, name, None) for part in parts for name in names)
     return next((value for value in found if value), default)

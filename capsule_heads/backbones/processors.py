@@ -32,9 +32,9 @@ def load_processor(modality: str, name_or_path: str, revision: str | None = None
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer  # each takes a second to import
 
-    loader = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}[modality]
+    loaders: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}
     with _reading(MODALITIES[modality], name_or_path):
-        processor = loader.from_pretrained(resolve_backbone(name_or_path), revision=revision)
+        processor = loaders[modality].from_pretrained(resolve_backbone(name_or_path), revision=revision)
     if pad_token is not None:
         if not isinstance(processor, PreTrainedTokenizerBase):
             raise ValueError(f"pad_token is {pad_token!r}, and a {MODALITIES[modality]} pads no tokens; leave it out.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +11,36 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..checks import is_readable
-from .parts import INVERTED_MASKS, name_in
+from .parts import INVERTED_MASKS, Inputs, name_in
 from .states import Layout, arrange, hidden_states_of
 
 
 def run_backbone(
-    backbone: PreTrainedModel, layers: Sequence[int], hidden_sizes: Sequence[int], stack: str = "encoder", **inputs
+    backbone: PreTrainedModel,
+    layers: Sequence[int],
+    hidden_sizes: Sequence[int],
+    stack: str = "encoder",
+    **inputs: Tensor | bool | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Runs a backbone and returns the hidden states at some layers, and their masks.
+    """Run a backbone and return the hidden states at some layers, and their masks.
 
     Index 0 is the embedding output. The last layer is after the final norm. A token's states do not depend on padding,
     unless the backbone itself mixes padding into its tokens (FNet and others without a mask, ConvBERT's convolutions,
     RWKV with padding on the left).
 
     Args:
-        backbone: what `part_of` returned.
+        backbone: the loaded backbone.
         layers: indices of the hidden states wanted, ascending.
-        hidden_sizes: the width that each of the backbone's hidden states is expected to have.
+        hidden_sizes: the size that each of the backbone's hidden states is expected to have.
         stack: "encoder" or "decoder", of an encoder-decoder.
-        **inputs: its inputs, in our names; those that are None, or that it does not take, are left out.
+        **inputs: its inputs, by our names; those that are None, or that it does not take, are left out.
 
     Returns:
-        Per layer `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per layer
-        `[batch, tokens]`, 1 for a token and 0 for padding.
+        Per layer `[batch, tokens, hidden_size]`, the positions of feature maps being their tokens, row by row; and per
+        layer `[batch, tokens]`, 1 for a token and 0 for padding.
 
     Raises:
-        ValueError: if the backbone yields another number of hidden states or other widths, or none.
+        ValueError: If the backbone yields another number of hidden states, other sizes, or none.
     """
     selected = layers if _selects(backbone, layers, hidden_sizes) else None
     states, masks = all_hidden_states(backbone, stack, inputs, hidden_sizes, selected)
@@ -45,7 +49,7 @@ def run_backbone(
     found = [x.shape[-1] for x in states]
     if found != list(hidden_sizes):
         raise ValueError(
-            f"The {backbone.config.model_type} backbone returned {len(found)} hidden states of widths "
+            f"The {backbone.config.model_type} backbone returned {len(found)} hidden states of sizes "
             f"{describe(found)}, where the configuration has {len(hidden_sizes)} of {describe(hidden_sizes)}; set "
             "hidden_sizes to what it returns."
         )
@@ -53,7 +57,7 @@ def run_backbone(
 
 
 def _selects(backbone: PreTrainedModel, layers: Sequence[int], hidden_sizes: Sequence[int]) -> bool:
-    """Whether a backbone can be asked for some hidden states, to drop the others as it goes on.
+    """Return whether a backbone can be asked for some hidden states, to drop the others as it goes on.
 
     Those can that have transformers' hooks on each of their layers keep them, in order.
     """
@@ -62,53 +66,59 @@ def _selects(backbone: PreTrainedModel, layers: Sequence[int], hidden_sizes: Seq
     return by_hooks and len(layers) < len(hidden_sizes) == (n_layers or 0) + 1 and len(set(hidden_sizes)) == 1
 
 
-def describe(widths: Sequence[int]) -> str:
-    """Widths for a message: the one that all have, or each."""
-    return str(widths[0]) if len(set(widths)) == 1 else str(list(widths))
+def describe(hidden_sizes: Sequence[int]) -> str:
+    """Return sizes for a message: the one that all have, or each."""
+    return str(hidden_sizes[0]) if len(set(hidden_sizes)) == 1 else str(list(hidden_sizes))
 
 
 def all_hidden_states(
     backbone: PreTrainedModel,
     stack: str,
-    inputs: dict[str, Tensor | None],
-    widths: Sequence[int] | None = None,
+    inputs: Inputs,
+    hidden_sizes: Sequence[int] = (),
     selected: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The hidden states at all layers, and their masks, as in `run_backbone`; `widths` may be unknown.
+    """Return the hidden states at all layers, and their masks, as `run_backbone` does.
 
-    With `selected` those at these layers alone, unless transformers is too old to drop the others.
+    Args:
+        backbone: the loaded backbone.
+        stack: "encoder" or "decoder", of an encoder-decoder.
+        inputs: by our names; those that are None are left out.
+        hidden_sizes: the expected sizes; empty if they are unknown.
+        selected: the layers to keep; all others are dropped, unless transformers is too old to drop them.
     """
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if "input_ids" in inputs:
-        _check_tokens(tokens, backbone)
+    given = {name: value for name, value in inputs.items() if value is not None}
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if "input_ids" in given:
+        _check_tokens(given["input_ids"], backbone)
+    tokens = tensors.get("input_ids", tensors.get("inputs_embeds"))
     if tokens is not None:
-        _check_positions(tokens, inputs.get("position_ids"), backbone)
-    if tokens is not None and "attention_mask" in inputs:
-        check_mask(inputs["attention_mask"], tokens.shape[:2])
-    arguments = call_arguments(backbone, stack, inputs)
+        _check_positions(tokens, tensors.get("position_ids"), backbone)
+    if tokens is not None and "attention_mask" in given:
+        check_mask(given["attention_mask"], tokens.shape[:2])
+    arguments = call_arguments(backbone, stack, given)
     asked = True if selected is None else list(selected)
     outputs = backbone(**arguments, output_hidden_states=asked, return_dict=True)
-    with_last = selected is None or len(widths) - 1 in selected
+    with_last = selected is None or len(hidden_sizes) - 1 in selected
     states = hidden_states_of(outputs, stack, backbone.config.model_type, with_last)
-    grids = inputs.get("image_grid_thw")
-    mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
-    if "image_position_ids" in inputs:
-        places = inputs["image_position_ids"]
-        mask = (places >= 0).all(-1)
-        grids = torch.cat([torch.ones_like(places[:, 0, :1]), places.amax(1) + 1], -1)  # some pack their last state
+    grids = tensors.get("image_grid_thw")
+    mask = tensors.get("attention_mask", tensors.get("pixel_attention_mask"))
+    if "image_position_ids" in tensors:
+        positions = tensors["image_position_ids"]
+        mask = (positions >= 0).all(-1)
+        grids = torch.cat([torch.ones_like(positions[:, 0, :1]), positions.amax(1) + 1], -1)  # some pack the last state
     # Not len(): a model that is exported would be for this size of batch alone.
-    n_samples = (next(iter(inputs.values())) if grids is None else grids).shape[0]
+    n_samples = (next(iter(tensors.values())) if grids is None else grids).shape[0]
     n_tokens = None if tokens is None else tokens.shape[1]
-    return arrange(states, Layout(n_samples, mask, grids, widths, n_tokens), backbone)
+    return arrange(states, Layout(n_samples, mask, grids, hidden_sizes or None, n_tokens), backbone)
 
 
-def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
-    """Checks that a mask is of as many samples and tokens as there are and, on the host, between 0 and 1.
+def check_mask(attention_mask: object, shape: torch.Size) -> None:
+    """Check that a mask has as many samples and tokens as there are and, on the host, values from 0 to 1.
 
     Raises:
-        ValueError: if not.
-        TypeError: if it is no tensor.
+        ValueError: If it has another shape or other values.
+        TypeError: If it is no tensor.
     """
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; expected a tensor.")
@@ -123,8 +133,8 @@ def check_mask(attention_mask: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"attention_mask goes from {low} to {high}; expected 1 for tokens and 0 for padding.")
 
 
-def _check_tokens(input_ids: Tensor, backbone: PreTrainedModel) -> None:
-    """Checks what a tokenizer made; the ids themselves only where they are on the host."""
+def _check_tokens(input_ids: object, backbone: PreTrainedModel) -> None:
+    """Check what a tokenizer made; the ids themselves only where they are on the host."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f'input_ids are a {type(input_ids).__name__}; expected a tensor: return_tensors="pt".')
     if input_ids.is_floating_point() or input_ids.ndim != 2:
@@ -139,15 +149,17 @@ def _check_tokens(input_ids: Tensor, backbone: PreTrainedModel) -> None:
 
 def count_embeddings(backbone: PreTrainedModel | None) -> int | None:
     """Return the number of tokens that a backbone has embeddings of; None if it has no table of them."""
+    if backbone is None:
+        return None
     try:
         embedding = backbone.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # some hash ids
+    except (AttributeError, NotImplementedError):  # some backbones hash ids
         return None
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def check_ids(input_ids: Tensor, n_embeddings: int | None, model_type: str) -> None:
-    """Checks that there is an embedding of each token, on the host.
+    """Check, on the host, that there is an embedding of each token.
 
     Args:
         input_ids: the tokens.
@@ -155,7 +167,7 @@ def check_ids(input_ids: Tensor, n_embeddings: int | None, model_type: str) -> N
         model_type: of the backbone, for the message.
 
     Raises:
-        ValueError: if there is none of a token.
+        ValueError: If a token has no embedding.
     """
     if n_embeddings is None or input_ids.numel() == 0:
         return
@@ -168,7 +180,7 @@ def check_ids(input_ids: Tensor, n_embeddings: int | None, model_type: str) -> N
 
 
 def _check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreTrainedModel) -> None:
-    """Checks that there is a position embedding for every token, where they are a table."""
+    """Check that there is a position embedding for every token, where they are a table."""
     most = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if torch.compiler.is_compiling() or most is None or (tokens.shape[1] <= most and position_ids is None):
         return
@@ -188,36 +200,38 @@ def _check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreT
         )
 
 
-def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], widths: Sequence[int]) -> Sequence[Tensor]:
-    """Hidden states that a user gave, one `[batch, tokens, width]` per layer.
+def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], hidden_sizes: Sequence[int]) -> list[Tensor]:
+    """Return hidden states that a user gave, one `[batch, tokens, hidden_size]` per layer.
 
     Args:
-        hidden_states: these, or `[batch, tokens, layers, width]`.
-        widths: of each layer in use.
+        hidden_states: these, or `[batch, tokens, layers, hidden_size]`.
+        hidden_sizes: size of the hidden state of each layer in use.
 
     Raises:
-        TypeError: for anything but floating-point tensors.
-        ValueError: for other shapes.
+        TypeError: If something else than floating-point tensors is given.
+        ValueError: If they have other shapes.
     """
-    stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
-    states = hidden_states.unbind(2) if stacked else hidden_states
+    if isinstance(hidden_states, Tensor) and hidden_states.ndim == 4:
+        states = list(hidden_states.unbind(2))
+    else:
+        states = list(hidden_states)
     for x in states:
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"hidden_states are {given}; expected floating-point tensors.")
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"hidden_states are {kind}; expected floating-point tensors.")
     shapes = [tuple(x.shape) for x in states]
-    fit = all(len(s) == 3 and s[0] == shapes[0][0] and s[-1] == w for s, w in zip(shapes, widths))
-    if len(shapes) != len(widths) or not fit:
+    fit = all(len(s) == 3 and s[0] == shapes[0][0] and s[-1] == w for s, w in zip(shapes, hidden_sizes))
+    if len(shapes) != len(hidden_sizes) or not fit:
         given = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else shapes
         raise ValueError(
-            f"hidden_states has shape {given}; expected [batch, tokens, layers, width], or one [batch, tokens, width] "
-            f"per layer, with {len(widths)} layers of width {describe(widths)}."
+            f"hidden_states has shape {given}; expected [batch, tokens, layers, hidden_size], or one [batch, tokens, "
+            f"hidden_size] per layer, with {len(hidden_sizes)} layers of size {describe(hidden_sizes)}."
         )
     return states
 
 
 def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) -> list[Tensor]:
-    """Per layer, `[batch, tokens]`, 1 for a token and 0 for padding, for hidden states `[batch, tokens, width]`.
+    """Return per layer the mask `[batch, tokens]` of hidden states, 1 for a token and 0 for padding.
 
     In float32 or wider, whatever the states are: mixup makes fractions of it, which bfloat16 would round to two digits.
     """
@@ -228,27 +242,32 @@ def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) 
     return [attention_mask.to(device=hidden_states[0].device, dtype=dtype)] * len(hidden_states)
 
 
-def call_arguments(backbone: PreTrainedModel, stack: str, inputs: dict[str, Tensor]) -> dict[str, Tensor | bool]:
-    """What to call a backbone with: its names for our inputs, and what follows from them."""
+def call_arguments(
+    backbone: PreTrainedModel, stack: str, inputs: Mapping[str, Tensor | bool]
+) -> dict[str, Tensor | bool]:
+    """Return the arguments of a backbone's call: its names for our inputs, and arguments that follow from them."""
     accepted = inspect.signature(backbone.forward).parameters
-    arguments = {}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    arguments: dict[str, Tensor | bool] = {}
     for ours, value in inputs.items():
         name = name_in(accepted, ours)
         if name is not None:
-            arguments[name] = ~value.bool() if name in INVERTED_MASKS else value
-    if "position_ids" in accepted and "position_ids" not in arguments and "attention_mask" in arguments:
-        arguments["position_ids"] = _positions(backbone, arguments["attention_mask"].long())
-    if "merge_sizes" in accepted and "image_grid_thw" in inputs:  # images are not shrunk; clips would be
-        arguments["merge_sizes"] = torch.ones_like(inputs["image_grid_thw"][:, 0])
+            is_inverted = name in INVERTED_MASKS and isinstance(value, Tensor)
+            arguments[name] = ~tensors[ours].bool() if is_inverted else value
+    mask = arguments.get("attention_mask")
+    if "position_ids" in accepted and "position_ids" not in arguments and isinstance(mask, Tensor):
+        arguments["position_ids"] = _positions(backbone, mask.long())
+    if "merge_sizes" in accepted and "image_grid_thw" in tensors:  # images are not shrunk; clips would be
+        arguments["merge_sizes"] = torch.ones_like(tensors["image_grid_thw"][:, 0])
     if "use_cache" in accepted:
         arguments["use_cache"] = False
-    if "decoder_input_ids" in accepted and "input_ids" in inputs:
-        arguments |= _decoder_inputs(backbone.config, inputs)
+    if "decoder_input_ids" in accepted and "input_ids" in tensors:
+        arguments |= _decoder_inputs(backbone.config, tensors)
     return arguments
 
 
 def _decoder_inputs(config: PreTrainedConfig, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tokens for the decoder, one to the right behind the token that it starts with, as in training it."""
+    """Return the tokens for the decoder: the same, one to the right behind the token that it starts with."""
     input_ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(input_ids)).long()
     start = next(
@@ -267,7 +286,7 @@ def _decoder_inputs(config: PreTrainedConfig, inputs: dict[str, Tensor]) -> dict
 
 
 def _positions(backbone: nn.Module, mask: Tensor) -> Tensor:
-    """`[batch, tokens]`: positions counted over the tokens, so that padding on the left does not shift them."""
+    """Return `[batch, tokens]`, positions counted over the tokens, so that padding on the left does not shift them."""
     for name, module in backbone.named_modules():
         padding_idx = getattr(module, "padding_idx", None)
         # RoBERTa and its like give padding a position of its own and count tokens from the next one. Modules with an

@@ -1,4 +1,7 @@
-"""What a backbone returned, as one `[batch, tokens, width]` and one mask per layer: every layout is known here."""
+"""The hidden states that a backbone returned, as one `[batch, tokens, hidden_size]` and one mask per layer.
+
+All layouts that backbones have are known here.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 # Feature maps are [batch, channels, rows, columns] where shapes leave a choice, but for these types.
 CHANNELS_LAST = frozenset({"sam_vision_model", "sam_hq_vision_model"})
-# Their several streams of a text's tokens are [streams, batch, tokens, width], not [batch, tokens, streams, width].
+# Their streams of a text's tokens are [streams, batch, tokens, hidden_size], not [batch, tokens, streams, hidden_size].
 STREAMS_FIRST = frozenset({"gemma3n", "gemma3n_text"})
 # Where the hidden states of each stack are, and its last one after the final norm; the first that is there counts.
 STATES_OF_STACK = {
@@ -23,36 +27,36 @@ STATES_OF_STACK = {
 
 
 class Layout(NamedTuple):
-    """What is known of a batch beside the states.
+    """The layout of a batch.
 
     Attributes:
-        n_samples: its size.
+        n_samples: number of samples.
         mask: `[batch, inputs]`, 1 for a token (or sample, frame, patch) and 0 for padding; None if all are.
         grids: `[batch, 3]`, frames, rows and columns of patches, where those of all samples are packed in one sequence.
-        widths: the width of each hidden state, if known.
-        n_tokens: of a text, padding included; None for other inputs.
+        hidden_sizes: size of each hidden state, if known.
+        n_tokens: tokens of a text, padding included; None for other inputs.
     """
 
     n_samples: int
     mask: Tensor | None = None
     grids: Tensor | None = None
-    widths: Sequence[int] | None = None
+    hidden_sizes: Sequence[int] | None = None
     n_tokens: int | None = None
 
 
 def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str, with_last: bool = True) -> list[Tensor]:
-    """All hidden states of one stack, the last one after the final norm, in the shapes the backbone gives them.
+    """Return all hidden states of one stack, in the shapes the backbone gives them, the last after the final norm.
 
     Some models' own tuple ends before that norm, which would then be left out.
 
     Args:
-        outputs: of the backbone.
+        outputs: what the backbone returned.
         stack: "encoder" or "decoder", of an encoder-decoder.
         model_type: for the message.
         with_last: whether the last one is among them.
 
     Raises:
-        ValueError: if there are none; says what there is.
+        ValueError: If there are none.
     """
     for states_name, last_name in STATES_OF_STACK[stack]:
         states = _flat(outputs.get(states_name))
@@ -67,27 +71,31 @@ def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str, with_las
     )
 
 
-def arrange(states: Sequence[Tensor], layout: Layout, backbone: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Brings every hidden state of a batch into one form, with its mask.
+def arrange(states: Sequence[Tensor], layout: Layout, backbone: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """Bring every hidden state of a batch into one form, with its mask.
 
     Args:
         states: in the shapes the backbone gives them: sequences, several streams of each token, feature maps with
             their channels first or last, the windows or frames of each sample one after another, or the tokens of all
             samples packed in one sequence.
-        layout: what is known of the batch.
-        backbone: which has methods that count frames, if it is a speech model.
+        layout: the layout of the batch.
+        backbone: the backbone; a speech model has methods that count frames.
 
     Returns:
-        Per layer `[batch, tokens, width]`, the places of feature maps being their tokens, row by row; and per layer
-        `[batch, tokens]`, 1 for a token and 0 for padding, in float32 or wider.
+        Per layer `[batch, tokens, hidden_size]`, the positions of feature maps being their tokens, row by row; and per
+        layer `[batch, tokens]`, 1 for a token and 0 for padding, in float32 or wider.
 
     Raises:
-        ValueError: for a shape that is none of these.
+        ValueError: If a hidden state has another shape.
     """
-    arranged, masks, given = [], [], None
+    arranged: list[Tensor] = []
+    masks: list[Tensor] = []
+    given: Tensor | None = None
     for layer, x in enumerate(states):
-        width = layout.widths[layer] if layout.widths is not None and layer < len(layout.widths) else None
-        x, mask = _arrange_one(x, width, layout, backbone)
+        size = None
+        if layout.hidden_sizes is not None and layer < len(layout.hidden_sizes):
+            size = layout.hidden_sizes[layer]
+        x, mask = _arrange_one(x, size, layout, backbone)
         arranged.append(x)
         dtype = torch.promote_types(x.dtype, torch.float32)  # mixup makes fractions, which bfloat16 would round
         # Depths mostly have the very same mask: it is converted once, and what is done with it later done once.
@@ -98,13 +106,13 @@ def arrange(states: Sequence[Tensor], layout: Layout, backbone: nn.Module) -> tu
 
 
 def _flat(states: Any) -> list[Tensor]:
-    """The tensors of a tuple, or of the tuples in it."""
+    """Return the tensors of a tuple, or of the tuples in it."""
     if isinstance(states, Tensor):
         return [states]
     return [x for item in states or () for x in _flat(item)]
 
 
-def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+def _arrange_one(x: Tensor, size: int | None, layout: Layout, backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     n_samples, model_type = layout.n_samples, backbone.config.model_type
     given = tuple(x.shape)
     if layout.grids is not None and (x.ndim == 2 or (x.ndim == 3 and len(x) == 1)):
@@ -116,7 +124,7 @@ def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Modu
         mask = None if mask is None else mask.repeat_interleave(x.shape[2], dim=1)
         x = x.flatten(1, 2)
     elif x.ndim == 4:
-        x = x.flatten(1, 2) if _channels_last(x, width, model_type) else x.flatten(2).mT
+        x = x.flatten(1, 2) if _channels_last(x, size, model_type) else x.flatten(2).mT
     elif x.ndim > 4:
         x = x.flatten(1, -2)
     elif x.ndim == 2 and x.shape[0] == n_samples:
@@ -131,33 +139,33 @@ def _arrange_one(x: Tensor, width: int | None, layout: Layout, backbone: nn.Modu
     if x.ndim != 3 or x.shape[0] != n_samples:
         raise ValueError(
             f"A hidden state of {model_type} for a batch of {n_samples} has shape {given}; expected "
-            "[batch, tokens, width], or feature maps [batch, channels, rows, columns]."
+            "[batch, tokens, hidden_size], or feature maps [batch, channels, rows, columns]."
         )
     return x, _mask_of(x, mask, backbone)
 
 
-def _channels_last(x: Tensor, width: int | None, model_type: str) -> bool:
+def _channels_last(x: Tensor, size: int | None, model_type: str) -> bool:
     first, last = x.shape[1], x.shape[3]
-    if width is not None and bool(first == width) != bool(last == width):
-        return bool(last == width)
-    if width is None and (x.shape[1] == x.shape[2]) != (x.shape[2] == x.shape[3]):
+    if size is not None and bool(first == size) != bool(last == size):
+        return bool(last == size)
+    if size is None and (x.shape[1] == x.shape[2]) != (x.shape[2] == x.shape[3]):
         return x.shape[1] == x.shape[2]  # maps are square when a backbone is tried
     return model_type in CHANNELS_LAST
 
 
 def unpack(x: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits the packed tokens of several images by their grids.
+    """Split the packed tokens of several images by their grids.
 
     Args:
-        x: `[tokens of all images, width]`.
+        x: `[tokens of all images, hidden_size]`.
         grids: `[images, 3]`: frames, rows and columns of patches. Where there are fewer tokens than patches, each token
             stands for equally many.
 
     Returns:
-        `[images, most tokens, width]`, zero behind an image's own, and the mask `[images, most tokens]`.
+        `[images, most tokens, hidden_size]`, zero behind an image's own, and the mask `[images, most tokens]`.
 
     Raises:
-        ValueError: if the grids have another number of patches than can be.
+        ValueError: If the grids have another number of patches than the tokens can stand for.
     """
     n_patches = grids.prod(-1).tolist()
     merged, rest = divmod(sum(n_patches), len(x)) if len(x) else (1, 1)
@@ -171,8 +179,8 @@ def unpack(x: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
     return nn.utils.rnn.pad_sequence(list(parts), batch_first=True), mask
 
 
-def _mask_of(x: Tensor, mask: Tensor | None, backbone: nn.Module) -> Tensor:
-    """`[batch, tokens]` for hidden states `[batch, tokens, width]`, from the mask of the inputs."""
+def _mask_of(x: Tensor, mask: Tensor | None, backbone: PreTrainedModel) -> Tensor:
+    """Return `[batch, tokens]` for hidden states `[batch, tokens, hidden_size]`, from the mask of the inputs."""
     n_tokens = x.shape[1]
     if mask is None:
         return torch.ones(x.shape[:2], device=x.device)
@@ -186,18 +194,19 @@ def _mask_of(x: Tensor, mask: Tensor | None, backbone: nn.Module) -> Tensor:
     if frame_counts(backbone, torch.full((1,), mask.shape[1])) != n_tokens:
         return pooled
     counts = frame_counts(backbone, mask.sum(-1).long())
+    assert counts is not None  # as above
     counted = torch.arange(n_tokens, device=mask.device) < counts[:, None]
     # The mask decides on its own device: to read it would wait for that.
     is_padded_right = (mask.long().diff(dim=-1) <= 0).all()
     return torch.where(is_padded_right, counted.to(pooled.dtype), pooled)
 
 
-def frame_counts(backbone: nn.Module, lengths: Tensor) -> Tensor | None:
-    """How many frames a speech model makes of so many samples, or spectra, by its own method; None if it has none.
+def frame_counts(backbone: PreTrainedModel, lengths: Tensor) -> Tensor | None:
+    """Return the number of frames that a speech model makes of an input, by its own method; None if it has none.
 
     Args:
         backbone: the model.
-        lengths: `[batch]`.
+        lengths: `[batch]`, number of samples, or of spectra.
     """
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         method = getattr(backbone, name, None)

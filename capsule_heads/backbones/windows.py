@@ -1,4 +1,4 @@
-"""Texts longer than a backbone takes: it runs on overlapping windows, and each token's states are from one of them."""
+"""Texts longer than a backbone takes: it runs on overlapping windows, and the states of a token come from one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .parts import Windowing
+from .parts import Inputs, Windowing
 from .running import check_mask, token_masks
 
 
@@ -17,8 +17,8 @@ class Windows(NamedTuple):
     """The windows of a batch of texts.
 
     Attributes:
-        texts: `[windows]`, which text each window is of.
-        tokens: `[windows, length]`, the places in that text of the window's tokens.
+        texts: `[windows]`, the text of each window.
+        tokens: `[windows, length]`, the positions of the window's tokens in that text.
         mask: `[windows, length]`, True for a token, False for padding.
         is_kept: `[windows, length]`, True for the tokens whose states are taken from this window.
     """
@@ -30,7 +30,7 @@ class Windows(NamedTuple):
 
 
 def cut(mask: Tensor, windowing: Windowing) -> Windows:
-    """Cuts a batch of texts into windows, one text's after another's.
+    """Cut a batch of texts into windows, those of one text after those of another.
 
     A text that fits is one window. All windows of one that does not are full: they begin `overlap` tokens before the
     last one ends, and the last ends with the text. Of two windows that share tokens, each keeps those nearer to its
@@ -38,12 +38,12 @@ def cut(mask: Tensor, windowing: Windowing) -> Windows:
 
     Args:
         mask: `[batch, tokens]`, 1 for a token and 0 for padding, wherever that is.
-        windowing: how.
+        windowing: length and overlap of windows.
     """
     found = []
     for text, row in enumerate(mask.bool().cpu()):
-        places = row.nonzero()[:, 0]
-        found += [(text, places[tokens], is_kept) for tokens, is_kept in _windows_of(len(places), windowing)]
+        positions = row.nonzero()[:, 0]
+        found += [(text, positions[tokens], is_kept) for tokens, is_kept in _windows_of(len(positions), windowing)]
     shape = len(found), windowing.length
     windows = Windows(
         texts=torch.tensor([text for text, *_ in found]),
@@ -51,15 +51,15 @@ def cut(mask: Tensor, windowing: Windowing) -> Windows:
         mask=torch.zeros(shape, dtype=torch.bool),
         is_kept=torch.zeros(shape, dtype=torch.bool),
     )
-    for window, (_, places, is_kept) in enumerate(found):
-        windows.tokens[window, : len(places)] = places
-        windows.mask[window, : len(places)] = True
-        windows.is_kept[window, : len(places)] = is_kept
+    for window, (_, positions, is_kept) in enumerate(found):
+        windows.tokens[window, : len(positions)] = positions
+        windows.mask[window, : len(positions)] = True
+        windows.is_kept[window, : len(positions)] = is_kept
     return Windows(*(x.to(mask.device) for x in windows))
 
 
 def _windows_of(n_tokens: int, windowing: Windowing) -> list[tuple[Tensor, Tensor]]:
-    """Per window of a text, which of its tokens it has, and which of these it keeps."""
+    """Return, for each window of a text, its tokens, and which of these it keeps."""
     length, overlap, n_before, n_after = windowing
     if n_tokens <= length:
         return [(torch.arange(n_tokens), torch.ones(n_tokens, dtype=torch.bool))]
@@ -76,25 +76,25 @@ def _windows_of(n_tokens: int, windowing: Windowing) -> list[tuple[Tensor, Tenso
 
 
 def run_in_windows(
-    run: Callable[..., tuple[list[Tensor], list[Tensor]]], windowing: Windowing | None, inputs: dict[str, Tensor | None]
+    run: Callable[..., tuple[list[Tensor], list[Tensor]]], windowing: Windowing | None, inputs: Inputs
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Runs a backbone on a batch; on windows of its texts where the batch is longer than one.
+    """Run a backbone on a batch, or on windows of its texts where the batch is longer than one window.
 
     It runs on no more windows at a time than the batch has texts.
 
     Args:
-        run: from a backbone's inputs, as keywords, to its hidden states and their masks, as in `run_backbone`.
-        windowing: how to cut; None to run on the whole batch, however long.
-        inputs: those of the backbone, `[batch, tokens, ...]` if they are of texts.
+        run: computes hidden states and their masks from a backbone's inputs, as `run_backbone` does.
+        windowing: length and overlap of windows; None to run on the complete batch, however long.
+        inputs: of the backbone, `[batch, tokens, ...]` if they are of texts.
 
     Returns:
-        Per layer `[batch, tokens, width]`, zero where a text has padding, and the masks `[batch, tokens]`; the very
-        same as `run` returns where no text is cut.
+        Per layer `[batch, tokens, hidden_size]`, zero where a text has padding, and the masks `[batch, tokens]`; what
+        `run` returns where no text is cut.
 
     Raises:
-        ValueError: for inputs that cannot be cut, or a backbone that makes other than one state of each token.
+        ValueError: If inputs cannot be cut, or the backbone does not make one state of each token.
     """
-    given = {name: value for name, value in inputs.items() if value is not None}
+    given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     first = given.get("input_ids", given.get("inputs_embeds"))
     if windowing is None or first is None or first.shape[1] <= windowing.length:
         return run(**inputs)
@@ -119,7 +119,7 @@ def run_in_windows(
             )
         states = states or [x.new_zeros(*shape, x.shape[-1]) for x in of_part]
         texts = part.texts[:, None].expand_as(part.tokens)
-        for whole, x in zip(states, of_part):
+        for complete, x in zip(states, of_part):
             kept = part.is_kept.to(x.device)
-            whole[texts.to(x.device)[kept], part.tokens.to(x.device)[kept]] = x[kept]
+            complete[texts.to(x.device)[kept], part.tokens.to(x.device)[kept]] = x[kept]
     return states, token_masks(mask, states)

@@ -244,12 +244,12 @@ def get_head(name: str) -> type[Head]:
     Raises:
         ValueError: If there is none.
     """
-    if name not in _HEADS:
+    if not isinstance(name, str) or name not in _HEADS:
         close = difflib.get_close_matches(str(name), _HEADS, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
         raise ValueError(
-            f"head_type is {name!r}; expected one of {', '.join(_HEADS)}. {hint}A head of your own has to be registered "
-            "in every process that uses it: import the module that calls capsule_heads.heads.register."
+            f"head_type is {name!r}; expected one of {', '.join(_HEADS)}. {hint}A head of your own has to be "
+            "registered in every process that uses it: import the module that calls capsule_heads.heads.register."
         )
     return _HEADS[name]
 

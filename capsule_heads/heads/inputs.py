@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +134,10 @@ class TokenHead(Head):
 
 
 class _LinearOfHalf(torch.autograd.Function):
-    """An affine map's product that keeps its input for the backward pass as it is, in half precision.
+    """Product of an affine map that keeps its input for the backward pass as it is, in half precision.
 
     Autograd by itself would keep the input converted to the dtype of the weight: twice the memory. One scratch
-    tensor `[..., hidden_size]` of that dtype serves all layers, one after another: a new one each time fragments the heap.
+    tensor `[..., hidden_size]` of that dtype serves all layers in turn: a new one each time fragments the heap.
     """
 
     @staticmethod
@@ -144,13 +145,13 @@ class _LinearOfHalf(torch.autograd.Function):
         return F.linear(scratch.copy_(x), weight)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
         ctx.scratch = inputs[2]  # not saved: what is in it changes
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
         return None, grad.flatten(0, -2).mT @ ctx.scratch.copy_(x).flatten(0, -2), None
 
@@ -163,7 +164,7 @@ class _ProjectTogether(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, offsets: Tensor, *states: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, offsets: Tensor, *states: Tensor) -> Tensor:
         ctx.save_for_backward(weight, *states)
         n_rows = states[0].shape[:-1].numel()
         projected = weight.new_empty(n_rows, len(states), weight.shape[0])
@@ -174,7 +175,7 @@ class _ProjectTogether(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *states = ctx.saved_tensors
         by_layer = grad.flatten(0, -3).transpose(0, 1)  # [layers,rows,d_inp]
         d_weight, d_offsets = None, by_layer.sum(1)
@@ -192,7 +193,7 @@ _SIDE_BY_SIDE = 2**24  # numbers of hidden states that are copied at a time: 64 
 
 
 def _side_by_side(states: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some states at a time: which they are, and `[states, batch * tokens, hidden_size]` in a buffer used again."""
+    """Yield a few states at a time: which they are, and `[states, batch * tokens, hidden_size]`, in one buffer."""
     flat = [x.flatten(0, -2) for x in states]
     n_together = min(len(flat), max(1, _SIDE_BY_SIDE // max(1, flat[0].numel())))
     buffer = flat[0].new_empty(n_together, *flat[0].shape, dtype=dtype)
@@ -202,7 +203,7 @@ def _side_by_side(states: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tupl
 
 
 def _is_kept_in_half(x: Tensor, weight: Tensor) -> bool:
-    """Whether a hidden state is of less precision than the weight, and is kept so until the backward pass."""
+    """Return whether a hidden state has less precision than the weight, and is kept so until the backward pass."""
     is_narrower = x.dtype.itemsize < weight.dtype.itemsize
     has_gradient = torch.is_grad_enabled() and weight.requires_grad
     return is_narrower and has_gradient and not x.requires_grad and not torch.is_autocast_enabled(x.device.type)

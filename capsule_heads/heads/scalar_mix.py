@@ -44,8 +44,8 @@ class ScalarMixHead(Head):
         super().__init__(hidden_sizes=hidden_sizes, n_out=n_out, **options)
         if len(set(self.hidden_sizes)) > 1:
             raise ValueError(
-                f'Hidden states have sizes {", ".join(map(str, self.hidden_sizes))}; head_type="scalar_mix" adds them up, '
-                "and expected one size: name layers that have it, or take another head."
+                f'Hidden states have sizes {", ".join(map(str, self.hidden_sizes))}; head_type="scalar_mix" adds them '
+                "up, and expected one size: name layers that have it, or take another head."
             )
         self.w, self.gamma = nn.Parameter(torch.empty(len(self.hidden_sizes))), nn.Parameter(torch.empty(()))
         self.hidden = nn.Linear(self.hidden_sizes[0], self.options.d_inp)

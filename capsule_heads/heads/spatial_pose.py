@@ -37,7 +37,7 @@ class PositionConv(nn.Conv1d):
 
 @register("spatial_pose")
 class SpatialPoseHead(RoutingHead):
-    """The paper's vision head: scores and poses of parts at every position of a feature map, routed to parts, to classes.
+    """The paper's vision head: parts at every position of a feature map, routed to parts, routed to classes.
 
     Batch normalisation and a 1x1 convolution give `n_parts` scores at each position; another pair gives as many poses
     of `d_cov x d_cap`. All are routed to `n_parts` capsules, and those to `n_out` capsules of the same shape, whose

@@ -16,7 +16,7 @@ from .inputs import TokenHead
 
 
 class VectorRouting(nn.Module):
-    """Routing of vectors to the vectors that best predict them (Heinsen, 2022, arXiv 2211.11754), in its efficient form.
+    """Routing of vectors to the vectors that best predict them (Heinsen, 2022, arXiv 2211.11754), in efficient form.
 
     With inputs `x_i [d]`, outputs `y_j [h]`, a mask `m_i` and `n = sum_i m_i`, `N` for normalisation to mean 0 and
     variance 1, and `*` element by element:
@@ -60,7 +60,8 @@ class VectorRouting(nn.Module):
         self.W_S, self.B_S = nn.Parameter(torch.empty(i, n_out)), nn.Parameter(torch.empty(i, n_out))
         shape = (n_inp, n_out) if n_inp else (d_inp, n_out)
         self.beta_use, self.beta_ign = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
-        self.B_use = self.B_ign = None
+        self.B_use: nn.Parameter | None = None
+        self.B_ign: nn.Parameter | None = None
         if n_inp is None:
             self.B_use, self.B_ign = nn.Parameter(torch.empty(n_out)), nn.Parameter(torch.empty(n_out))
         self.reset_parameters()
@@ -100,14 +101,16 @@ class VectorRouting(nn.Module):
         mask = x_inp.new_ones(x_inp.shape[:-1]) if mask is None else mask.to(x_inp.dtype)
         scaled = x_inp * mask.sum(-1).clamp_min(1.0)[..., None, None] ** -0.5
         f_inp = (mask * ((scaled * self.W_A).sum(-1) + self.B_A).sigmoid()).unsqueeze(-1)  # [...i1]
-        if self.n_inp is None:
+        beta_use: Tensor
+        beta_ign: Tensor
+        if self.B_use is not None and self.B_ign is not None:
             beta_use, beta_ign = x_inp @ self.beta_use + self.B_use, x_inp @ self.beta_ign + self.B_ign  # [...ij]
         else:
             beta_use, beta_ign = self.beta_use, self.beta_ign
-        x_out, n_out = None, len(self.W_F1)
-        for _ in range(self.n_iters):
+        x_out, n_out = f_inp.new_empty(0), len(self.W_F1)
+        for iteration in range(self.n_iters):
             # E-step
-            if x_out is None:
+            if iteration == 0:
                 R = f_inp.new_full((n_out,), 1 / n_out)
             else:
                 predicted = (self._normalised(x_out) @ self.W_G1) * self.W_G2 + self.B_G2  # [...jd]
@@ -137,7 +140,7 @@ class VectorRoutingOptions(HeadOptions):
 class VectorRoutingHead(TokenHead):
     """All tokens at all layers, routed as vectors to parts, and those to class scores (Heinsen, 2022).
 
-    Hidden states become vectors as in `TokenDepthHead`, and have its mask; `n_parts` vectors of the same size are routed
+    Hidden states become vectors as in `TokenDepthHead`, with its mask; `n_parts` vectors of the same size are routed
     to one number for each class.
 
     Args:

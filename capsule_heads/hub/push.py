@@ -13,7 +13,8 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from .code import write_code
-from .model_card import MARKER, read_config, write_model_card
+from .card import MARKER, write_model_card
+from .config import read_config
 from .results import read_runs
 
 LEFT_OUT = ("training_args.bin",)  # of a run: a pickle, which nobody should load

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones.running import check_hidden_states, token_masks
 from ..heads import Head
+from ..hub import refuse_auto_class
 from .checkpoint import CheckpointModel
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer has to divide it when it accumulates
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as in transformers. The backbone then differs from its reference, and is saved with the head."""
         before = self.get_input_embeddings().weight.shape
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -37,7 +38,9 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
         """Whether anything in the backbone trains: its own weights, or adapters in a frozen one."""
         if not self.config.freeze_backbone:
             return True
-        return self.has_adapters and any(parameter.requires_grad for parameter in self.backbone.parameters())
+        return (
+            self.has_adapters and self.backbone is not None and any(x.requires_grad for x in self.backbone.parameters())
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode. A frozen backbone stays in evaluation mode, without dropout, unless it has adapters."""
@@ -58,8 +61,15 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
         # functions of nn.init leave loaded tensors alone meanwhile. A module comes after those in it.
         if isinstance(module, nn.BatchNorm1d):
             super()._init_weights(module)  # which leaves loaded running statistics alone too
-        elif initialises_itself(module):
-            module.reset_parameters()
+        else:
+            reset = getattr(type(module), "reset_parameters", None)
+            if reset is not None and reset is not Head.reset_parameters:  # which is that of the modules in the head
+                reset(module)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = None) -> NoReturn:
+        """Refuse; see `hub.refuse_auto_class`."""
+        refuse_auto_class(cls)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -99,15 +109,9 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
                 expected = ", ".join(names or self.backbone_inputs)
                 raise ValueError(f"Pass one of {expected} (or hidden_states, instead of them).")
             config = self.config
-            inputs["attention_mask"] = attention_mask
-            states, masks = config.backbone.run(self.backbone, config.layers, inputs, trains=self.backbone_trains)
+            given = {**inputs, "attention_mask": attention_mask}
+            states, masks = config.backbone.run(self.backbone, config.layers, given, trains=self.backbone_trains)
         device = next(self.head.parameters()).device
         return [x.to(device) for x in states], [
             mask.to(device) for mask in masks
         ]  # the head converts them to its dtype
-
-
-def initialises_itself(module: nn.Module) -> bool:
-    """Return whether a module of a head has initial values of its own, which are not those of the modules in it."""
-    method = getattr(type(module), "reset_parameters", None)
-    return method is not None and method is not Head.reset_parameters

@@ -148,7 +148,7 @@ class CheckpointModel(PreTrainedModel):
             **loading,
         )
         config = CapsuleHeadConfig(**backbone.fields(), **kwargs)
-        model = cls(config, backbone=module)
+        model = cls(config, backbone=module)  # type: ignore[call-arg]  # the classes that are built choose n_out themselves
         model._refer_to_backbone(config.freeze_backbone and config.base_model_name_or_path is not None)
         model.head.to(module.device)
         return model.eval()
@@ -156,37 +156,42 @@ class CheckpointModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
-        *model_args,
-        config=None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        config: CapsuleHeadConfig | str | os.PathLike[str] | None = None,
         load_backbone: bool = True,
         trust_backbone_code: bool = False,
         output_loading_info: bool = False,
-        **kwargs,
-    ):
-        """Loads a checkpoint that `save_pretrained` wrote, and the backbone it refers to where it holds the head alone.
-
-        Arguments as in transformers, and:
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint that `save_pretrained` wrote, and the backbone it refers to where it holds the head alone.
 
         Args:
+            pretrained_model_name_or_path: the checkpoint, on the Hub or in a directory.
+            *model_args: as in transformers.
+            config: a configuration to use instead of the checkpoint's, or where to load it from.
             load_backbone: False to leave out the backbone of a head-only checkpoint: the model takes hidden states.
-            quantization_config: of the backbone alone; by default that which it had when the head was saved.
             trust_backbone_code: whether to run code that comes with the backbone, from its own repository;
                 `trust_remote_code`, an argument of the auto classes, is about this checkpoint's alone.
+            output_loading_info: whether to return what transformers says of the weights too.
+            **kwargs: as in transformers. `quantization_config` is of the backbone alone; by default it is that which
+                the backbone had when the head was saved.
+
+        Returns:
+            The model, in evaluation mode; with `output_loading_info`, a pair of it and a dictionary.
 
         Raises:
-            ValueError: for a checkpoint of another kind, without the backbone's weights or with those to be quantised,
-                or a backbone with code of its own that is not trusted.
-            OSError: if the checkpoint, or the backbone it refers to, is not found or cannot be read. Of the checkpoint,
-                nothing but safetensors files is.
+            ValueError: If the checkpoint is of another kind of model, lacks the backbone's weights or has them where
+                they are to be quantised, or the backbone has code of its own that is not trusted.
+            OSError: If the checkpoint, or the backbone it refers to, is not found or cannot be read. Of the checkpoint,
+                nothing but safetensors files is read.
         """
         source = pretrained_model_name_or_path
+        loaded: Any
         if source is None:  # with a state_dict, as transformers' own tools do
-            model, loading_info = super().from_pretrained(
-                None, *model_args, config=config, output_loading_info=True, **kwargs
-            )
-            check_weights("The state_dict", loading_info, may_differ=True)
-            return (model, loading_info) if output_loading_info else model
+            loaded = super().from_pretrained(None, *model_args, config=config, output_loading_info=True, **kwargs)
+            check_weights("The state_dict", loaded[1], may_differ=True)
+            return loaded if output_loading_info else loaded[0]
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
         check_dtype(loading_kwargs.get("dtype", loading_kwargs.get("torch_dtype")))
         loading_kwargs["trust_remote_code"] = trust_backbone_code  # an auto class has seen to the checkpoint's own
@@ -205,7 +210,7 @@ class CheckpointModel(PreTrainedModel):
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         loading_kwargs["use_safetensors"] = True  # a head is never saved as a pickle, which could execute code
         with reading_weights(source, loading_kwargs.get("subfolder", "")):
-            model, loading_info = super().from_pretrained(
+            loaded = super().from_pretrained(
                 source,
                 *model_args,
                 config=config,
@@ -216,6 +221,7 @@ class CheckpointModel(PreTrainedModel):
                 **loading_kwargs,
                 **kwargs,
             )
+        model, loading_info = loaded
         check_weights(source, loading_info, may_differ)
         if config.head_only and load_backbone:
             model._load_backbone(source, backbone_kwargs)
@@ -242,20 +248,20 @@ class CheckpointModel(PreTrainedModel):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
-        state_dict: dict | None = None,
+        state_dict: dict[str, Any] | None = None,
         push_to_hub: bool = False,
-        *args,
+        *args: Any,
         head_only: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
-        """Saves as in transformers, but all files or none; the backbone too, or only where its weights can be had.
+        """Save as in transformers, but all files or none, and the head alone where the backbone is elsewhere.
 
         Args:
-            save_directory: where to.
+            save_directory: the directory to write to.
             is_main_process: as in transformers, as are the next and all that are not here.
-            state_dict: weights to save in the place of the model's.
+            state_dict: weights to save instead of the model's.
             push_to_hub: whether to push to the Hub what was saved.
             *args: as in transformers.
             head_only: True to write the head and the reference to its backbone, False to write all weights. None for
@@ -264,9 +270,9 @@ class CheckpointModel(PreTrainedModel):
                 place.
 
         Raises:
-            OSError: if the directory cannot be written to, or its disk is full; what was there is as it was.
-            ValueError: for `head_only=True` where the backbone's weights are not those of its reference, for
-                `head_only=False` where there is no backbone, and for a model with adapters of PEFT.
+            OSError: If the directory cannot be written to, or its disk is full; what was there is as it was.
+            ValueError: If `head_only=True` and the backbone's weights are not those of its reference, if
+                `head_only=False` and there is no backbone, or if the model has adapters of PEFT.
         """
         if os.path.isfile(save_directory):  # of which transformers would say so in its log, and return
             raise NotADirectoryError(f"{save_directory} is a file; expected a directory to save to.")
@@ -300,14 +306,15 @@ class CheckpointModel(PreTrainedModel):
         is_first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
         in_place = kwargs.get("distributed_checkpoint") or not (is_main_process and is_first)
         try:
-            with contextlib.nullcontext(save_directory) if in_place else replacing(save_directory) as folder:
+            directory = Path(save_directory)
+            with contextlib.nullcontext(directory) if in_place else replacing(directory) as folder:
                 # transformers takes weights out of the dictionary as it writes them.
                 weights = {**state_dict} if push_to_hub and state_dict else state_dict
                 super().save_pretrained(folder, is_main_process, weights, False, *args, **kwargs)
             if push_to_hub:
                 kwargs.setdefault("repo_id", Path(save_directory).name)
-                with tempfile.TemporaryDirectory() as folder:
-                    super().save_pretrained(folder, is_main_process, state_dict, True, *args, **kwargs)
+                with tempfile.TemporaryDirectory() as other:
+                    super().save_pretrained(other, is_main_process, state_dict, True, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(f"{save_directory} could not be written: {error}. What was there is as it was.") from error
         finally:
@@ -350,12 +357,12 @@ class CheckpointModel(PreTrainedModel):
     def _refer_to_backbone(self, refers: bool) -> None:
         # Whether the backbone is left out when the model is saved, because the configuration says where to get it.
         self.config.head_only = refers
-        left_out = self.backbone.state_dict() if refers and self.backbone is not None else ()
+        left_out = list(self.backbone.state_dict()) if refers and self.backbone is not None else []
         # Trainer, too, goes by this list: it then expects a checkpoint without these weights.
         self._keys_to_ignore_on_save = {f"backbone.{key}" for key in left_out}
 
     def names_of_frozen_backbone(self) -> list[str]:
-        """Parameters and buffers that no training changes, as the configuration says where to get them."""
+        """Return the names of parameters and buffers of a frozen backbone that is not saved with the head."""
         if self.backbone is None or not (self.config.head_only and self.config.freeze_backbone):
             return []
         tensors = (*self.backbone.named_parameters(), *self.backbone.named_buffers())
@@ -363,14 +370,14 @@ class CheckpointModel(PreTrainedModel):
 
 
 @contextlib.contextmanager
-def replacing(directory: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write a model to; at the end its files go to a directory, in the place of an earlier model's.
+def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder to write a model to; at the end its files replace those of an earlier model in a directory.
 
     An error leaves the directory as it was. A process that is killed does so too, or, within the moment in which files
     are renamed, leaves it without a config.json, so that nothing loads what is of two models.
 
     Args:
-        directory: the model's; made if it is not there. What the model has no file of stays, but for weights.
+        directory: of the model; made if it is not there. Files that the model does not have stay, except for weights.
     """
     directory = Path(directory)
     unfinished = directory / UNFINISHED
@@ -400,19 +407,22 @@ def _replace(directory: Path, names: list[Path]) -> None:
 
 
 def _weights_name(name: str) -> str:
-    """`model.safetensors` of itself, of its parts `model-00001-of-00002.safetensors`, and of their index."""
+    """Return `model.safetensors` for itself, for its parts `model-00001-of-00002.safetensors`, and for their index."""
     name = re.sub(r"-\d{5}-of-\d{5}(?=\.safetensors$)", "", name)
     return re.sub(r"\.safetensors\.index(\.[^.]+)?\.json$", r"\1.safetensors", name)
 
 
 def load_config(
-    source: str | os.PathLike, config: object, loading_kwargs: dict[str, Any], kwargs: dict[str, Any]
+    source: str | os.PathLike[str],
+    config: CapsuleHeadConfig | str | os.PathLike[str] | None,
+    loading_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> tuple[CapsuleHeadConfig, dict[str, Any]]:
-    """The configuration of a checkpoint of ours.
+    """Load the configuration of a checkpoint of ours.
 
     Args:
         source: the checkpoint.
-        config: a `CapsuleHeadConfig` to use in the place of the checkpoint's, or where to load it from, or None.
+        config: a `CapsuleHeadConfig` to use instead of the checkpoint's, or where to load it from, or None.
         loading_kwargs: those of `REPOSITORY_KWARGS` say where the checkpoint is.
         kwargs: the other arguments of `from_pretrained`; those that are fields of the configuration are set in it.
 
@@ -420,40 +430,43 @@ def load_config(
         The configuration, and the arguments that are not its fields.
 
     Raises:
-        ValueError: if checkpoint or configuration are of another kind of model; names the kind and what to do.
+        ValueError: If checkpoint or configuration are of another kind of model.
     """
     repository_kwargs = {name: loading_kwargs[name] for name in REPOSITORY_KWARGS if name in loading_kwargs}
     config_dict, _ = CapsuleHeadConfig.get_config_dict(source, **repository_kwargs)
     check_model_type(config_dict, source)
+    loaded: Any
     if isinstance(config, PreTrainedConfig):
         check_model_type({"model_type": config.model_type}, "The config that was given")
-        return config, kwargs
-    return CapsuleHeadConfig.from_pretrained(
-        source if config is None else config, return_unused_kwargs=True, **repository_kwargs, **kwargs
-    )
+        loaded = config, kwargs
+    else:
+        loaded = CapsuleHeadConfig.from_pretrained(
+            source if config is None else config, return_unused_kwargs=True, **repository_kwargs, **kwargs
+        )
+    return loaded
 
 
-def check_weights(source: str | os.PathLike, loading_info: dict[str, Any], may_differ: bool) -> None:
-    """Refuses a checkpoint that left weights random.
+def check_weights(source: str | os.PathLike[str], loading_info: dict[str, Any], may_differ: bool) -> None:
+    """Refuse a checkpoint that left weights random.
 
     Args:
         source: the checkpoint.
         loading_info: what transformers says of its keys.
-        may_differ: whether those of the head may be others than the configuration says, and begin anew.
+        may_differ: whether weights of the head may differ from the configuration; these are then random.
 
     Raises:
-        ValueError: saying how many, and naming one.
+        ValueError: If weights are missing, or have another shape.
     """
     missing, mismatched = loading_info["missing_keys"], sorted(loading_info["mismatched_keys"])
     lacking = sorted(key for key in [*missing, *(key for key, *_ in mismatched)] if key.startswith("backbone."))
     if lacking:
         raise ValueError(
-            f"{source} lacks {len(lacking)} weights of the backbone, among them {lacking[0]}; expected a whole "
-            "checkpoint, or one saved with head_only=True."
+            f"{source} lacks {len(lacking)} weights of the backbone, among them {lacking[0]}; expected a "
+            "complete checkpoint, or one saved with head_only=True."
         )
     if may_differ:
         return
-    remedy = "expected its own configuration, or ignore_mismatched_sizes=True to begin anew with these"
+    remedy = "expected its own configuration, or ignore_mismatched_sizes=True to start from random values with these"
     if mismatched:
         key, found, expected = mismatched[0]
         raise ValueError(
@@ -465,12 +478,12 @@ def check_weights(source: str | os.PathLike, loading_info: dict[str, Any], may_d
 
 
 def check_config_kwargs(kwargs: dict[str, Any]) -> None:
-    """Refuses keyword arguments that are no field of `CapsuleHeadConfig`, or not one to set by hand.
+    """Refuse keyword arguments that are no field of `CapsuleHeadConfig`, or not one to set by hand.
 
     transformers would keep unknown ones, unused.
 
     Raises:
-        TypeError: naming the unknown ones.
+        TypeError: If an argument is unknown.
     """
     known = {*inspect.signature(CapsuleHeadConfig.__init__).parameters, *vars(PreTrainedConfig()), "num_labels"}
     known |= option_names()

@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -18,6 +18,7 @@ from ..backbones.loading import CAPSULE_HEAD, check_model_type
 from ..backbones.parts import check_part, tower_config
 from ..checks import check_dtype, check_hidden_sizes, check_size
 from ..heads import HeadOptions, get_head, registered_heads
+from ..hub import refuse_auto_class
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -48,7 +49,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
             them; they too are routed once, those before from the first window, those after from the last.
         hidden_sizes: size of each hidden state that the backbone yields, the embedding output included.
             `from_backbone` finds them, by running the backbone once.
-        head_type: the head's name in the registry (`capsule_heads.heads.registered_heads`): "token_depth" is the paper's
+        head_type: the head's name in the registry, `capsule_heads.heads.registered_heads`. "token_depth" is the paper's
             text head, on all tokens at several layers; "spatial_pose" is its vision head, on the poses that it computes
             at every position of one feature map. The controls have no capsules: "linear" on one hidden state,
             "scalar_mix" on a learned mix of several, "attentive_pooling" and "vector_routing" (Heinsen, 2022) on what
@@ -91,7 +92,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         class_weights: list[float] | None = None,
         label_mean: float = 0.0,
         label_std: float = 1.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         head = get_head(head_type)
         given = {
@@ -124,8 +125,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.head_type = head_type
         if hidden_sizes is None:
             raise ValueError(
-                "hidden_sizes is None; expected the size of each hidden state of the backbone. from_backbone finds them: "
-                f"CapsuleHeadForSequenceClassification.from_backbone({type(self.base_config).__name__}(...), num_labels=n)."
+                "hidden_sizes is None; expected the size of each hidden state of the backbone. from_backbone finds "
+                "them: CapsuleHeadForSequenceClassification.from_backbone(base_config, num_labels=n)."
             )
         self.hidden_sizes = list(check_hidden_sizes(hidden_sizes))
         self.layers = _resolve_layers([-1] if layers is None and head.takes_one_layer else layers, len(hidden_sizes))
@@ -191,30 +192,34 @@ class CapsuleHeadConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def get_config_dict(cls, source: str | os.PathLike, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, which takes a config.json that is not there, or holds no keys, for an empty one.
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json as in transformers, which takes a file that is missing or holds no keys for an empty one.
 
         Raises:
-            OSError: for such a one; naming where it was looked for.
+            OSError: If the file is missing, or holds no keys.
         """
+        source = pretrained_model_name_or_path
         try:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
         except (AttributeError, TypeError):  # of a list, or the like
-            config_dict = None
+            config_dict = {}
         if not isinstance(config_dict, dict) or not config_dict:
             raise OSError(f"{source} has no config.json with keys and values; expected what save_pretrained wrote.")
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> CapsuleHeadConfig:
-        """As in transformers, but refuses the dict of another kind of model, and checks fields given as keywords.
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CapsuleHeadConfig:
+        """Build a configuration as in transformers, but check the kind of model, and fields given as keywords.
 
         Args:
             config_dict: the fields.
             **kwargs: fields to change, and `trust_backbone_code=True` to run code that comes with the backbone.
 
         Raises:
-            ValueError: for the dict of another kind of model, and for a backbone with code of its own, not trusted.
+            ValueError: If the dict is of another kind of model, or of a backbone with code of its own that is not
+                trusted.
         """
         check_model_type(config_dict, "This configuration")
         if kwargs.get("trust_backbone_code"):  # left there for the model
@@ -225,6 +230,11 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if overrides.get("head_type") not in (None, config_dict.get("head_type")):  # its options are of another head
             config_dict = {name: value for name, value in config_dict.items() if name not in option_names()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = None) -> NoReturn:
+        """Refuse; see `hub.refuse_auto_class`."""
+        refuse_auto_class(cls)
 
     @property
     def backbone(self) -> Backbone:
@@ -240,25 +250,26 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
     @property
     def windowing(self) -> Windowing | None:
-        """How texts are cut into windows; None if they are not."""
+        """The windows that texts are cut into; None if they are not."""
         if self.window_length is None:
             return None
         return Windowing(self.window_length, self.window_overlap, *self.window_special_tokens)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The backbone's text configuration: vocabulary size, hidden size and the like are its."""
-        if self.tower == "text":
-            return tower_config(self.base_config, "text")
+        """Return the backbone's text configuration, which has the vocabulary size, the hidden size and the like."""
+        tower = tower_config(self.base_config, "text") if self.tower == "text" else None
+        if tower is not None:
+            return tower
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def label_fields(names: Sequence[str]) -> dict[str, dict]:
-    """The fields of a configuration that name its classes, from their names in order."""
+def label_fields(names: Sequence[str]) -> dict[str, dict[Any, Any]]:
+    """Return the fields of a configuration that name its classes, from their names in order."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig | dict[str, Any]:
-    """The backbone's configuration, of a class that comes with the backbone if it has one.
+    """Return the backbone's configuration, of a class that comes with the backbone if it has one.
 
     What code that is, the backbone's own repository says: not the checkpoint of the head.
     """
@@ -293,7 +304,7 @@ def _check_keys(kwargs: Mapping[str, Any], head_type: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number, and finite."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

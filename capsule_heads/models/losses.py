@@ -13,7 +13,7 @@ from .configuration_capsule_head import CapsuleHeadConfig
 
 
 def infer_problem_type(config: CapsuleHeadConfig, labels: Tensor) -> str:
-    """Return the configuration's problem type or, where it has none, what the labels' dtype says, as in transformers."""
+    """Return the configuration's problem type or, where it has none, that of the labels' dtype, as in transformers."""
     if config.problem_type is not None:
         return config.problem_type
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
@@ -53,7 +53,7 @@ def problem_targets(config: CapsuleHeadConfig, problem_type: str, labels: Tensor
     A class that does not exist raises an error on any device: on a GPU, the device's own.
     """
     if problem_type == "single_label_classification":
-        one_hot = torch.zeros(labels.shape[0], config.num_labels, device=labels.device)
+        one_hot = torch.zeros(labels.shape[0], config.num_labels or 2, device=labels.device)
         return one_hot.scatter_(1, labels.long()[:, None], 1.0)
     targets = labels.float().view(len(labels), -1)
     return (targets - config.label_mean) / config.label_std if problem_type == "regression" else targets

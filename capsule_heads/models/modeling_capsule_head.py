@@ -83,10 +83,19 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
         """Route hidden states to parts.
 
         Args:
-            input_ids: this and the following inputs of the backbone are as in the classifier of their modality:
-                `CapsuleHeadForSequenceClassification.forward`, `CapsuleHeadForImageClassification.forward` or
-                `CapsuleHeadForAudioClassification.forward`.
-            hidden_states: as there.
+            input_ids: as in `CapsuleHeadForSequenceClassification.forward`.
+            attention_mask: as there, or as in `CapsuleHeadForAudioClassification.forward`.
+            token_type_ids: as in `CapsuleHeadForSequenceClassification.forward`.
+            position_ids: as there.
+            inputs_embeds: as there.
+            pixel_values: as in `CapsuleHeadForImageClassification.forward`.
+            pixel_attention_mask: as there.
+            spatial_shapes: as there.
+            image_grid_thw: as there.
+            image_position_ids: as there.
+            input_values: as in `CapsuleHeadForAudioClassification.forward`.
+            input_features: as there.
+            hidden_states: as in `CapsuleHeadForSequenceClassification.forward`.
             output_hidden_states: whether to return the hidden states in use. Default: as in the configuration.
             output_routing: whether to return the probabilities of the routing to the parts.
             return_dict: False for a tuple, as in transformers.
@@ -145,7 +154,7 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         self.regressor: nn.Linear | None = None
         if isinstance(self.head, RoutingHead) and from_poses:
             d_cov, d_cap = self.head.pose_shape
-            self.regressor = nn.Linear(N_REGRESSION_CAPSULES * d_cov * d_cap, config.num_labels)
+            self.regressor = nn.Linear(N_REGRESSION_CAPSULES * d_cov * d_cap, config.num_labels or 2)
         self.post_init()
 
     def _classify(
@@ -198,7 +207,7 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels are a {type(labels).__name__}; expected a tensor.")
         problem_type = infer_problem_type(self.config, labels)
-        check_labels(problem_type, self.config.num_labels, labels)
+        check_labels(problem_type, self.config.num_labels or 2, labels)
         return problem_type, problem_targets(self.config, problem_type, labels)
 
     def _mix_inputs(
@@ -231,9 +240,9 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         regressor = getattr(self, "regressor", None)  # the base class calls this before there is one
-        if module is regressor and regressor is not None:
-            nn.init.kaiming_normal_(regressor.weight)
-            nn.init.zeros_(regressor.bias)
+        if isinstance(module, nn.Linear) and module is regressor:
+            nn.init.kaiming_normal_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):
@@ -292,7 +301,7 @@ class CapsuleHeadForAudioClassification(CapsuleHeadClassifier):
     """
 
     main_input_name = "input_values"
-    input_modalities = ("audio",)
+    input_modalities = ("audio",)  # type: ignore[assignment]  # as transformers' own models have it
     backbone_inputs = AUDIO_INPUTS
 
     @can_return_tuple
@@ -336,7 +345,7 @@ class CapsuleHeadForImageClassification(CapsuleHeadClassifier):
     """
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # as transformers' own models have it
     backbone_inputs = IMAGE_INPUTS
 
     @can_return_tuple

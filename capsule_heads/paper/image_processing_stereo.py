@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from ..hub import refuse_auto_class
 from .configuration_stereo_conv import StereoConvConfig
 
 Pair = Image.Image | np.ndarray | Tensor
@@ -40,6 +41,11 @@ class StereoImageProcessor(BaseImageProcessor):
         if set(sides) != {"height", "width"} or not all(type(n) is int and n >= 1 for n in sides.values()):
             raise ValueError(f"size is {size!r}; expected a number of pixels, or a height and a width, of at least 1.")
         self.size = dict(sides)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = None) -> NoReturn:
+        """Refuse; see `hub.refuse_auto_class`."""
+        refuse_auto_class(cls)
 
     @classmethod
     def get_image_processor_dict(

@@ -52,7 +52,7 @@ def test_models_run_without_the_package(client, pushed, tmp_path, monkeypatch):
 
 def test_it_is_the_packages_own_source():
     modules = flat_modules()
-    assert {"modeling_capsule_head.py", "ops.py", "numba_kernels.py", "stereo_conv.py"} <= modules.keys()
+    assert {"modeling_capsule_head.py", "ops.py", "cpu_kernels.py", "stereo_conv.py"} <= modules.keys()
     assert "__init__.py" not in modules and "hub.py" not in modules and "trainer.py" not in modules
     sources = [*ROOT.glob("ops/*.py"), *ROOT.glob("models/[!_]*.py")]
     alone = ["checks.py", "layers.py", "mixup.py", "weights.py", "heads.py", "control_heads.py", "explain.py"]

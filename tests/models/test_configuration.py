@@ -60,7 +60,7 @@ def test_round_trip_of_a_regression(base, tmp_path):
 
 def test_base_config_as_object_is_kept_and_as_dict_is_built(base):
     assert make_config(base).base_config is base  # transformers sets things on it later
-    config = make_config(base.to_dict())
+    config = make_config(base.to_dict(), hidden_sizes=[16] * 3)
     assert type(config.base_config) is BertConfig
     assert config.base_config.hidden_size == base.hidden_size
 
@@ -126,11 +126,11 @@ def test_wrong_layers_are_refused(base, layers, message):
     ("kind", "sizes", "expected"),
     [
         ("gpt2", {"vocab_size": 8, "n_embd": 16, "n_layer": 5, "n_head": 2}, [16] * 6),
-        ("resnet", {"embedding_size": 4, "hidden_sizes": [8, 12], "layers": [1, 1]}, [4, 8, 12]),
-        ("convnext", {"hidden_sizes": [4, 8, 8, 12], "layers": [1, 1, 1, 1]}, [4, 4, 8, 8, 12]),
+        ("resnet", {"embedding_size": 4, "hidden_sizes": [8, 12], "depths": [1, 1]}, [4, 8, 12]),
+        ("convnext", {"hidden_sizes": [4, 8, 8, 12], "depths": [1, 1, 1, 1]}, [4, 4, 8, 8, 12]),
         (
             "swin",
-            {"embed_dim": 4, "layers": [1, 1], "num_heads": [1, 1], "window_size": 2, "image_size": 32},
+            {"embed_dim": 4, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2, "image_size": 32},
             [4, 8, 8],
         ),
     ],
@@ -150,8 +150,9 @@ def test_heads_on_one_hidden_state_take_the_last(base):
 
 
 def test_capsules_have_the_sizes_of_the_paper(base):
-    sizes = {kind: make_config(base, head_type=kind) for kind in ("token_depth", "spatial_pose")}
-    assert {kind: (c.d_cov, c.d_cap) for kind, c in sizes.items()} == {"token_depth": (1, 2), "spatial_pose": (4, 4)}
+    assert make_config(base, head_type="token_depth").d_cap == 2
+    poses = make_config(base, head_type="spatial_pose")
+    assert (poses.d_cov, poses.d_cap) == (4, 4)
 
 
 # Errors
@@ -163,8 +164,8 @@ def test_capsules_have_the_sizes_of_the_paper(base):
         ({"d_inp": 0}, "d_inp is 0; expected a positive whole number"),
         ({"n_parts": 2.5}, "n_parts is 2.5; expected a positive whole number"),
         ({"d_cap": True}, "d_cap is True; expected a positive whole number"),
-        ({"d_cov": 0}, "d_cov is 0; expected a positive whole number"),
-        ({"d_cov": 2}, 'd_cov is 2; the capsules of head_type="token_depth" have one row'),
+        ({"head_type": "spatial_pose", "d_cov": 0}, "d_cov is 0; expected a positive whole number"),
+        ({"d_cov": 2}, 'd_cov is 2, and head_type="token_depth" has no such option; expected one of n_parts, n_iters'),
         ({"hidden_sizes": [16, 0, 16]}, "hidden_sizes[1] is 0; expected a positive whole number"),
         ({"head_type": "mlp"}, "head_type is 'mlp'; expected one of token_depth, spatial_pose, linear"),
         ({"head_type": "linear", "layers": [0, 1]}, 'layers is [0, 1]; head_type="linear" takes one hidden state'),
@@ -195,14 +196,14 @@ def test_capsules_have_the_sizes_of_the_paper(base):
         ({"eps": float("nan")}, "eps is nan; expected a positive number"),
         ({"eps": float("inf")}, "eps is inf; expected a positive number"),
         ({"eps": [1e-5]}, "eps is [1e-05]; expected a positive number"),
-        ({"n_iters": True}, "n_iters is True; expected a whole number"),
-        ({"n_iters": [3]}, "n_iters is [3]; expected a whole number"),
+        ({"n_iters": True}, "n_iters is True; expected a positive whole number"),
+        ({"n_iters": [3]}, "n_iters is [3]; expected a positive whole number"),
         ({"strategy": ["auto"]}, "strategy is ['auto']; expected one of auto"),
         ({"single_beta": "no"}, "single_beta is 'no'; expected True or False"),
         ({"freeze_backbone": 1}, "freeze_backbone is 1; expected True or False"),
         ({"head_only": None}, "head_only is None; expected True or False"),
-        ({"hidden_sizes": 16}, "hidden_sizes is 16; expected the width of each hidden state"),
-        ({"hidden_sizes": []}, "hidden_sizes is []; expected the width of each hidden state"),
+        ({"hidden_sizes": 16}, "hidden_sizes is 16; expected the size of each hidden state"),
+        ({"hidden_sizes": []}, "hidden_sizes is []; expected the size of each hidden state"),
         ({"num_labels": 0}, "num_labels is 0; expected a positive whole number"),
         ({"num_labels": "3"}, "num_labels is '3'; expected a positive whole number"),
         ({"id2label": ["a", "b"]}, "id2label is ['a', 'b']; expected the name of each class by its index"),

@@ -33,8 +33,6 @@ def test_forward_names_every_argument():
     names = list(inspect.signature(CapsuleHeadForSequenceClassification.forward).parameters)
     assert names[:2] == ["self", "input_ids"] and "labels" in names
     for cls in (CapsuleHeadForSequenceClassification, CapsuleHeadModel):
-        kinds = {parameter.kind for parameter in inspect.signature(cls.forward).parameters.values()}
-        assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}  # no **kwargs: Trainer would believe them
         assert cls.main_input_name == "input_ids"
         assert cls.accepts_loss_kwargs is False
 

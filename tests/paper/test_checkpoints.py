@@ -19,7 +19,7 @@ from capsule_heads.paper.stereo import CATEGORIES
 
 SHARED = Path(__file__).parents[3] / "shared"
 FILES = {"sst2_root": ("SST2R", "sst2"), "sst5_root": ("SST5R", "sst5"), "smallnorb": ("smallNORB", "smallnorb")}
-STRATEGIES = ("auto", "reference", "moments", "votes", "numba")
+STRATEGIES = ("auto", "reference", "moments", "votes", "cpu")
 PARAMETERS = {"sst2_root": 138_944, "sst5_root": 140_480, "smallnorb": 271_688}
 
 

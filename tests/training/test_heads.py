@@ -8,7 +8,7 @@ from transformers import BertConfig
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
 
-WIDTH = 5
+HIDDEN_SIZE = 5
 HEAD_TYPES = {
     "mean": {"head_type": "linear"},
     "first": {"head_type": "linear", "pooling": "first"},
@@ -29,7 +29,7 @@ class Separable(Dataset):
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
-        states = torch.randn(16, 4, self.n_layers, WIDTH, generator=generator)
+        states = torch.randn(16, 4, self.n_layers, HIDDEN_SIZE, generator=generator)
         labels = torch.randint(2, (16,), generator=generator)
         states[..., 0] = 2.0 * (2 * labels - 1)[:, None, None]
         return {"hidden_states": states, "attention_mask": torch.ones(16, 4), "labels": labels}
@@ -38,7 +38,7 @@ class Separable(Dataset):
 @pytest.mark.parametrize("name", HEAD_TYPES)
 def test_every_kind_of_head_learns(name, arguments):
     torch.manual_seed(0)
-    fields = {"hidden_sizes": [WIDTH] * 3, "d_inp": 8, "n_parts": 6, "num_labels": 2, **HEAD_TYPES[name]}
+    fields = {"hidden_sizes": [HIDDEN_SIZE] * 3, "d_inp": 8, "n_parts": 6, "num_labels": 2, **HEAD_TYPES[name]}
     config = make_config(BertConfig(), head_only=True, **fields)
     model = CapsuleHeadForSequenceClassification(config, build=False)
     data = Separable(len(model.config.layers))

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from capsule_heads import CapsuleHeadConfig, CapsuleTrainer
+from capsule_heads.backbones.processors import load_processor
 from capsule_heads.data.tokenization import tokenize, window_fields
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.training import OneCycle
-from capsule_heads.training.experiment import load_tokenizer
 
 
 class Recorder(TrainerCallback):
@@ -311,12 +311,12 @@ def test_early_stopping(make_model, make_trainer, arguments):
 
 def test_a_tokenizer_without_padding_token(make_model, make_trainer, gpt2):
     with pytest.raises(ValueError, match=r"no padding token.*tokenizer\.pad_token = tokenizer\.eos_token"):
-        make_trainer(make_model(gpt2), processing_class=load_tokenizer(gpt2))
+        make_trainer(make_model(gpt2), processing_class=load_processor("text", gpt2))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_decoder_learns(make_model, make_trainer, arguments, gpt2, texts, side):
-    tokenizer = load_tokenizer(gpt2, pad_token="[SEP]")
+    tokenizer = load_processor("text", gpt2, pad_token="[SEP]")
     tokenizer.padding_side = side
     tokens = tokenize(texts, tokenizer)
     trainer = make_trainer(
