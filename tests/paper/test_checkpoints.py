@@ -13,7 +13,13 @@ from transformers import (
 )
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
-from capsule_heads.paper.checkpoints import NETWORKS, build_network, convert_checkpoint, convert_state_dict, read_state_dict
+from capsule_heads.paper.checkpoints import (
+    NETWORKS,
+    build_network,
+    convert_checkpoint,
+    convert_state_dict,
+    read_state_dict,
+)
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor, side_by_side
 from capsule_heads.paper.stereo import CATEGORIES
 
