@@ -41,12 +41,11 @@ VISION_NAMES: Names = (
 )
 
 
-def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrainedModel:
+def build_network(network: str) -> CapsuleHeadPreTrainedModel:
     """Build one of the networks of Heinsen (2019), section 4, with random weights.
 
     Args:
         network: "sst2_root" or "sst5_root", heads on the hidden states of GPT-2-large, without it; or "smallnorb".
-        strategy: way of computing the routing to the parts.
 
     Returns:
         The model, in evaluation mode.
@@ -56,7 +55,7 @@ def build_network(network: str, strategy: str = "auto") -> CapsuleHeadPreTrained
     """
     check_choice("network", network, NETWORKS)
     names = {"smallnorb": CATEGORIES, "sst5_root": FINE_GRAINED_NAMES, "sst2_root": BINARY_NAMES}[network]
-    fields: dict[str, Any] = {"strategy": strategy, **PAPER, **label_fields(names)}
+    fields: dict[str, Any] = {**PAPER, **label_fields(names)}
     if network == "smallnorb":
         backbone = StereoConvConfig()
         config = CapsuleHeadConfig(

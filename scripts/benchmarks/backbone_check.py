@@ -1,4 +1,4 @@
-"""Whether a type of backbone works under a head: it is built small, trained for a step, saved and loaded."""
+"""Check whether a type of backbone works under a head: build it small, train the head for a step, save and load it."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ LONGEST_REASON = 200
 
 
 def check(model_type: str) -> dict[str, Any]:
-    """Builds a tiny random backbone of that type with a head, trains it for a step, saves it and loads it.
+    """Build a tiny random backbone of that type with a head, train it for a step, save it and load it.
 
     Returns:
-        What was found: `works`, `modality`, `states` (shapes for one sample), `padding` ("neutral", "mixes", or None
+        The findings: `works`, `modality`, `states` (shapes for one sample), `padding` ("neutral", "mixes", or None
         where samples do not differ in length); or `works: False` and the `reason`.
     """
     found = _check(model_type)
     if found["works"] or "requires the" in found["reason"]:
         return found
     # The rules for sizes may be at fault.
-    again = _check(model_type, keep_widths=True)
+    again = _check(model_type, keep_sizes=True)
     return found if "Cannot allocate memory" in again.get("reason", "") else again
 
 
@@ -66,7 +66,7 @@ def _check(model_type: str, **sizes: bool) -> dict[str, Any]:
 
 
 def _build(config) -> tuple[CapsuleHeadPreTrainedModel, str]:
-    """The model of the first modality whose head takes that backbone."""
+    """Return the model of the first modality whose head takes that backbone."""
     errors = {}
     for modality, cls in CLASSES.items():
         try:
@@ -112,7 +112,7 @@ def _round_trip(model: CapsuleHeadPreTrainedModel, inputs: dict[str, Tensor]) ->
 
 @torch.no_grad()
 def _padding(model: CapsuleHeadPreTrainedModel) -> str | None:
-    """Whether a shorter sample's logits are the same in a batch with a longer one."""
+    """Return whether a shorter sample's logits are the same in a batch with a longer one."""
     for inputs in example_inputs(model.backbone, (1.0, 0.5)):
         masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
         if "image_grid_thw" not in inputs and (not masks or masks[0].all()):
@@ -127,7 +127,7 @@ def _padding(model: CapsuleHeadPreTrainedModel) -> str | None:
 
 
 def _second_alone(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The second sample without its padding."""
+    """Return the second sample without its padding."""
     if "image_grid_thw" in inputs:
         n_first = int(inputs["image_grid_thw"][0].prod())
         return {"pixel_values": inputs["pixel_values"][n_first:], "image_grid_thw": inputs["image_grid_thw"][1:]}
@@ -149,10 +149,10 @@ def _reason(error: BaseException) -> str:
 def check_apart(
     model_types: list[str], seconds: int = 60, job: Callable[[str], dict[str, Any]] = check
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Checks types one after another, each in a process of its own, forked from this one; yields what each found.
+    """Check types one after another, each in a process of its own, forked from this one, and yield the findings.
 
     Args:
-        model_types: which.
+        model_types: the types.
         seconds: time limit for each.
         job: what to do in each process.
     """
@@ -171,7 +171,7 @@ def check_apart(
 
 
 def _run(job: Callable[[str], dict[str, Any]], model_type: str, writing: int, seconds: int) -> None:
-    """What a forked process does; it does not return."""
+    """Run a job in a forked process; it does not return."""
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -196,4 +196,4 @@ def _death(status: int, seconds: int) -> str:
             if number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL)
             else f"died of {signal.Signals(number).name}"
         )
-    return "died without a word, probably for want of memory"
+    return "died without a message, probably out of memory"

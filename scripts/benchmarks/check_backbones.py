@@ -1,29 +1,26 @@
-"""Checks which of transformers' backbones work under a head: `python scripts/check_backbones.py [--types bert,t5]`.
+"""Check which of transformers' backbones work under a head.
 
-Builds a tiny random model of every type, each in its own process with a time limit, trains a head on it for a step,
-saves and loads it. Writes the table as Markdown and JSON, renewed after every type.
+    python scripts/benchmarks/check_backbones.py
+    python scripts/benchmarks/check_backbones.py --types bert,t5
+
+The script builds a tiny random model of every type, each in its own process with a time limit, trains a head on it for
+a step, saves and loads it. It writes the table as Markdown and JSON, and renews both after every type. It runs offline,
+also where a configuration names weights on the Hub.
 """
-
-import os
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [
-    str(ROOT / "tests"),
-    *(p for p in sys.path if Path(p).resolve() != ROOT / "scripts"),
-]  # has an evaluate.py
-os.environ["HF_HUB_OFFLINE"] = "1"  # a configuration that names weights on the Hub shall not load them
 
 import argparse
 import datetime
 import json
+import os
 import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 
 import torch
 import transformers
 from backbone_check import check_apart
-from backbone_report import render
+from results_pages.backbones import render
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from capsule_heads.cli.options import OneLineParser, at_least
@@ -34,7 +31,7 @@ def main() -> None:
     parser.add_argument("--types", help="comma-separated; by default all. Rows of other types are kept.")
     parser.add_argument("--output", default="docs/backbones", help="path without .md and .json (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=at_least(1), default=60, help="of computing, for each type (default: %(default)s)"
+        "--seconds", type=at_least(1), default=60, help="CPU time limit for each type (default: %(default)s)"
     )
     options = parser.parse_args()
     names = options.types.split(",") if options.types else list(MODEL_MAPPING_NAMES)

@@ -1,18 +1,14 @@
-"""Trains every kind of head on the same cached hidden states, tunes each one's learning rate alike, and compares them.
+"""Train every kind of head on the same cached hidden states, tune each one's learning rate alike, and compare them.
 
-    python scripts/compare_heads.py --task sst5 --source DIRECTORY --runs runs/heads --json docs/results/heads.json
-    python scripts/write_results.py   # docs/results.md
+    python scripts/benchmarks/compare_heads.py --task sst5 --source DIRECTORY --runs runs/heads
+    python scripts/benchmarks/write_results.py   # docs/results.md
 
-For each head every learning rate of `RATES` is tried with seed 0, and the one best on the validation split is trained
-with the other seeds; the variants of `ABLATIONS` and `CHANGES` take the rate of the capsule head. Training is the
-paper's regime otherwise, on phrases drawn once, the same for all; so are the batches of a seed. Each run is a file in
-`--runs`: what is there is not run again, so a comparison that was stopped goes on.
+For each head the script tries every learning rate of `RATES` with seed 0. It trains the one that is best on the
+validation split with the other seeds. The variants of `ABLATIONS` and `CHANGES` take the learning rate of the capsule
+head. Otherwise training is the paper's regime, on phrases drawn once. All heads see the same phrases, and the same
+batches for a seed. Each run is a file in `--runs`. What is there is not run again, so a comparison that was stopped
+resumes.
 """
-
-import sys
-from pathlib import Path
-
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
 
 import argparse
 import concurrent.futures
@@ -21,6 +17,7 @@ import functools
 import multiprocessing
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import torch
@@ -30,14 +27,15 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
 from capsule_heads.backbones.loading import resolve_backbone
+from capsule_heads.backbones.processors import load_processor
 from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
 from capsule_heads.files import read_json, write_json
 from capsule_heads.heads import TokenDepthHead
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.paper import PAPER
+from capsule_heads.tasks import get_task
 from capsule_heads.training import CapsuleTrainingArguments
-from capsule_heads.training.experiment import load_task, load_tokenizer
 
 HEADS = {
     "capsules": {},
@@ -64,14 +62,14 @@ ABLATIONS = {
 
 
 def draw_betas(head: TokenDepthHead) -> None:
-    """Initial betas as vector routing has them: scores then differ from the first step on."""
+    """Draw initial betas as vector routing has them: scores then differ from the first step on."""
     for routing in head.routings:
         nn.init.normal_(routing.beta_use)
         nn.init.normal_(routing.beta_ign)
 
 
 def normalise_states(head: TokenDepthHead) -> None:
-    """Hidden states of mean 0 and variance 1, at each layer."""
+    """Normalise hidden states to mean 0 and variance 1, at each layer."""
     detect = head.detect
 
     def detect_normalised(hidden_states: Sequence[Tensor], *inputs) -> tuple[Tensor, Tensor]:
@@ -81,23 +79,23 @@ def normalise_states(head: TokenDepthHead) -> None:
 
 
 def weigh_inputs(head: TokenDepthHead, query: Tensor) -> None:
-    """All inputs together are one unit of data, however many there are: scores of parts are means, not sums.
+    """Make all inputs together one unit of data: scores of parts are means, not sums.
 
-    The share of each is that of attentive pooling, for a query `[d_inp]` of zeros an equal one.
+    The fraction of each input is that of attentive pooling. For a query `[d_inp]` of zeros all fractions are equal.
     """
     detect, head.query = head.detect, query
 
-    def detect_shares(*inputs) -> tuple[Tensor, Tensor]:
+    def detect_fractions(*inputs) -> tuple[Tensor, Tensor]:
         a, x = detect(*inputs)
         attention = (x.squeeze(-2) @ head.query) * len(head.query) ** -0.5 + F.logsigmoid(a)
-        shares = attention.softmax(-1).clamp(1e-12, 1 - 1e-6)  # not 0 or 1, whose logit has no slope
-        return torch.logit(shares).masked_fill(a == -torch.inf, -torch.inf), x
+        fractions = attention.softmax(-1).clamp(1e-12, 1 - 1e-6)  # not 0 or 1, whose logit has no derivative
+        return torch.logit(fractions).masked_fill(a == -torch.inf, -torch.inf), x
 
-    head.detect = detect_shares
+    head.detect = detect_fractions
     draw_betas(head)  # means of betas near 0 would all be near 0
 
 
-# What else was suspected: changes to the head that the package does not have, as none of them is better.
+# Changes to the head that the package does not have, as none of them is better.
 CHANGES = {
     "random initial betas": draw_betas,
     "hidden states normalised": normalise_states,
@@ -124,9 +122,9 @@ class LayerCollator(CapsuleCollator):
 def load_states(
     task: str, source: str | None, backbone: str, max_phrases: int
 ) -> tuple[dict[str, HiddenStateCache], list[str], PreTrainedTokenizerBase]:
-    """The cached hidden states of each split, at all layers; the classes' names; and the tokenizer."""
-    tokenizer = load_tokenizer(backbone)
-    splits = load_task(task, source)
+    """Return the cached hidden states of each split, at all layers; the classes' names; and the tokenizer."""
+    tokenizer = load_processor("text", backbone)
+    splits = get_task(task).load(source)
     for name, split in splits.items():
         limit = max_phrases if name == "train" else 0
         splits[name] = split.shuffle(seed=0).select(range(min(limit or len(split), len(split))))
@@ -137,7 +135,7 @@ def load_states(
 
 
 def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -> dict[str, object]:
-    """One run, or what its file says of it."""
+    """Train one run and return its results, or read them from its file."""
     file = Path(options.runs, options.task, f"{name.replace(' ', '_').replace(',', '')}_{rate:g}_{seed}.json")
     if file.exists():
         return read_json(file)
@@ -193,7 +191,7 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=("sst5", "sst2_root", "sst2"))
-    parser.add_argument("--source", help="where the task's data is")
+    parser.add_argument("--source", help="source of the task's data")
     parser.add_argument("--backbone", default=BACKBONE)
     parser.add_argument(
         "--max_phrases", type=at_least(0), default=20_000, help="texts to train on, drawn once; 0 for all"
@@ -201,16 +199,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=at_least(1), default=3)
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
-        "--ablation_seeds", type=at_least(0), nargs="*", default=[0, 1, 2], help="of the ablations; none: none"
+        "--ablation_seeds", type=at_least(0), nargs="*", default=[0, 1, 2], help="seeds of the ablations"
     )
     parser.add_argument(
         "--ablations", nargs="+", choices=(*ABLATIONS, *CHANGES), default=[*ABLATIONS, *CHANGES], help="default: all"
     )
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
-    parser.add_argument("--jobs", type=at_least(1), default=2, help="runs side by side, with one thread each")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="number of runs side by side, with one thread each")
     parser.add_argument("--runs", default="runs/heads", help="folder for the results of runs")
     parser.add_argument("--json", type=file_to_write, default="docs/results/heads.json", help="file for the comparison")
-    parser.add_argument("--commit", default="", help="that is measured")
+    parser.add_argument("--commit", default="", help="commit that is measured")
     options = parser.parse_args()
     try:  # reads what is there before it takes an hour; computes what is not cached yet, once for all processes
         records = read_json(options.json, list) if options.json.exists() else []

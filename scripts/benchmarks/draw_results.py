@@ -1,24 +1,23 @@
-"""Draws accuracy against trained parameters and against year: `python scripts/draw_results.py --task sst5`.
+"""Draw accuracy against trained parameters, and against year.
+
+    python scripts/benchmarks/draw_results.py --task sst5
 
 Writes docs/pictures/TASK_parameters.png and TASK_year.png, from docs/results/published.yaml (published numbers and
-their sources) and docs/results/measured.json (this project's; scripts/summarize.py --measured writes it).
+their sources) and docs/results/measured.json (this project's; summarize.py --measured writes it).
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
-
-import argparse
+from results_pages.accuracy import draw_results
+from results_pages.results import collect_results
 
 from capsule_heads.cli.options import OneLineParser, fail
-from capsule_heads.pictures import draw_results
-from capsule_heads.results import collect_results
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 TITLES = {
-    "sst5": "SST-5, whole sentences",
-    "sst2_root": "SST-2, whole sentences",
+    "sst5": "SST-5, complete sentences",
+    "sst2_root": "SST-2, complete sentences",
     "smallnorb": "smallNORB",
 }
 

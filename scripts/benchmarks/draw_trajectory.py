@@ -1,12 +1,7 @@
-"""Draws how an activated class capsule's pose vectors move with the viewpoint ("reverse graphics").
+"""Draw how an activated class capsule's pose vectors move with the viewpoint ("reverse graphics").
 
-python scripts/draw_trajectory.py MODEL --data toy_norb --factor azimuth --label car --output trajectory.png
+python scripts/benchmarks/draw_trajectory.py MODEL --data toy_norb --factor azimuth --label car --output trajectory.png
 """
-
-import sys
-from pathlib import Path
-
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
 
 import argparse
 
@@ -16,8 +11,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from capsule_heads.cli.options import OneLineParser, fail
 from capsule_heads.paper.smallnorb import load_smallnorb
 from capsule_heads.paper.toy_norb import render_sequence
-from capsule_heads.paper.trajectory import FACTORS
-from capsule_heads.pictures import (
+from capsule_heads.paper.trajectory import (
+    FACTORS,
     activated_poses,
     compute_capsules,
     draw_trajectory,
@@ -32,8 +27,8 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or Hub name of the model")
     parser.add_argument("--data", required=True, choices=("toy_norb", "smallnorb"))
-    parser.add_argument("--source", help="where smallNORB is")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="of smallNORB")
+    parser.add_argument("--source", help="directory of smallNORB's files")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="split of smallNORB")
     parser.add_argument("--factor", required=True, choices=FACTORS, help="what varies")
     parser.add_argument("--label", help="category, by name or index; without it the first, as for the following")
     for name in OTHERS:

@@ -1,16 +1,12 @@
-"""Measures how faithful explanations of texts are, against other methods, and what they cost.
+"""Measure how faithful explanations of texts are, against other methods, and what they cost.
 
-    python scripts/benchmark_explanations.py MODEL --task sst2_root --json explanations.json --picture deletion.png
+    python scripts/benchmarks/explanations.py MODEL --task sst2_root --json explanations.json --picture deletion.png
 
-For sentences of the test split, drawn at random: comprehensiveness and sufficiency (see `capsule_heads.explain.faithfulness`),
-with standard errors over sentences, deletion curves, and time per explanation, one sentence at a time. Captum's
-integrated gradients and gradient x input, attention rollout, leave-one-out and a random order are the others.
+For sentences of the test split, drawn at random, the script prints comprehensiveness and sufficiency (see
+`capsule_heads.explain.faithfulness`) with standard errors over sentences, and the time of an explanation, one sentence
+at a time. It draws deletion curves. The other methods are Captum's integrated gradients and gradient x input, attention
+rollout, leave-one-out and a random order.
 """
-
-import sys
-from pathlib import Path
-
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
 
 import argparse
 import datetime
@@ -22,15 +18,15 @@ from transformers import AutoTokenizer
 from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.explain.faithfulness import compare_methods
+from capsule_heads.explain.pictures import draw_deletion
 from capsule_heads.files import write_json
-from capsule_heads.pictures import draw_deletion
-from capsule_heads.training.experiment import load_task
+from capsule_heads.tasks import get_task
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory or Hub name of a classifier of texts")
-    parser.add_argument("--task", default="sst2_root", help="whose test split to explain")
+    parser.add_argument("--task", default="sst2_root", help="task whose test split is explained")
     parser.add_argument("--source", help="where the task's data is")
     parser.add_argument("--max_texts", type=at_least(0), default=500, help="drawn at random; 0 for all")
     parser.add_argument("--seed", type=at_least(0), default=0)
@@ -39,9 +35,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     try:
-        split = load_task(options.task, options.source, phrases=False)["test"]
-        if "text" not in split.column_names:
-            raise ValueError(f"{options.task} is of images; expected a task of texts.")
+        task = get_task(options.task)
+        split = task.load(options.source, phrases=False)["test"]
+        if task.modality != "text" or "text_pair" in split.column_names:
+            raise ValueError(f"task is {task.name}; expected a task of single texts, such as sst2_root.")
         texts = split.shuffle(seed=options.seed).select(range(min(options.max_texts or len(split), len(split))))["text"]
         model = CapsuleHeadForSequenceClassification.from_pretrained(options.model, freeze_backbone=False)
         found = compare_methods(model, AutoTokenizer.from_pretrained(options.model), list(texts))

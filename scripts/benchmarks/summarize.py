@@ -1,32 +1,30 @@
-"""Means and standard deviations over runs: `python scripts/summarize.py runs/sst5_minilm_*/results.json`.
+"""Print means and standard deviations over runs, as a Markdown table.
 
-Prints a Markdown table, one row per task, backbone, head and metric, for results that scripts/train.py wrote.
-`--measured docs/results/measured.json --commit COMMIT --date YYYY-MM-DD` also puts them there, where
-scripts/draw_results.py reads.
+    python scripts/benchmarks/summarize.py runs/sst5_minilm_*/results.json
+
+The table has one row per task, backbone, head and metric, of results that `capsule-heads train` wrote. With
+`--measured docs/results/measured.json --commit COMMIT --date YYYY-MM-DD` the script also writes them to the file that
+draw_results.py reads.
 """
-
-import sys
-from pathlib import Path
-
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
 
 import argparse
 
+from results_pages.results import summarize_runs, write_measured
+
 from capsule_heads.cli.options import OneLineParser, fail
 from capsule_heads.hub.results import SPLITS, read_runs
-from capsule_heads.results import summarize_runs, write_measured
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", help="files named results.json, of runs")
-    parser.add_argument("--backbone", default="", help="of runs that do not say which they had")
+    parser.add_argument("--backbone", default="", help="backbone of runs whose results name none")
     parser.add_argument("--measured", help="JSON file to put the summaries into")
-    parser.add_argument("--commit", default="", help="that the runs were made with; for --measured")
-    parser.add_argument("--date", default="", help="of the runs, YYYY-MM-DD; for --measured")
+    parser.add_argument("--commit", default="", help="commit that the runs were made with; for --measured")
+    parser.add_argument("--date", default="", help="date of the runs, YYYY-MM-DD; for --measured")
     options = parser.parse_args()
     if not options.results:
-        fail("expected files: python scripts/summarize.py RESULTS.json ...")
+        fail("There are no results; expected files: python scripts/benchmarks/summarize.py RESULTS.json ...")
     try:
         records = summarize_runs(read_runs(options.results), options.backbone)
         if options.measured:

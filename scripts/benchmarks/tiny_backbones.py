@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 HIDDEN, HEADS, HEAD_DIM, VOCAB, LAYERS = 64, 2, 32, 128, 2
-# The first pattern that a field's whole name matches says how large it may be; fields that match none stay.
+# The first pattern that a field's complete name matches says how large it may be; fields that match none stay.
 SIZES = (
     (r"num_feat_extract_layers|num_adapter_layers|num_feature_levels", 99),
     (r"(num_|n_)?mamba_(n_|num_)?heads|n_mamba_heads", 4),
@@ -42,7 +42,7 @@ SIZES = (
     (r"(num_latents|num_queries)", 12),
 )
 LAYER_COUNT = re.compile(r"(num_|num_hidden_|n_|encoder_|decoder_|num_decoder_|num_encoder_)?layers?|depth")
-# What makes a backbone shallow, and leaves its widths.
+# What makes a backbone shallow, and leaves its hidden sizes.
 SHALLOW = (
     (LAYER_COUNT.pattern, LAYERS),
     (r".*vocab_size|.*_vocab", VOCAB),
@@ -105,30 +105,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str, keep_widths: bool = False) -> PreTrainedConfig:
-    """The configuration of a small backbone of that type.
+def tiny_config(model_type: str, keep_sizes: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a small backbone of that type.
 
     Args:
         model_type: the type, as in transformers' mapping.
-        keep_widths: True to make it only shallow, and its vocabulary small: for types whose widths depend on each other
+        keep_sizes: True to make it only shallow, and its vocabulary small: for types whose sizes depend on each other
             in ways that the rules do not know.
     """
     default = CONFIG_MAPPING[model_type]()
-    return type(default)(**_arguments(default, keep_widths))
+    return type(default)(**_arguments(default, keep_sizes))
 
 
-def _arguments(default: PreTrainedConfig, keep_widths: bool) -> dict[str, Any]:
+def _arguments(default: PreTrainedConfig, keep_sizes: bool) -> dict[str, Any]:
     fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
-    # Where widths grow with depth, they stay as they are too.
-    sizes = SHALLOW if keep_widths or _staged(fields) else SIZES
+    # Where hidden sizes grow from layer to layer, they stay as they are too.
+    sizes = SHALLOW if keep_sizes or _staged(fields) else SIZES
     layers = {v for k, v in fields.items() if LAYER_COUNT.fullmatch(k) and isinstance(v, int) and v > LAYERS}
     arguments = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            own = _own_values(value) if keep_widths else {}
-            arguments[name] = type(value)(**{**own, **_arguments(value, keep_widths)})
+            own = _own_values(value) if keep_sizes else {}
+            arguments[name] = type(value)(**{**own, **_arguments(value, keep_sizes)})
             continue
-        if keep_widths and name in ("image_size", "img_size", "rope_parameters", *LISTS):
+        if keep_sizes and name in ("image_size", "img_size", "rope_parameters", *LISTS):
             continue
         small = _small(name, value, fields, sizes, layers)
         if small is not None and small != value:
@@ -141,7 +141,7 @@ def _staged(fields: dict[str, Any]) -> bool:
 
 
 def _own_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a configuration within another has that is not the default of its class."""
+    """Return the fields of a configuration within another that are not the default of its class."""
     default, fields = type(config)(), vars(config).items()
     return {
         name: value
@@ -153,7 +153,7 @@ def _own_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _small(name: str, value: Any, fields: dict[str, Any], sizes: tuple[tuple[str, int], ...], layers: set[int]) -> Any:
-    """A smaller value for a field, or None to leave it at its default."""
+    """Return a smaller value for a field, or None to leave it at its default."""
     if isinstance(value, bool) or value is None:
         return None
     if name == "image_size" or name == "img_size":
@@ -182,9 +182,9 @@ def _small(name: str, value: Any, fields: dict[str, Any], sizes: tuple[tuple[str
 
 
 def _small_rope(rope: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Sections of multimodal rotary embeddings that fit the small heads; others leave them alone."""
-    share = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1)
-    n_frequencies = int(HEAD_DIM * share) // 2
+    """Return sections of multimodal rotary embeddings that fit the small heads; others leave them alone."""
+    fraction = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1)
+    n_frequencies = int(HEAD_DIM * fraction) // 2
     third = n_frequencies // 3
     return {**rope, "mrope_section": [n_frequencies - 2 * third, third, third]}
 
@@ -197,7 +197,7 @@ def _small_image(size: int | list | tuple, fields: dict[str, Any], staged: bool)
 
 
 def _small_token_id(name: str, value: Any) -> Any:
-    """An id inside the small vocabulary, different for most names."""
+    """Return an id inside the small vocabulary, different for most names."""
     if isinstance(value, list | tuple):
         return [_small_token_id(name, item) for item in value]
     if not isinstance(value, int) or value < VOCAB - 64:

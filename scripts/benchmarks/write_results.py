@@ -1,21 +1,17 @@
-"""Writes docs/results.md from docs/results/heads.json, which scripts/compare_heads.py makes.
+"""Write docs/results.md from docs/results/heads.json, which compare_heads.py makes.
 
-    python scripts/write_results.py
+    python scripts/benchmarks/write_results.py
 
 Published numbers are from docs/results/published.yaml, each with its source.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # has an evaluate.py
-
 import argparse
 
+from results_pages.comparison import render_results
+from results_pages.results import read_published
+
 from capsule_heads.cli.options import OneLineParser, fail
-from capsule_heads.comparison import render_results
 from capsule_heads.files import read_json, write_text
-from capsule_heads.results import read_published
 
 
 def main() -> None:

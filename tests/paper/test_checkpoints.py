@@ -13,11 +13,17 @@ from transformers import (
 )
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
-from capsule_heads.paper.checkpoints import NETWORKS, build_network, convert_checkpoint, convert_state_dict, read_state_dict
+from capsule_heads.paper.checkpoints import (
+    NETWORKS,
+    build_network,
+    convert_checkpoint,
+    convert_state_dict,
+    read_state_dict,
+)
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor, side_by_side
 from capsule_heads.paper.stereo import CATEGORIES
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 FILES = {"sst2_root": ("SST2R", "sst2"), "sst5_root": ("SST5R", "sst5"), "smallnorb": ("smallNORB", "smallnorb")}
 STRATEGIES = ("auto", "reference", "moments", "votes", "cpu")
 PARAMETERS = {"sst2_root": 138_944, "sst5_root": 140_480, "smallnorb": 271_688}
@@ -220,7 +226,7 @@ def test_files_that_are_no_state_dicts(tmp_path):
 
 def test_a_model_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not empty; name another directory"):
+    with pytest.raises(ValueError, match="is not empty; expected a new or empty directory"):
         convert_checkpoint(tmp_path / "weights.pt", "smallnorb", tmp_path)
     assert (tmp_path / "config.json").read_text() == "{}"
 

@@ -1,4 +1,4 @@
-"""Accuracy against trained parameters, and against year: published results and this project's, told apart."""
+"""Pictures of accuracy against trained parameters, and against year: published results and this project's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..explain.canvas import label_points, new_figure
-from ..results import Result
+from capsule_heads.explain.pictures import new_figure
+
+from .labels import label_points
+from .results import Result
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _STYLES = {  # by whether this project measured it
@@ -20,18 +23,18 @@ _STYLES = {  # by whether this project measured it
 
 
 def draw_results(results: Sequence[Result], against: Literal["parameters", "year"], title: str) -> Figure:
-    """Draws accuracies over the number of trained parameters (a logarithmic axis) or the year.
+    """Draw accuracies over the number of trained parameters (a logarithmic axis) or the year.
 
-    Results whose number of trained parameters is not known cannot stand in the first picture; it says how many.
+    The first picture leaves out results whose number of trained parameters is not known, and says how many.
 
     Args:
-        results: of one task, from `capsule_heads.results.collect_results`.
+        results: results of one task, from `collect_results`.
         against: what the horizontal axis shows.
-        title: what the task is.
+        title: the task's title.
 
     Raises:
-        ImportError: if matplotlib is not installed.
-        ValueError: if `against` is neither, or no result has a known number of trained parameters.
+        ImportError: If matplotlib is not installed.
+        ValueError: If `against` is neither, or no result has a known number of trained parameters.
     """
     if against not in ("parameters", "year"):
         raise ValueError(f"against is {against!r}; expected 'parameters' or 'year'.")
@@ -63,8 +66,8 @@ def draw_results(results: Sequence[Result], against: Literal["parameters", "year
     return figure
 
 
-def _set_limits(axes, xy: np.ndarray, logarithmic: bool) -> None:
-    """Leaves room for labels around the points `[n, 2]`."""
+def _set_limits(axes: Axes, xy: np.ndarray, logarithmic: bool) -> None:
+    """Leave room for labels around the points `[n, 2]`."""
     low, high = xy.min(0), xy.max(0)
     if logarithmic:
         axes.set_xscale("log")

@@ -1,4 +1,4 @@
-"""The table of backbones that work under a head, from what `backbone_check` found, as Markdown."""
+"""The table of backbones that work under a head, from the findings of `backbone_check`, as Markdown."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ takes a training step that moves every parameter of the head and none of the bac
 1e-6) after saving and loading. {of_modality}. The others are listed below with what stopped them.
 
 ```bash
-python scripts/check_backbones.py                    # all types, each in its own process
-python scripts/check_backbones.py --types bert,t5    # some; their rows are renewed
+python scripts/benchmarks/check_backbones.py                    # all types, each in its own process
+python scripts/benchmarks/check_backbones.py --types bert,t5    # some; their rows are renewed
 ```
 
-- **States**: of one sample, tokens x width at each layer; "3 of 4 x 64" are three layers of one shape. Sizes are \
-those of the tiny model.
+- **States**: hidden states of one sample, tokens x hidden size at each layer; "3 of 4 x 64" are three layers of one \
+shape. Sizes are those of the tiny model.
 - **Padding**: whether a short sample has the same logits in a batch with a longer one. "neutral": to 1e-4. "mixes": \
 the backbone itself mixes padding into its tokens. Empty where samples do not differ in length.
-- A type with several towers is listed for text if its text tower works; its image and sound towers work under the \
+- A type with several towers is listed for text if its text tower works; its image and audio towers work under the \
 other heads where they are types of their own.
 """
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as Markdown.
+    """Return the report as Markdown.
 
     Args:
-        report: `date`, `transformers`, `torch`, and `types`: what `check` found for each.
+        report: `date`, `transformers`, `torch`, and `types`: the findings of `check` for each.
     """
     types = report["types"]
     works = {name: found for name, found in types.items() if found["works"]}
@@ -64,5 +64,5 @@ def render(report: dict[str, Any]) -> str:
 
 
 def describe(states: list[list[int]]) -> str:
-    """Shapes `[1, tokens, width]` in few words: "3 of 4 x 64, 1 of 2 x 64"."""
+    """Return shapes `[1, tokens, hidden_size]` in few words: "3 of 4 x 64, 1 of 2 x 64"."""
     return ", ".join(f"{len(list(same))} of {shape[1]} x {shape[2]}" for shape, same in groupby(states))

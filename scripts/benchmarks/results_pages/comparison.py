@@ -1,4 +1,4 @@
-"""The results page: what scripts/compare_heads.py has measured, as Markdown; nothing on it is typed by hand."""
+"""The results page: what compare_heads.py has measured, as Markdown; nothing on it is typed by hand."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from scipy.stats import ttest_rel
 
 CAPSULES = "capsules"
 TITLES = {
-    "sst5": "SST-5, whole sentences (five classes)",
-    "sst2_root": "SST-2, whole sentences of SST (two classes)",
-    "sst2": "SST-2 as in GLUE (validation: its dev split; test: whole sentences of SST's)",
+    "sst5": "SST-5, complete sentences (five classes)",
+    "sst2_root": "SST-2, complete sentences of SST (two classes)",
+    "sst2": "SST-2 as in GLUE (validation: its dev split; test: complete sentences of SST)",
 }
-REMARK = """Written by `scripts/write_results.py` from [results/heads.json](results/heads.json), nothing by hand.
+REMARK = """`scripts/benchmarks/write_results.py` writes this page from [results/heads.json](results/heads.json).
 
-Every head takes the same hidden states of the same frozen backbone, in half precision from one cache, and is trained
-by the same trainer in the paper's regime: batches of 20 texts of like length, RAdam, one cycle, mixup; where a row says
-so without mixup, which is this package's default. Its learning rate is the best of those tried, on the validation
-split, with one seed; the test split chose nothing. Accuracies are in percent, mean ± standard deviation over seeds. The
-time is that of training, on one thread, on a machine with other work: compare it roughly."""
-VARIANTS = """Variants of the capsule head, with its learning rate. The last ones are what was suspected of holding it
-back, and are in `scripts/compare_heads.py` alone: initial betas drawn from a normal distribution (they are zeros);
-hidden states normalised at each layer; scores of parts that are means over inputs, not sums, so that they do not grow
-with a text; and such means weighted by a learned query, as in attentive pooling."""
+All heads take the same hidden states of the same frozen backbone, in half precision from one cache. All are trained by
+the same trainer in the paper's regime: batches of 20 texts of similar length, RAdam, one cycle, and mixup, unless the
+row says "no mixup", which is this package's default. The learning rate of a head is the best of those tried, on the
+validation split, with one seed. The test split chose nothing. Accuracies are in percent, mean ± standard deviation over
+seeds. Training time is for one thread, on a machine with other work: compare it roughly."""
+VARIANTS = """Variants of the capsule head, with its learning rate. The last ones are changes that only
+`scripts/benchmarks/compare_heads.py` has. They test what might have held the head back: initial betas drawn from a
+normal distribution instead of zeros; hidden states normalised at each layer; scores of parts that are means over inputs
+instead of sums, so that they do not grow with a text; and such means weighted by a learned query, as in attentive
+pooling."""
 PAPER = """## The paper's numbers
 
 This project has not run these: they need a GPU. The paper's settings, for 58.5 on SST-5, 95.6 on SST-2 and 99.1 on
 smallNORB (Heinsen, 2019), are
 
 ```bash
-python scripts/train.py configs/sst5.yaml
-python scripts/train.py configs/sst2.yaml
-python scripts/train.py configs/smallnorb.yaml --source DIRECTORY
+capsule-heads train --config sst5
+capsule-heads train --config sst2
+capsule-heads train --config smallnorb --source DIRECTORY
 ```"""
 
 
 def render_results(records: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        records: one for each task, as scripts/compare_heads.py writes them.
-        published: as `read_published` returns them.
+        records: one record for each task, as compare_heads.py writes them.
+        published: published results, as `read_published` returns them.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are no records.
     """
     if not records:
-        raise ValueError("There are no results to write; run scripts/compare_heads.py first.")
+        raise ValueError("There are no results to write; run scripts/benchmarks/compare_heads.py first.")
     sections = ["# Results", REMARK]
     for record in records:
         sections += _section(record, [x for x in published if x["task"] == record["task"]])
@@ -65,7 +66,7 @@ def _section(record: Mapping[str, Any], published: Sequence[Mapping[str, Any]]) 
         f"{record['commit'] or 'unknown'}, {record['date']}.",
         _table("head", groups),
         _verdict(groups),
-        "The rates that were tried, validation accuracy with one seed:",
+        "The learning rates that were tried, validation accuracy with one seed:",
         _rates(record["tried"]),
     ]
     if record["ablations"]:
@@ -116,7 +117,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _better(ours: Sequence[Mapping[str, Any]], variants: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Which variants are better than the head as it is, on validation."""
+    """Return a sentence on which variants are better than the head as it is, on validation."""
     better = []
     for name, runs in variants.items():
         pairs = [[x["validation"] for x in of] for of in (runs, ours)]
@@ -132,7 +133,7 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def _verdict(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The best capsule head against the best control, both chosen on validation, by a paired test over the seeds."""
+    """Compare the best capsule head with the best control, chosen on validation, by a paired test over the seeds."""
     ranked = sorted(groups, key=lambda name: -statistics.mean(x["validation"] for x in groups[name]))
     capsules = [name for name in ranked if name.startswith(CAPSULES)]
     controls = [name for name in ranked if not name.startswith(CAPSULES)]

@@ -1,44 +1,27 @@
-"""Figures without pyplot, and the placing of labels so that none hides another."""
+"""Positions of labels beside the points of a picture, so that none hides another."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _DIRECTIONS = 16  # in which a label can lie of its point
 _RINGS = 8  # distances at which it can lie
 _GAP = 2.0  # pixels around a label
-_ROUNDS = 4  # of placing every label anew, beside all others
-
-
-def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
-    """An empty figure of a width and height in inches; none of pyplot's.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Drawing needs matplotlib: pip install "capsule-heads[pictures]".') from error
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+_ROUNDS = 4  # of placing every label again, beside all others
 
 
 def place_labels(
     points: np.ndarray, sizes: np.ndarray, obstacles: np.ndarray, bounds: tuple[float, float, float, float], gap: float
 ) -> np.ndarray:
-    """Finds a place beside each point for its label, where it hides nothing and is nearer to it than to other points.
+    """Find a position beside each point for its label, where it hides nothing and is nearer to it than to other points.
 
-    Labels are placed one after the other, each where its cost is least beside those that have a place, for some rounds.
-    The cost is foremost what a label or the line to its point would hide.
+    Labels are placed one after the other, each where its cost is least given those that have a position, for some
+    rounds. The cost is mainly what a label or the line to its point would hide.
 
     Args:
         points: `[n, 2]`, in pixels.
@@ -55,7 +38,7 @@ def place_labels(
     rings = np.arange(1, _RINGS + 1)
     steps = (rings[:, None, None] * gap * directions).reshape(-1, 2)
     sides = np.tile(np.sign(directions), (_RINGS, 1))
-    boxes = np.full((len(points), 4), np.nan)  # of the labels that have a place
+    boxes = np.full((len(points), 4), np.nan)  # of the labels that have a position
     for _ in range(_ROUNDS):
         for i, (point, size) in enumerate(zip(points, sizes)):
             centres = point + steps + sides * size / 2  # a side of the box is on the ring, or a corner
@@ -74,19 +57,19 @@ def place_labels(
 
 
 def label_points(
-    axes: Axes, xy: np.ndarray, heights: np.ndarray, texts: list[str], radius: float = 4.5, **style
+    axes: Axes, xy: np.ndarray, heights: np.ndarray, texts: list[str], radius: float = 4.5, **style: Any
 ) -> None:
-    """Writes a label beside each point, with a line to it where the label had to go far.
+    """Write a label beside each point, with a line to it where the label had to go far.
 
     The figure's layout is computed here and kept: labels are placed for it.
 
     Args:
-        axes: with everything else drawn and the limits set.
+        axes: axes with everything else drawn and the limits set.
         xy: `[n, 2]`, in data coordinates.
         heights: `[n]`, half the heights of the points' error bars, in data coordinates.
         texts: one label per point.
-        radius: of the markers, in points (1/72 inch).
-        style: of `matplotlib.text.Text`, such as `fontsize`.
+        radius: radius of the markers, in points (1/72 inch).
+        **style: options of `matplotlib.text.Text`, such as `fontsize`.
     """
     figure = axes.figure
     figure.draw_without_rendering()
@@ -120,24 +103,24 @@ def label_points(
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The areas that boxes `[n, 4]` share with boxes `[m, 4]`: `[n, m]`."""
+    """Return the areas that boxes `[n, 4]` share with boxes `[m, 4]`, `[n, m]`."""
     boxes = boxes[:, None]
     sides = np.minimum(boxes[..., 2:], others[:, 2:]) - np.maximum(boxes[..., :2], others[:, :2])
     return np.prod(np.maximum(sides, 0), -1)
 
 
 def _crossings(start: np.ndarray, end: np.ndarray, boxes: np.ndarray) -> int:
-    """How many of some dots on the line between two points lie in boxes `[m, 4]`, apart from those around the start."""
+    """Count dots on the line between two points that lie in boxes `[m, 4]`, apart from boxes around the start."""
     boxes = boxes[~_contain(boxes, start[None])[:, 0]]
     return int(_contain(boxes, np.linspace(start, end, 30)).sum())
 
 
 def _contain(boxes: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Whether boxes `[m, 4]` contain points `[n, 2]`: `[m, n]`."""
+    """Return whether boxes `[m, 4]` contain points `[n, 2]`, `[m, n]`."""
     boxes = boxes[:, None]
     return ((points >= boxes[..., :2]) & (points <= boxes[..., 2:])).all(-1)
 
 
 def _distances(box: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """From a box `[4]` to points `[n, 2]`: `[n]`."""
+    """Return the distances from a box `[4]` to points `[n, 2]`, `[n]`."""
     return np.linalg.norm(np.maximum(np.maximum(box[:2] - points, points - box[2:]), 0), axis=-1)

@@ -1,7 +1,7 @@
-"""Results: summaries of runs that scripts/train.py made, and published numbers beside them.
+"""Results: summaries of runs of `capsule-heads train`, and published numbers beside them.
 
 Two files hold them: a YAML file of published numbers, typed by hand, each with its source, and a JSON file of this
-project's own, which `summarize_runs` and `write_measured` make from the results of runs and nobody types.
+project's own, which `summarize_runs` and `write_measured` make from the results of runs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from .files import read_json, write_json
-from .hub.results import NUMBER, SPLITS, check_record, metrics_of
+from capsule_heads.files import read_json, write_json
+from capsule_heads.hub.results import NUMBER, SPLITS, check_record, metrics_of
 
 _MEASURED_KEYS = {
     "task": str,
@@ -33,7 +33,7 @@ _MEASURED_KEYS = {
     "date": str,
 }
 _IDENTITY = ("task", "backbone", "head_type", "head_options", "freeze_backbone", "metric")
-_PUBLISHED_KEYS = {
+_PUBLISHED_KEYS: dict[str, Any] = {
     "task": str,
     "method": str,
     "authors": str,
@@ -51,9 +51,9 @@ class Result:
     """One result on a task's test split.
 
     Attributes:
-        method: its name, for labels.
-        authors: of the paper; "this project" for its own.
-        year: of publication, or of the measurement.
+        method: name of the method, for labels.
+        authors: authors of the paper; "this project" for its own.
+        year: year of publication, or of the measurement.
         accuracy: in percent; the mean, if there are several runs.
         sd: standard deviation over seeds, in percentage points; None where there is no or only one seed.
         trained_parameters: how many parameters were trained; None if that is not known.
@@ -72,11 +72,11 @@ class Result:
 
 
 def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[dict[str, Any]]:
-    """Means and standard deviations over the seeds of equal runs.
+    """Compute means and standard deviations over the seeds of equal runs.
 
     Args:
         runs: results of runs, as `read_runs` returns them.
-        backbone: of runs that do not say which they had.
+        backbone: the backbone of runs whose results name none.
 
     Returns:
         One record per task, backbone, head and metric: `task`, `backbone`, `freeze_backbone`, `head_type` (of older
@@ -85,7 +85,7 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
         split if it has no labels), `trained_parameters`, `steps`, `training_seconds` (mean).
 
     Raises:
-        ValueError: if runs of one task and backbone differ in their number of trained parameters or steps, or have the
+        ValueError: If runs of one task and backbone differ in their number of trained parameters or steps, or have the
             same seed: their mean would be that of different experiments.
     """
     groups = defaultdict(list)
@@ -124,16 +124,16 @@ def summarize_runs(runs: Sequence[dict[str, Any]], backbone: str = "") -> list[d
 
 
 def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: str, date: str) -> None:
-    """Puts summaries into the file of measured results; those of the same task, backbone, head and metric are replaced.
+    """Write summaries to the file of measured results. They replace those of the same task, backbone, head and metric.
 
     Args:
-        path: of the JSON file; made if it is not there.
-        records: from `summarize_runs`.
-        commit: of this project, which the runs were made with.
-        date: of the runs, `YYYY-MM-DD`.
+        path: the JSON file; made if it is not there.
+        records: summaries from `summarize_runs`.
+        commit: this project's commit that the runs were made with.
+        date: date of the runs, `YYYY-MM-DD`.
 
     Raises:
-        ValueError: if the commit is empty, the date is not of this form, a record names no backbone, or the file holds
+        ValueError: If the commit is empty, the date is not of this form, a record names no backbone, or the file holds
             something else.
     """
     path = Path(path)
@@ -155,7 +155,7 @@ def write_measured(path: str | Path, records: Iterable[dict[str, Any]], commit: 
 
 
 def _read_measured(path: str | Path) -> list[dict[str, Any]]:
-    records, name = read_json(path, list), f"{path} holds no results that scripts/summarize.py put there"
+    records, name = read_json(path, list), f"{path} holds no results that scripts/benchmarks/summarize.py put there"
     for record in records:
         check_record(record, _MEASURED_KEYS, name)
         if record["test"] is not None:
@@ -164,12 +164,11 @@ def _read_measured(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_published(path: str | Path) -> list[dict[str, Any]]:
-    """Reads and checks the file of published numbers.
+    """Read and check the file of published numbers.
 
     Raises:
-        ValueError: if it holds no records, a record lacks a key, has one too many or one of the wrong type, has no
-            address as its source,
-            or if two have the same task, method and year.
+        ValueError: If it holds no records, a record lacks a key, has one too many or one of the wrong type, or has no
+            address as its source; or if two have the same task, method and year.
     """
     try:
         records = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -193,22 +192,22 @@ def read_published(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{name}: accuracy is {record['accuracy']}; expected percent.")
         identity = (record["task"], record["method"], record["year"])
         if identity in seen:
-            raise ValueError(f"{name}: stands there twice.")
+            raise ValueError(f"{name}: stands there twice; expected one record for each task, method and year.")
         seen.add(identity)
     return records
 
 
 def collect_results(task: str, published: str | Path, measured: str | Path) -> list[Result]:
-    """All accuracies on a task's test split, published and measured, in the order of years.
+    """Return all accuracies on a task's test split, published and measured, in the order of years.
 
     Args:
-        task: such as `sst5`.
+        task: name of the task, such as `sst5`.
         published: path of the YAML file of published numbers.
         measured: path of the JSON file of measured ones.
 
     Raises:
-        OSError: if a file cannot be read.
-        ValueError: if a file is not as it should be, or neither has results on the task.
+        OSError: If a file cannot be read.
+        ValueError: If a file is not as it should be, or neither has results on the task.
     """
     published_records = read_published(published)
     measured_records = _read_measured(measured)

@@ -1,7 +1,6 @@
 import pytest
-
-from capsule_heads.pictures import draw_results
-from capsule_heads.results import Result
+from results_pages.accuracy import draw_results
+from results_pages.results import Result
 
 RESULTS = [
     Result("RNN", "Ay et al.", 2013, 45.0, None, None, False, "https://a"),

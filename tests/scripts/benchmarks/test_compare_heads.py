@@ -1,4 +1,4 @@
-"""scripts/compare_heads.py and scripts/write_results.py on a tiny backbone and a few trees."""
+"""scripts/benchmarks/compare_heads.py and write_results.py on a tiny backbone and a few trees."""
 
 import json
 
@@ -11,7 +11,7 @@ def test_every_head_is_trained_and_written(run, backbone, tmp_path):
     data = ("--task", "sst5", "--source", tmp_path, "--backbone", backbone, "--max_phrases", 10, "--epochs", 1)
     sizes = ("--seeds", 0, 1, "--ablation_seeds", 0, "--heads", "capsules", "linear, last", "vector routing")
     files = ("--runs", tmp_path / "runs", "--json", tmp_path / "heads.json", "--commit", "abc1234")
-    done = run("compare_heads.py", *data, *sizes, *files)
+    done = run("benchmarks/compare_heads.py", *data, *sizes, *files)
     assert done.returncode == 0, done.stderr
     (record,) = json.loads((tmp_path / "heads.json").read_text())
     assert {(x["head"], x["rate"]) for x in record["tried"]} == {
@@ -28,16 +28,16 @@ def test_every_head_is_trained_and_written(run, backbone, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     assert len(before) == 9 + 3 + 11
 
-    again = run("compare_heads.py", *data, *sizes, *files)  # what is there is not run again
+    again = run("benchmarks/compare_heads.py", *data, *sizes, *files)  # what is there is not run again
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")} == before
 
     options = ("--heads", tmp_path / "heads.json", "--output", tmp_path / "results.md")
-    done = run("write_results.py", *options)
+    done = run("benchmarks/write_results.py", *options)
     assert done.returncode == 0, done.stderr
     assert "commit abc1234" in (tmp_path / "results.md").read_text()
 
 
 def test_mistakes(fails, tmp_path):
-    assert "nowhere" in fails("compare_heads.py", "--task", "sst5", "--source", tmp_path / "nowhere")
-    assert "heads.json" in fails("write_results.py", "--heads", tmp_path / "heads.json")
+    assert "nowhere" in fails("benchmarks/compare_heads.py", "--task", "sst5", "--source", tmp_path / "nowhere")
+    assert "heads.json" in fails("benchmarks/write_results.py", "--heads", tmp_path / "heads.json")

@@ -1,9 +1,8 @@
 """The results page says what the runs say."""
 
 import pytest
+from results_pages.comparison import render_results
 from scipy.stats import ttest_rel
-
-from capsule_heads.comparison import render_results
 
 
 def run(head, seed, validation, test, rate=0.002):
@@ -44,7 +43,7 @@ PUBLISHED = [
 
 def test_the_page():
     page = render_results([RECORD], PUBLISHED)
-    assert "## SST-5, whole sentences (five classes)" in page
+    assert "## SST-5, complete sentences (five classes)" in page
     assert "20,000 phrases, drawn once, 3 epochs; backbone `b`; learning rates tried: 0.0005, 0.002; commit " in page
     assert "| capsules | 50.0 ± 0.0 | 49.0 ± 1.0 | 1,234 | 0.002 | 3 | 11 |" in page
     assert "| linear, mean | 40.0 ± 0.0 | 41.3 ± 1.5 | 1,234 | 0.002 | 3 | 11 |" in page
@@ -70,7 +69,7 @@ def test_the_verdict_is_honest(theirs, words):
 
 
 def test_nothing_to_write():
-    with pytest.raises(ValueError, match=r"no results to write; run scripts/compare_heads\.py first"):
+    with pytest.raises(ValueError, match=r"no results to write; run scripts/benchmarks/compare_heads\.py first"):
         render_results([], [])
 
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from results_pages.labels import label_points, place_labels
 
-from capsule_heads.explain.canvas import label_points, new_figure, place_labels
+from capsule_heads.explain.pictures import new_figure
 
 BOUNDS = np.array([0.0, 0.0, 1000.0, 600.0])
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from results_pages.results import collect_results, read_published, summarize_runs, write_measured
 
 import capsule_heads
 from capsule_heads.hub.results import read_runs
-from capsule_heads.results import collect_results, read_published, summarize_runs, write_measured
 
 DOCS = Path(capsule_heads.__file__).parents[1] / "docs" / "results"
 PUBLISHED_TASKS = {"sst5", "sst2_root", "smallnorb"}
@@ -96,7 +96,10 @@ def test_results_of_the_wrong_type(tmp_path, key, value):
     "change, message",
     [
         (lambda records: {"results": records}, r"measured\.json: expected a list, found dict"),
-        (lambda records: [1], "holds no results that scripts/summarize.py put there: 1 stands where keys and values"),
+        (
+            lambda records: [1],
+            "holds no results that scripts/benchmarks/summarize.py put there: 1 stands where keys and values",
+        ),
         (lambda records: [{"task": "sst5"}], "backbone, commit, date, .* missing"),
         (lambda records: [{**records[0], "date": 2026}], "date is 2026, of the wrong type"),
         (lambda records: [{**records[0], "test": {"mean": "x", "sd": None}}], "mean is 'x', of the wrong type"),

@@ -34,7 +34,7 @@ def test_means_and_standard_deviations(call, results):
         )
         for seed, seconds, dev, test in ((2, 660, 0.46, 0.48), (0, 600, 0.47, 0.49), (1, 720, 0.48, 0.53))
     ]
-    status, out, _ = call("summarize.py", *paths)
+    status, out, _ = call("benchmarks/summarize.py", *paths)
     assert status == 0
     # By hand: mean 0.47, sd 0.01; mean 0.5, sd sqrt((0.02^2 + 0.01^2 + 0.03^2) / 2) = 0.02646
     assert out.splitlines() == [
@@ -51,7 +51,7 @@ def test_a_row_per_task_backbone_and_metric(call, results):
         results(head_type="linear", validation_accuracy=0.5, test_accuracy=1.0),
         results(task="mrpc", validation_accuracy=0.7, validation_f1=0.8, validation_loss=1.0),  # no labels in its test
     ]
-    rows = [line.split(" | ") for line in call("summarize.py", *paths)[1].splitlines()[2:]]
+    rows = [line.split(" | ") for line in call("benchmarks/summarize.py", *paths)[1].splitlines()[2:]]
     assert [row[:7] for row in rows] == [
         ["| sst5", "a", "token_depth", "0", "accuracy", "50.0", "25.0"],
         ["| sst5", "b", "token_depth", "0", "accuracy", "50.0", "75.0"],
@@ -66,13 +66,15 @@ def test_results_of_before_the_backbone_was_among_them(call, results):
     content = json.loads(path.read_text())
     del content["backbone"]
     path.write_text(json.dumps(content))
-    assert "| sst5 |  | token_depth | 0 | accuracy | 50.0 | 50.0 |" in call("summarize.py", path)[1]
+    assert "| sst5 |  | token_depth | 0 | accuracy | 50.0 | 50.0 |" in call("benchmarks/summarize.py", path)[1]
 
 
 def test_mistakes(fails, tmp_path):
-    assert "expected files" in fails("summarize.py")
-    assert f"{tmp_path}/none.json holds no results" in fails("summarize.py", tmp_path / "none.json")
+    assert "expected files" in fails("benchmarks/summarize.py")
+    assert f"{tmp_path}/none.json holds no results" in fails("benchmarks/summarize.py", tmp_path / "none.json")
     (tmp_path / "a.json").write_text("[1]")
     (tmp_path / "b.json").write_text("{")
-    assert f"{tmp_path}/a.json: expected keys and values, found list" in fails("summarize.py", tmp_path / "a.json")
-    assert f"{tmp_path}/b.json" in fails("summarize.py", tmp_path / "b.json")
+    assert f"{tmp_path}/a.json: expected keys and values, found list" in fails(
+        "benchmarks/summarize.py", tmp_path / "a.json"
+    )
+    assert f"{tmp_path}/b.json" in fails("benchmarks/summarize.py", tmp_path / "b.json")

@@ -1,6 +1,5 @@
-"""The scripts that draw: draw_results.py on files, draw_trajectory.py on a stand-in for a trained image model."""
+"""scripts/benchmarks/draw_trajectory.py on the smallNORB network, and on a stand-in for a trained one."""
 
-import json
 import types
 
 import numpy as np
@@ -8,43 +7,35 @@ import pytest
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict
+from PIL import Image
 from transformers.utils import ModelOutput
 
-import capsule_heads.data
-
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def test_draw_results(run, tmp_path):
-    done = run("draw_results.py", "--task", "sst5", "--output_dir", tmp_path / "new")
-    assert done.returncode == 0, done.stderr
-    paths = [tmp_path / "new" / f"sst5_{against}.png" for against in ("parameters", "year")]
-    assert done.stdout.split() == [str(path) for path in paths]
-    for path in paths:
-        assert path.read_bytes().startswith(PNG)
+from capsule_heads.paper import smallnorb, trajectory
+from capsule_heads.paper.checkpoints import build_network
+from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
 
-@pytest.mark.parametrize("task", ["sst2_root", "smallnorb"])
-def test_draw_results_of_other_tasks(call, tmp_path, task):
-    assert call("draw_results.py", "--task", task, "--output_dir", tmp_path)[0] == 0
-    assert len(list(tmp_path.glob(f"{task}_*.png"))) == 2
+@pytest.fixture(scope="module")
+def stereo_model(tmp_path_factory):
+    """The smallNORB network with random weights, none of them zero."""
+    folder = tmp_path_factory.mktemp("stereo")
+    torch.manual_seed(0)
+    model = build_network("smallnorb")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    StereoImageProcessor().save_pretrained(folder)
+    return folder
 
 
-def test_draw_results_with_files_that_are_not_there(fails, tmp_path):
-    assert "none.json" in fails("draw_results.py", "--task", "sst5", "--measured", tmp_path / "none.json")
-    assert "--task" in fails("draw_results.py", "--task", "cola")
-
-
-def test_summaries_go_where_draw_results_reads(call, fails, tmp_path):
-    results, measured = tmp_path / "results.json", tmp_path / "measured.json"
-    keys = {"task": "sst5", "seed": 0, "steps": 1, "trained_parameters": 1000, "training_seconds": 60.0}
-    results.write_text(json.dumps({**keys, "validation_accuracy": 0.5, "test_accuracy": 0.25}))
-    options = (results, "--measured", measured, "--commit", "abc", "--date", "2026-01-02")
-    assert "do not say which backbone they had" in fails("summarize.py", *options)
-    assert call("summarize.py", *options, "--backbone", "b")[0] == 0
-    (record,) = json.loads(measured.read_text())
-    assert (record["backbone"], record["test"]["mean"], record["commit"]) == ("b", 0.25, "abc")
-    assert call("draw_results.py", "--task", "sst5", "--measured", measured, "--output_dir", tmp_path)[0] == 0
+@pytest.mark.slow
+def test_a_trajectory_is_drawn(call, stereo_model, tmp_path):
+    path = tmp_path / "trajectory.png"
+    options = ("--data", "toy_norb", "--factor", "elevation", "--label", "truck", "--output", path)
+    status, out, err = call("benchmarks/draw_trajectory.py", stereo_model, *options)
+    assert status == 0, err
+    assert len(out.splitlines()) == 5 and Image.open(path).size[0] > 800
 
 
 class Model(torch.nn.Module):
@@ -84,7 +75,7 @@ def stand_ins(monkeypatch):
         assert all(image.shape == (2, 96, 96) and image.dtype == np.uint8 for image in images)
         return {"pixel_values": torch.from_numpy(np.stack(images)).float() / 255}
 
-    monkeypatch.setattr(capsule_heads.data, "load_smallnorb", load_smallnorb)
+    monkeypatch.setattr(smallnorb, "load_smallnorb", load_smallnorb)
     for name, value in (("AutoModelForImageClassification", Model()), ("AutoImageProcessor", process)):
         stand_in = types.SimpleNamespace(from_pretrained=lambda path, value=value: value)
         monkeypatch.setattr(transformers, name, stand_in)
@@ -92,16 +83,13 @@ def stand_ins(monkeypatch):
 
 
 def test_draw_trajectory(call, stand_ins, tmp_path, monkeypatch):
-    from capsule_heads import pictures
-
-    titles = []
-    draw = pictures.draw_trajectory
-    monkeypatch.setattr(pictures, "draw_trajectory", lambda *arguments: titles.append(arguments[4]) or draw(*arguments))
+    titles, draw = [], trajectory.draw_trajectory
+    monkeypatch.setattr(trajectory, "draw_trajectory", lambda *given: titles.append(given[4]) or draw(*given))
     path = tmp_path / "trajectory.png"
     options = ("--data", "smallnorb", "--source", "folder", "--factor", "elevation", "--label", "car", "--azimuth", 4)
-    status, out, err = call("draw_trajectory.py", "model", *options, "--output", path)
+    status, out, err = call("benchmarks/draw_trajectory.py", "model", *options, "--output", path)
     assert status == 0, err
-    assert path.read_bytes().startswith(PNG)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert stand_ins == ["folder"]
     assert [line.partition(": stress")[0] for line in out.splitlines()] == [
         *(f"pose vector {i}" for i in (1, 2, 3, 4)),
@@ -114,7 +102,7 @@ def test_draw_trajectory(call, stand_ins, tmp_path, monkeypatch):
 
 
 def test_draw_trajectory_mistakes(fails, stand_ins, tmp_path):
-    start = ("draw_trajectory.py", "model", "--output", tmp_path / "t.png", "--factor", "azimuth", "--data")
+    start = ("benchmarks/draw_trajectory.py", "model", "--output", tmp_path / "t.png", "--factor", "azimuth", "--data")
     assert "azimuth was given, and is to vary" in fails(*start, "toy_norb", "--azimuth", 0)
     assert "label is 'plane'; expected one of animal, human" in fails(*start, "toy_norb", "--label", "plane")
     assert "smallnorb needs --source" in fails(*start, "smallnorb")

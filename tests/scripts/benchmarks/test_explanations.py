@@ -1,4 +1,4 @@
-"""scripts/benchmark_explanations.py, as a user runs it."""
+"""scripts/benchmarks/explanations.py, as a user runs it."""
 
 import json
 
@@ -26,7 +26,7 @@ def classifier(backbone, tmp_path_factory):
 
 def test_faithfulness(call, classifier, tmp_path):
     options = ("--task", "reviews", "--max_texts", 3, "--json", tmp_path / "f.json", "--picture", tmp_path / "f.png")
-    status, out, err = call("benchmark_explanations.py", classifier, *options)
+    status, out, err = call("benchmarks/explanations.py", classifier, *options)
     assert status == 0, err
     rows = [line for line in out.splitlines() if line.startswith("| ")][2:]
     assert [row.split(" | ")[0][2:] for row in rows] == [
