@@ -313,6 +313,22 @@ def get_task(name: str) -> Task:
     return _TASKS[name]
 
 
+def check_task_fits(task: Task, model: CapsuleHeadClassifier) -> None:
+    """Check that a model classifies what a task holds.
+
+    Raises:
+        ValueError: If the task is of texts, say, and the model classifies images.
+    """
+    from .models.processors import modality_of
+
+    modality = MODALITIES[modality_of(model)]
+    if modality is not task.data:
+        raise ValueError(
+            f"{task.name} is of {task.data.noun}, and the model classifies {modality.noun}; expected a task of "
+            f"{modality.noun}."
+        )
+
+
 def source_help() -> str:
     """Return what `source` is for each task, for `--help`."""
     names: dict[str, list[str]] = {}
