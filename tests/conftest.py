@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 os.environ["MKL_CBWR"] = "AUTO"
 
 
-pytest_plugins = ["model_fixtures"]  # after the variables above are set
+pytest_plugins = ["command_fixtures", "model_fixtures"]  # after the variables above are set
 
 
 def pytest_configure(config):

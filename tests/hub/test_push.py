@@ -13,11 +13,8 @@ from hub_server import File
 from huggingface_hub import ModelCard
 from transformers import AutoModel, BertConfig
 
-import capsule_heads
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.hub import push_run
-
-ROOT = Path(capsule_heads.__file__).parents[1]
 
 
 def files(hub, name, revision="main"):
@@ -28,11 +25,11 @@ def config_of(hub, name):
     return json.loads(files(hub, name)["config.json"].content)
 
 
-def run_script(hub, home, script, *arguments):
-    """What a script of the project prints."""
-    command = [sys.executable, ROOT / "scripts" / script, *map(str, arguments)]
+def run_command(hub, home, *arguments):
+    """What a command prints."""
     environment = hub.environment(home, hub.token)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    program = [sys.executable, "-m", "capsule_heads", *map(str, arguments)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -241,11 +238,11 @@ def test_the_trainer_pushes(hub, client, pushed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_training_script_has_its_results_on_the_card(hub, pushed, tmp_path):
+def test_a_run_has_its_results_on_the_card(hub, pushed, tmp_path):
     config = {"task": "reviews", "backbone": "me/backbone", "d_inp": 8, "n_parts": 4, "max_steps": 2, "use_cpu": True}
     config |= {"output_dir": str(tmp_path / "run"), "push_to_hub": True, "hub_model_id": "me/reviews"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    run_script(hub, tmp_path / "home", "train.py", tmp_path / "run.yaml")
+    run_command(hub, tmp_path / "home", "train", "--config", tmp_path / "run.yaml")
     card = files(hub, "me/reviews")["README.md"].content.decode()
     results = json.loads(files(hub, "me/reviews")["results.json"].content)
     assert f"| test | accuracy | {results['test_accuracy']:.4f} |" in card
@@ -287,9 +284,9 @@ def test_pushing_what_is_no_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_pushes_a_run_and_keeps_a_card_that_someone_wrote(hub, local_head, tmp_path):
+def test_a_run_is_pushed_and_a_card_that_someone_wrote_is_kept(hub, local_head, tmp_path):
     def push(*options):
-        return run_script(hub, tmp_path, "push_to_hub.py", run, "me/run", *options).strip()
+        return run_command(hub, tmp_path, "push", run, "me/run", *options).strip()
 
     run = tmp_path / "run"
     local_head.save_pretrained(run, head_only=False)
@@ -316,10 +313,9 @@ def test_the_script_pushes_a_run_and_keeps_a_card_that_someone_wrote(hub, local_
 
 
 PUSH_SPACE = """
-import json, sys
-from capsule_heads import demo
-sys.argv = ["capsule-heads", "demo", "me/head", "--push_space", "me/page"]
-demo.main()
+import json
+from capsule_heads.cli import main
+main(["demo", "me/head", "--push_space", "me/page"])
 print(json.dumps("pushed"))
 """
 

@@ -1,0 +1,5 @@
+"""What the commands share: parsers whose errors are one line, configurations, and the options of training."""
+
+from .parser import Command, OneLineParser, at_least, fail, file_to_write, one_line_errors
+
+__all__ = ["Command", "OneLineParser", "at_least", "fail", "file_to_write", "one_line_errors"]

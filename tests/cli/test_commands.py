@@ -1,0 +1,306 @@
+"""The commands: each once in a process of its own, as a user runs it, and beyond that in this one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, AutoTokenizer
+
+import capsule_heads
+from capsule_heads import CapsuleHeadForSequenceClassification
+
+ROOT = Path(capsule_heads.__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+TREES = {
+    "train.txt": "(3 (2 it) (4 (2 was) (3 fun)))\n(1 (2 it) (1 (2 was) (0 long)))\n(2 (2 a) (2 film))\n",
+    "dev.txt": "(1 (2 not) (1 fun))\n(4 (2 a) (4 (3 good) (2 film)))\n",
+    "test.txt": "(4 (2 great) (4 fun))\n(0 (2 awful) (0 film))\n(1 (2 too) (1 long))\n",
+}
+OF_TEST = ("--task", "reviews", "--split", "test")
+SMALL = {"d_inp": 8, "n_parts": 4, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+
+
+@pytest.fixture(scope="session")
+def trees(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trees")
+    for name, content in TREES.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def write(path, **keys):
+    path.write_text(yaml.safe_dump({**SMALL, **keys}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reviews_model(run, backbone, tmp_path_factory):
+    """Directory of a model that `capsule-heads train` made, on cached hidden states."""
+    folder = tmp_path_factory.mktemp("reviews")
+    config = write(folder / "run.yaml", task="reviews", backbone=backbone, output_dir=str(folder / "run"), max_steps=3)
+    done = run(
+        "train", "--config", config, "--cache_hidden_states", "--max_steps", 4, "--seed", 7, "--learning_rate", 0.1
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_train_writes_results(reviews_model, backbone):
+    results = json.loads((reviews_model / "results.json").read_text())
+    assert (results["task"], results["backbone"], results["seed"], results["steps"]) == ("reviews", backbone, 7, 4)
+    assert results["dataset"] == {"name": "the 735 reviews in capsule_heads", "repository": None, "config": None}
+    layers, hidden_size, d_inp, n_parts, n_classes = 3, 16, 8, 4, 2
+    assert (results["head_type"], results["head_options"]) == ("token_depth", f"n_parts={n_parts}, d_inp={d_inp}")
+    affine_and_norm = layers * hidden_size + (hidden_size + 1) * d_inp + 2 * d_inp
+    routings = n_parts * (2 * d_inp + 2 + 2) + n_parts * n_classes * (2 * 2 + 2 + 2)
+    assert results["trained_parameters"] == pytest.approx(affine_and_norm + routings, abs=4)  # B_brk
+    assert results["training_seconds"] > 0
+    for split in ("validation", "test"):
+        assert 0 <= results[f"{split}_accuracy"] <= 1
+        assert 0.1 < results[f"{split}_loss"] < 2
+
+
+def test_early_stopping_and_the_best_model(call, backbone, trees, tmp_path):
+    folder = tmp_path / "run"
+    keys = {"task": "sst5", "backbone": backbone, "source": str(trees), "output_dir": str(folder)}
+    keys |= {"num_train_epochs": 6, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
+    keys |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "early_stopping_patience": 2}
+    keys |= {"learning_rate": 0.0, "min_learning_rate": 0.0}
+    status, out, err = call("train", "--config", write(tmp_path / "run.yaml", **keys))
+    assert status == 0
+    assert "early stopping" not in out + err
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 3  # nothing is learned at a rate of 0: best in the first of 6 epochs, then patience
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert {"validation_accuracy", "test_accuracy"} <= results.keys()
+
+    status, out, _ = call("evaluate", folder, "--task", "sst5", "--source", trees, "--split", "test")
+    assert status == 0
+    assert json.loads(out[out.index("{\n") :])["test_accuracy"] == results["test_accuracy"]
+
+
+RELOAD = """
+import json, sys, warnings, logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+import capsule_heads
+folder, text = sys.argv[1:]
+model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+probabilities = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].tolist()
+answers = pipeline("text-classification", model=folder)(text, top_k=None)
+json.dump([model.config.id2label, probabilities, answers], sys.stdout)
+"""
+
+
+def test_a_trained_model_is_loaded_in_a_new_process(reviews_model, environment, call):
+    text = "the food was bad and it was long"
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, reviews_model, text], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not supported" not in done.stderr
+    labels, probabilities, answers = json.loads(done.stdout.splitlines()[-1])
+    assert labels == {"0": "negative", "1": "positive"}
+    expected = dict(zip(labels.values(), probabilities))
+    assert {answer["label"]: answer["score"] for answer in answers} == pytest.approx(expected, rel=1e-5)
+
+    status, out, _ = call("predict", reviews_model, text)
+    best = max(expected, key=expected.get)
+    assert status == 0
+    assert json.loads(out) == {"text": text, "label": best, "score": pytest.approx(expected[best], rel=1e-5)}
+
+
+def test_predict(run, call, reviews_model):
+    texts = ["the food was bad", "a good book\tthe good film", "“good”, très bien"]
+    model = CapsuleHeadForSequenceClassification.from_pretrained(reviews_model)
+    tokenizer = AutoTokenizer.from_pretrained(reviews_model)
+    assert tokenizer(*texts[1].split("\t"))["token_type_ids"] == [0] * 5 + [1] * 4
+    scores = [model(**tokenizer(*t.split("\t"), return_tensors="pt")).logits.softmax(-1).max().item() for t in texts]
+    assert len({round(score, 4) for score in scores}) == 3
+
+    status, out, _ = call("predict", reviews_model, *texts)
+    assert status == 0
+    assert "très" in out  # not \u00e8
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["text"] for line in lines] == texts
+    assert [line["score"] for line in lines] == pytest.approx(scores, rel=1e-5)
+    assert {line["label"] for line in lines} <= {"negative", "positive"}
+
+    done = run("predict", reviews_model, "--batch_size", 2, stdin="\n\n".join(texts) + "\n")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["text"] for line in lines] == texts
+    assert [line["score"] for line in lines] == pytest.approx(scores, rel=1e-5)
+
+
+def test_evaluate(run, call, reviews_model):
+    trained = json.loads((reviews_model / "results.json").read_text())
+    done = run("evaluate", reviews_model, "--task", "reviews", "--batch_size", 50)
+    assert done.returncode == 0, done.stderr
+    outputs = {"validation": done.stdout, "test": call("evaluate", reviews_model, *OF_TEST)[1]}
+    for split, out in outputs.items():
+        evaluated = json.loads(out[out.index("{\n") :])
+        assert evaluated[f"{split}_accuracy"] == trained[f"{split}_accuracy"]
+        assert evaluated[f"{split}_loss"] == pytest.approx(trained[f"{split}_loss"], rel=1e-5)
+
+
+def test_long_texts_in_windows(call, backbone, tmp_path):
+    folder = tmp_path / "run"
+    keys = {"task": "reviews", "backbone": backbone, "output_dir": str(folder), "max_steps": 3, "learning_rate": 0.1}
+    config = write(tmp_path / "run.yaml", **keys, window_overlap=4, window_length=12)
+    status, *_ = call("train", "--config", config, "--cache_hidden_states")
+    assert status == 0
+    model = CapsuleHeadForSequenceClassification.from_pretrained(folder)
+    assert model.config.windowing == (12, 4, 1, 1)
+    trained = json.loads((folder / "results.json").read_text())
+    out = call("evaluate", folder, *OF_TEST)[1]
+    assert json.loads(out[out.index("{\n") :])["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-5)
+
+    long = " ".join(["the food was good and it was a long film"] * 20)
+    inputs = AutoTokenizer.from_pretrained(folder)(long, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == 202  # the backbone takes 64
+    expected = model(**inputs).logits.softmax(-1).max().item()
+    status, out, _ = call("predict", folder, "good", long)
+    assert status == 0
+    assert json.loads(out.splitlines()[1])["score"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_mistake_is_one_line_without_traceback(run, backbone, tmp_path):
+    config = write(tmp_path / "run.yaml", task="sst5", backbone=backbone, source=str(tmp_path / "none"))
+    done = run("train", "--config", config)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: No SST at {tmp_path}/none: give a directory")
+
+
+def test_mistakes_in_training(fails, backbone, trees, tmp_path):
+    keys = {"task": "sst5", "backbone": backbone, "source": str(trees), "output_dir": str(tmp_path / "run")}
+    config = write(tmp_path / "run.yaml", **keys)
+    unknown = write(tmp_path / "unknown.yaml", **keys, n_prats=3)
+    error = fails("train", "--config", unknown)
+    assert error == f"error: {unknown}: unknown key n_prats; did you mean n_parts?"
+    error = fails("train", "--config", tmp_path / "none.yaml")
+    assert error == f"error: {tmp_path}/none.yaml: No such file or directory"
+    assert f"No SST at {tmp_path}/none" in fails("train", "--config", config, "--source", tmp_path / "none")
+    assert f"{tmp_path}/none" in fails("train", "--config", config, "--backbone", tmp_path / "none")
+    assert "package 'none_such', which is not installed" in fails(
+        "train", "--config", config, "--backbone=package:none_such/a"
+    )
+    error = fails("train", "--config", config, "--cache_hidden_states", "--no_freeze_backbone")
+    assert error.startswith("error: The backbone is not frozen")
+    error = fails("train", "--config", config, "--early_stopping_patience", "2")
+    assert error == "error: early_stopping_patience needs load_best_model_at_end."
+    error = fails("train", "--config", config, "--resume_from_checkpoint", tmp_path / "none")
+    assert error.startswith(f"error: resume_from_checkpoint is {tmp_path}/none, which is not a directory; expected a ")
+    error = fails("train", "--config", config, "--metric_for_best_model", "acuracy")
+    assert error == "error: metric_for_best_model is acuracy; expected one of loss, accuracy."
+    error = fails("train", "--config", config, "--max_length", "2")
+    assert error == "error: max_length is 2; expected more: the tokenizer adds 2 special tokens to each input."
+    assert f"'{config}/run'" in fails("train", "--config", config, "--output_dir", f"{config}/run")  # inside a file
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_run_is_resumed_from_its_last_whole_checkpoint(call, fails, backbone, trees, tmp_path, caplog):
+    keys = {"task": "sst5", "backbone": backbone, "source": str(trees), "num_train_epochs": 6, "learning_rate": 0.1}
+    keys |= {"save_strategy": "steps", "save_steps": 2}
+    config = write(tmp_path / "run.yaml", **keys, output_dir=str(tmp_path / "run"))
+    options = ("--resume_from_checkpoint", "last")
+    status, _, err = call("train", "--config", config, *options)  # there is none yet
+    assert status == 0, err
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    state = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    error = fails("train", "--config", config, "--resume_from_checkpoint", state.parent)
+    assert error.startswith(f"error: {state.parent} is not whole: optimizer.pt has ")
+
+    (tmp_path / "run" / "model.safetensors").unlink()
+    status, _, err = call("train", "--config", config, *options)
+    assert status == 0, err
+    assert caplog.text.count(f"{state.parent} is not whole, and passed over") == 1
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 6
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+
+
+def test_accelerate_starts_two_processes_on_the_cpu(environment, backbone, tmp_path):
+    config = write(tmp_path / "run.yaml", task="reviews", backbone=backbone, output_dir=str(tmp_path / "run"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml"]
+    options = ["--num_train_epochs", "1", "--per_device_train_batch_size", "33"]
+    done = subprocess.run(
+        [*launch, "scripts/train.py", "--config", config, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 8  # 495 reviews, 66 at a step
+
+
+def test_numbers_that_are_not_finite_end_a_training(fails, backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path / "backbone")
+    broken = AutoModel.from_pretrained(backbone)
+    with torch.no_grad():
+        broken.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "backbone")
+    keys = {"task": "reviews", "backbone": str(tmp_path / "backbone"), "output_dir": str(tmp_path / "run")}
+    error = fails("train", "--config", write(tmp_path / "run.yaml", **keys, freeze_backbone=True, use_cpu=True))
+    assert error.startswith(
+        "error: Step 1: the loss is not finite. Not finite: backbone.encoder.layer.0.output.dense.weight"
+    )
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_nothing_to_predict(fails, reviews_model):
+    assert fails("predict", reviews_model).startswith("error: There is nothing to classify; expected texts")
+
+
+def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path):
+    error = fails("evaluate", reviews_model, "--task", "sst5", "--source", trees)
+    assert "trained for ['negative', 'positive'], and the dataset has ['very negative'," in error
+    header = "index\tsentence1\tsentence2"
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text(f"{header}\tlabel\n0\tA cat sat.\tA cat.\tentailment\n")
+    (tmp_path / "test.tsv").write_text(f"{header}\n0\tA dog sat.\tA dog.\n")
+    error = fails("evaluate", reviews_model, "--task", "rte", "--source", tmp_path, "--split", "test")
+    assert error == "error: rte has no labelled split 'test'; it has train, validation, test."
+    error = fails("evaluate", reviews_model, "--task", "reviews", "--split", "")
+    assert error == "error: reviews has no labelled split ''; it has train, validation, test."
+    error = fails("evaluate", reviews_model, "--task", "reviews", "--batch_size", "0")
+    assert error == "error: command line: argument --batch_size: 0 is no whole number, 1 or more"
+    assert f"{tmp_path}/none" in fails("evaluate", tmp_path / "none", "--task", "reviews")
+    assert "bert model, not of a capsule-head model" in fails("evaluate", backbone, "--task", "reviews")
+    error = fails("evaluate", reviews_model, "--task", "toy_norb")
+    assert error == "error: toy_norb is of images, and the model classifies texts; expected a task of texts."
+    assert "--task" in fails("evaluate", reviews_model)
+
+
+def test_a_file_of_texts_is_no_text(call, fails, reviews_model, tmp_path):
+    file = tmp_path / "reviews.txt"
+    file.write_text("good food\na long film\n")
+    said = (
+        f"{file} is a file, and the model classifies texts; expected a text: pass the lines of a file by standard input"
+    )
+    assert said in fails("predict", reviews_model, "good", file)
+    assert said in fails("explain", reviews_model, file)
+    status, out, _ = call("predict", reviews_model, stdin=file.read_text())
+    assert (status, len(out.splitlines())) == (0, 2)
+
+
+def test_mistakes_in_prediction(fails, backbone, tmp_path):
+    assert f"{tmp_path}/none" in fails("predict", tmp_path / "none", "a text")
+    assert "bert model, not of a capsule-head model" in fails("predict", backbone, "a text")
+    assert "model" in fails("predict")
+
+
+def test_a_damaged_model(fails, reviews_model, tmp_path):
+    shutil.copytree(reviews_model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for arguments in (["predict", tmp_path / "model", "a text"], ["evaluate", tmp_path / "model", *OF_TEST]):
+        assert f"The weights in {tmp_path}/model cannot be read: a file is damaged" in fails(*arguments)

@@ -1,0 +1,139 @@
+import math
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from capsule_heads import CapsuleHeadForSequenceClassification
+from capsule_heads.tasks import get_task
+from capsule_heads.training.run import (
+    DataArguments,
+    ModelArguments,
+    build_model,
+    check_cache_options,
+    check_labels_match,
+    describe_head,
+    evaluation_splits,
+    windows_for,
+)
+
+REVIEWS = get_task("reviews")
+SMALL = {"d_inp": 8, "n_parts": 4}
+
+
+def labelled(values, names=("no", "yes")):
+    feature = Value("float32") if names is None else ClassLabel(names=list(names))
+    columns = {"text": ["good"] * len(values), "label": values}
+    return Dataset.from_dict(columns, features=Features({"text": Value("string"), "label": feature}))
+
+
+def test_build_model_for_classes(bert):
+    arguments = ModelArguments(bert, layers=[0, -1], freeze_backbone=False, mixup_alpha=0.5)
+    model = build_model(REVIEWS, arguments, SMALL, labelled([0, 1], ["no", "yes"]))
+    config = model.config
+    assert config.id2label == {0: "no", 1: "yes"}
+    assert config.label2id == {"no": 0, "yes": 1}
+    assert config.layers == [0, 2]
+    assert (config.d_inp, config.n_parts, config.freeze_backbone, config.mixup_alpha) == (8, 4, False, 0.5)
+    assert config.base_model_name_or_path == bert
+    assert model.head.routings[1].n_out == 2
+
+
+def test_build_model_for_numbers(bert):
+    model = build_model(REVIEWS, ModelArguments(bert), SMALL, labelled([1.0, 2.0, 6.0], names=None))
+    assert model.config.problem_type == "regression"
+    assert model.config.label_mean == pytest.approx(3.0)
+    assert model.config.label_std == pytest.approx(math.sqrt(14 / 3))
+
+
+def test_every_option_of_the_model_reaches_it(bert):
+    options = {
+        "layers": [1],
+        "head_type": "linear",
+        "mixup_alpha": 0.3,
+        "class_weights": [1.0, 3.0],
+        "freeze_backbone": False,
+    }
+    arguments = ModelArguments(bert, **options)
+    assert set(vars(arguments)) == {"backbone", "backbone_revision", *options}
+    config = build_model(REVIEWS, arguments, {"pooling": "last"}, labelled([0, 1])).config
+    assert {name: getattr(config, name) for name in options} == options
+    assert config.pooling == "last"
+
+
+def test_a_head_refuses_the_options_of_another(bert):
+    arguments = ModelArguments(bert, head_type="linear")
+    with pytest.raises(ValueError, match=r'n_iters is 2, and head_type="linear" has no such option; expected one of'):
+        build_model(REVIEWS, arguments, {"n_iters": 2}, labelled([0, 1]))
+
+
+def test_what_tells_heads_apart():
+    assert describe_head(ModelArguments("x"), {}) == ""
+    given = {"n_iters": 2, "d_inp": 64, "strategy": "reference"}  # the second is the default, the third changes nothing
+    arguments = ModelArguments("x", layers=[0, -1], freeze_backbone=False, mixup_alpha=0.2, class_weights=[1.0, 2.0])
+    found = describe_head(arguments, given)
+    assert found == "layers=[0, -1], n_iters=2, mixup_alpha=0.2, class_weights=[1.0, 2.0]"
+    with pytest.raises(TypeError, match="linear heads have no option n_iters; expected one of pooling"):
+        describe_head(ModelArguments("x", head_type="linear"), given)
+    with pytest.raises(ValueError, match=r"head_type is 'cube'; expected one of token_depth, "):
+        describe_head(ModelArguments("x", head_type="cube"), {})
+
+
+def test_windows_of_texts(bert):
+    tokenizer = REVIEWS.load_processor(bert)  # its BERT takes 32 tokens
+    assert windows_for(DataArguments("reviews"), REVIEWS, tokenizer) == {}
+    fields = windows_for(DataArguments("reviews", window_overlap=4), REVIEWS, tokenizer)
+    assert fields == {"window_length": 32, "window_overlap": 4, "window_special_tokens": [1, 1]}
+    model = build_model(REVIEWS, ModelArguments(bert), SMALL, labelled([0, 1]), **fields)
+    assert model.config.windowing == (32, 4, 1, 1)
+    shorter = windows_for(DataArguments("reviews", window_overlap=4, window_length=16), REVIEWS, tokenizer)
+    assert shorter == {**fields, "window_length": 16}
+
+
+def test_windows_that_make_no_sense(bert):
+    toys = get_task("toy_norb")
+    with pytest.raises(ValueError, match="window_length needs window_overlap"):
+        windows_for(DataArguments("reviews", window_length=16), REVIEWS, REVIEWS.load_processor(bert))
+    with pytest.raises(ValueError, match="window_overlap is for texts, and toy_norb is of images"):
+        windows_for(DataArguments("toy_norb", window_overlap=16), toys, toys.load_processor("new:stereo_conv"))
+
+
+def test_evaluation_splits():
+    splits = DatasetDict(
+        train=labelled([0, 1]),
+        validation_matched=labelled([0, 1]),
+        validation_mismatched=labelled([1, 1]),
+        test_matched=labelled([-1, -1]),
+        test_mismatched=labelled([-1, 1]),
+    )
+    assert list(evaluation_splits(splits, "validation")) == ["validation_matched", "validation_mismatched"]
+    assert list(evaluation_splits(splits, "test")) == ["test_mismatched"]
+    numbers = DatasetDict(validation=labelled([0.0, 5.0], None), test=labelled([math.nan] * 2, None))
+    assert list(evaluation_splits(numbers, "validation")) == ["validation"]
+    assert evaluation_splits(numbers, "test") == {}
+
+
+def test_check_labels_match(bert):
+    def model(labels):
+        return build_model(REVIEWS, ModelArguments(bert), SMALL, labels)
+
+    classes, numbers = labelled([0, 1]), labelled([0.5, 1.0], None)
+    assert isinstance(model(classes), CapsuleHeadForSequenceClassification)
+    check_labels_match(model(classes), classes)
+    check_labels_match(model(numbers), numbers)
+    with pytest.raises(
+        ValueError, match=r"for \['no', 'yes'\], and the dataset has \['yes', 'no'\]; expected the same"
+    ):
+        check_labels_match(model(classes), labelled([0, 1], ["yes", "no"]))
+    with pytest.raises(ValueError, match=r"for \['no', 'yes'\], and the dataset has numbers"):
+        check_labels_match(model(classes), numbers)
+    with pytest.raises(ValueError, match=r"for numbers, and the dataset has \['no', 'yes'\]"):
+        check_labels_match(model(numbers), classes)
+
+
+def test_a_cache_is_kept_on_the_device_only_where_it_can_be():
+    check_cache_options(DataArguments("reviews", cache_hidden_states=True, cache_on_device=True), n_workers=0)
+    check_cache_options(DataArguments("reviews", cache_hidden_states=True), n_workers=2)
+    with pytest.raises(ValueError, match=r"cache_on_device is true and cache_hidden_states is false; .* to true\."):
+        check_cache_options(DataArguments("reviews", cache_on_device=True), n_workers=0)
+    with pytest.raises(ValueError, match="dataloader_num_workers is 2; cache_on_device expects 0"):
+        check_cache_options(DataArguments("reviews", cache_hidden_states=True, cache_on_device=True), n_workers=2)
