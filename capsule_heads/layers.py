@@ -26,13 +26,13 @@ class Routing(nn.Module):
         n_inp: number of inputs, each with weights of its own; None for any number with shared weights.
         n_out: number of outputs, each with weights of its own; None to pass it at each call.
         n_iters: iterations of the algorithm.
-        single_beta: use `beta_use` in the place of `beta_ign` too; the layer then has no `beta_ign`.
+        single_beta: use `beta_use` instead of `beta_ign` too; the layer then has no `beta_ign`.
         p_model: "gaussian" or "skm" (soft k-means).
         eps: added to counts of data and to variances.
         strategy: how to compute it, "auto" or one of `ops.STRATEGIES`; all give the same function.
 
     Raises:
-        ValueError: for a size that is not a positive whole number, or an unknown option.
+        ValueError: If a size is not a positive whole number, or an option is unknown.
 
     Example:
         >>> routing = Routing(d_cov=4, d_inp=4, d_out=4, n_inp=100, n_out=10)
@@ -55,8 +55,8 @@ class Routing(nn.Module):
         super().__init__()
         for name, size in (("d_cov", d_cov), ("d_inp", d_inp), ("d_out", d_out)):
             check_size(name, size)
-        for name, size in (("n_inp", n_inp), ("n_out", n_out)):
-            check_size(name, size, or_none="variable")
+        for name, number in (("n_inp", n_inp), ("n_out", n_out)):
+            check_size(name, number, or_none="variable")
         if not isinstance(single_beta, bool):
             raise ValueError(f"single_beta is {single_beta!r}; expected True or False.")
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
@@ -74,25 +74,25 @@ class Routing(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws `W` anew and sets every other parameter to zero."""
+        """Draw `W` again and set every other parameter to zero."""
         nn.init.normal_(self.W, std=1.0 / self.d_inp)
         for parameter in (self.B, self.B_brk, self.beta_use, self.beta_ign):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
     def credits(self, a_inp: Tensor, R: Tensor) -> Tensor:
-        """What each input adds to the score of each output: data used times its benefit, less data ignored its cost.
+        """Return what each input adds to each output's score: the benefit of data used, less the cost of data ignored.
 
         Args:
             a_inp: `[...i]`, input scores, as logits.
             R: `[...ij]`, the routing probabilities that `forward` returns with them.
 
         Returns:
-            `[...ij]`, in logits: their sum over `i` is `a_out [...j]`, exactly so, up to rounding.
+            `[...ij]`, in logits: their sum over `i` is `a_out [...j]`, up to rounding.
         """
         f_inp = a_inp.to(R.dtype).sigmoid().unsqueeze(-1)  # [...i1]
         D_use = f_inp * R
-        beta_ign = self.beta_use if self.single_beta else self.beta_ign
+        beta_ign = self.beta_use if self.beta_ign is None else self.beta_ign
         return self.beta_use * D_use - beta_ign * (f_inp - D_use)
 
     def forward(
@@ -103,22 +103,22 @@ class Routing(nn.Module):
         return_R: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, ...]:
-        """Routes.
+        """Route inputs to outputs.
 
         Args:
             a_inp: `[...i]`, input scores, as logits; `-inf` masks an input.
             mu_inp: `[...icd]`, input capsules.
             n_out: number of outputs, only where it was not fixed at construction; default, the number of inputs.
             return_R: whether to return the routing probabilities too.
-            group: processes that each hold a share of the inputs, as in `ops.route`; `n_out` then has no default.
+            group: processes that each hold some of the inputs, as in `ops.route`; `n_out` then has no default.
 
         Returns:
             `a_out [...j]` (logits), `mu_out [...jch]` (means), `sig2_out [...jch]` (variances) and, with `return_R`,
             `R [...ij]` (probabilities), in float32 or wider.
 
         Raises:
-            ValueError: for shapes that do not fit the layer, or an `n_out` where it is fixed.
-            TypeError: for what is no tensor, or complex.
+            ValueError: If shapes do not fit the layer, or `n_out` is passed where it is fixed.
+            TypeError: If an input is not a tensor, or complex.
         """
         if not isinstance(a_inp, Tensor) or not isinstance(mu_inp, Tensor):
             raise TypeError(f"a_inp is {type(a_inp).__name__} and mu_inp {type(mu_inp).__name__}; expected tensors.")
@@ -171,6 +171,6 @@ class Routing(nn.Module):
         return self.B + self.B_brk * position[:, None, None]
 
     def extra_repr(self) -> str:
-        """The constructor's arguments, for `print(layer)`."""
+        """Return the constructor's arguments, for `print(layer)`."""
         names = ("d_cov", "d_inp", "d_out", "n_inp", "n_out", "n_iters", "single_beta", "p_model", "eps", "strategy")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -8,11 +8,11 @@ from torch.distributions import Beta
 
 
 def draw_mixup(n_samples: int, alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draws, for each sample of a batch, a partner from the batch and the share that it keeps of itself.
+    """Draw, for each sample of a batch, a partner from the batch and the fraction of itself that it keeps.
 
     Args:
         n_samples: batch size.
-        alpha: both parameters of the Beta distribution of the shares.
+        alpha: both parameters of the Beta distribution of the fractions.
         device: where to put the result. The draws come from torch's generator of the CPU: the same on every device, and
             nothing waits for one.
 
@@ -20,18 +20,18 @@ def draw_mixup(n_samples: int, alpha: float, device: torch.device) -> tuple[Tens
         `ratio [batch]`, float32 in [0, 1], and `partner [batch]`, a permutation of the batch's indices.
     """
     concentration = torch.full((n_samples,), float(alpha))
-    drawn = Beta(concentration, concentration).sample(), torch.randperm(n_samples)
+    ratio, partner = Beta(concentration, concentration).sample(), torch.randperm(n_samples)
     if device.type != "cuda" or torch.compiler.is_compiling():
-        return tuple(x.to(device) for x in drawn)
-    return tuple(x.pin_memory().to(device, non_blocking=True) for x in drawn)
+        return ratio.to(device), partner.to(device)
+    return ratio.pin_memory().to(device, non_blocking=True), partner.pin_memory().to(device, non_blocking=True)
 
 
 def mix(tensor: Tensor, ratio: Tensor, partner: Tensor) -> Tensor:
-    """Mixes each sample with its partner: `ratio * tensor + (1 - ratio) * tensor[partner]`.
+    """Mix each sample with its partner: `ratio * tensor + (1 - ratio) * tensor[partner]`.
 
     Args:
         tensor: `[batch, ...]`, floating point.
-        ratio: `[batch]`, the share of itself that each sample keeps.
+        ratio: `[batch]`, the fraction of itself that each sample keeps.
         partner: `[batch]`, the index of each sample's partner.
 
     Returns:

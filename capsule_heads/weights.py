@@ -1,4 +1,4 @@
-"""A module's weights as plain tensors, whatever they are kept as, and whether they are still the same."""
+"""A module's weights as plain tensors, whatever they are kept as, and a check that they are still the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ N_SAMPLED = 64  # numbers of each weight
 
 
 def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all weights and buffers; of a quantised one, the tensors that it is made of."""
+    """Yield names and values of all weights and buffers; of a quantised one, the tensors that it is made of."""
     for name, x in module.state_dict().items():
         yield from _plain(name, x)
 
@@ -29,7 +29,7 @@ def _plain(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def sample_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of some numbers out of every weight and buffer, which tell whether training or merging changed any since.
+    """Return copies of some numbers of every weight and buffer, which show whether training or merging changed any.
 
     Those on the meta device, which have no numbers, are left out.
     """
@@ -38,9 +38,9 @@ def sample_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def same_weights(module: nn.Module, sample: dict[str, Tensor]) -> bool:
-    """Whether a module has the weights that a sample is of, up to a cast to another dtype.
+    """Return whether a module still has the weights of a sample, up to a cast to another dtype.
 
-    Those that it has under other names by now, as when they are split over processes, are not compared.
+    Weights that have other names by now, as when they are split over processes, are not compared.
     """
     found = sample_weights(module)
     return all(torch.equal(found[name], x.to(found[name].dtype)) for name, x in sample.items() if name in found)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from configurations import small
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from capsule_heads import CapsuleHeadForSequenceClassification
@@ -39,7 +40,6 @@ BACKBONES = {
     "roberta": {**COMMON, "pad_token_id": 1},
     "xglm": {**COMMON, "d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 24},
 }
-HEAD = {"d_inp": 8, "n_parts": 6}
 
 
 def pytest_generate_tests(metafunc):
@@ -93,7 +93,7 @@ def make_model(backbone_dir):
 
     def make(model_type="bert", cls=CapsuleHeadForSequenceClassification, changes=(), seed=0, **kwargs):
         torch.manual_seed(seed)
-        model = cls.from_backbone(backbone_dir(model_type, **dict(changes)), **{**HEAD, "num_labels": 3, **kwargs})
+        model = cls.from_backbone(backbone_dir(model_type, **dict(changes)), **small(**{"num_labels": 3, **kwargs}))
         for name, child in model.named_children():
             if name != "backbone":
                 _shake(child, seed)

@@ -28,7 +28,7 @@ from capsule_heads.ops import STRATEGIES, route
 from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 
 DEVICE = "cuda"
-ON_CUDA = ("auto", *(name for name in STRATEGIES if name != "numba"))  # numba's kernels are the CPU's
+ON_CUDA = ("auto", *(name for name in STRATEGIES if name != "cpu"))
 N_LABELS, N_EXAMPLES, N_TOKENS = 3, 12, 9
 HEAD = {"num_labels": N_LABELS, "d_inp": 8, "n_parts": 6}
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "film", "plot", "is", "was", "good", "bad", "not", "dull"]

@@ -14,7 +14,7 @@ DESCRIPTION = (
 
 def make_parser(prog: str) -> OneLineParser:
     """Return the parser of options."""
-    from ..paper.convert import NETWORKS
+    from ..paper.checkpoints import NETWORKS
 
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("state_dict", help="File of the original project.")
@@ -25,7 +25,7 @@ def make_parser(prog: str) -> OneLineParser:
 
 def run(options: argparse.Namespace) -> None:
     """Convert a state dict, and print where to."""
-    from ..paper.convert import convert_checkpoint
+    from ..paper.checkpoints import convert_checkpoint
 
     with one_line_errors(OSError, ValueError):
         convert_checkpoint(options.state_dict, options.network, options.output)

@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 HUB_REPOSITORY = "nyu-mll/glue"  # the Parquet version: datasets >= 4 runs no dataset scripts
 
@@ -40,7 +42,7 @@ class GlueTask:
 
     @property
     def is_pair(self) -> bool:
-        """Whether an example is a pair of texts."""
+        """True for a task on pairs of texts."""
         return len(self.hub_columns) == 2
 
     @property
@@ -54,6 +56,8 @@ class GlueTask:
     @property
     def features(self) -> datasets.Features:
         """The columns that `load_glue` returns."""
+        import datasets
+
         texts = {name: datasets.Value("string") for name in ("text", "text_pair")[: len(self.hub_columns)]}
         if self.label_names is None:
             return datasets.Features({**texts, "label": datasets.Value("float32")})
@@ -134,13 +138,13 @@ GLUE_TASKS: Mapping[str, GlueTask] = {
 
 
 def load_glue(task: str, source: str | os.PathLike[str] | None = None) -> datasets.DatasetDict:
-    """Loads one GLUE task.
+    """Load one GLUE task.
 
     The columns are `text`, `text_pair` (for tasks with two texts) and `label`: a `ClassLabel` with the names and the
     order of the Hub, or a float32 score for STS-B. The label is -1 (NaN for STS-B) where a test split is unlabelled.
 
     Warning: The validation split of GLUE's SST-2 is not the test set of root sentences of the Stanford Sentiment
-    Treebank, and an accuracy on it is no SST-2/R accuracy: its 872 sentences are the root sentences of the Treebank's
+    Treebank. An accuracy on it is not an SST-2/R accuracy: its 872 sentences are the root sentences of the Treebank's
     dev set. `capsule_heads.data.sst.load_sst(fine_grained=False)` has the 1,821 of SST-2/R.
 
     Args:
@@ -167,6 +171,8 @@ def load_glue(task: str, source: str | os.PathLike[str] | None = None) -> datase
 
 
 def _load_hub(name: str, task: GlueTask) -> datasets.DatasetDict:
+    import datasets
+
     try:
         loaded = datasets.load_dataset(HUB_REPOSITORY, name)
     except (OSError, datasets.exceptions.DatasetsError) as error:
@@ -196,6 +202,8 @@ def _unlabelled_score_to_nan(example: dict) -> dict:
 
 
 def _load_directory(name: str, task: GlueTask, directory: Path) -> datasets.DatasetDict:
+    import datasets
+
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory; give the directory with {name}'s TSV files "
@@ -214,6 +222,8 @@ def _load_directory(name: str, task: GlueTask, directory: Path) -> datasets.Data
 
 
 def _read_file(path: Path, task: GlueTask, is_test: bool) -> datasets.Dataset:
+    import datasets
+
     rows = _read_rows(path)
     header = next(rows)[1] if task.headerless is None or is_test else task.headerless
     text_columns = [_find_column(header, names, path) for names in task.file_columns]
@@ -234,7 +244,7 @@ def _read_file(path: Path, task: GlueTask, is_test: bool) -> datasets.Dataset:
 
 
 def _read_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields where a line stands, for error messages, and its fields.
+    """Yield where a line is, for error messages, and its fields.
 
     Splitting by hand is csv.QUOTE_NONE without its limit on a field's size, and keeps one row to a line.
     """

@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
-import datasets.config
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..models.base import CapsuleHeadPreTrainedModel
 from ..weights import plain_weights
 from .state_file import ABOUT, StateFile, gigabytes
 
-# What a configuration says of where the backbone comes from, not of what it computes.
+if TYPE_CHECKING:
+    import datasets
+
+# The fields of a configuration that name the backbone, and change nothing that it computes.
 NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
 
 TOKENS_AT_ONCE = 10_000  # that are copied to a device
@@ -37,8 +40,8 @@ class CapsuleCollator(DataCollatorWithPadding):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Returns what the model takes: `input_ids ...`, or `hidden_states` and `attention_mask`; and `labels`."""
+    def __call__(self, features: list[dict[str, Any]]) -> Mapping[str, Tensor]:  # type: ignore[override]  # wider: cached
+        """Return what the model takes: `input_ids ...`, or `hidden_states` and `attention_mask`; and `labels`."""
         if "hidden_states" not in features[0]:
             return super().__call__(features)
         states = [feature["hidden_states"] for feature in features]
@@ -59,7 +62,7 @@ class _Batch(dict):
 
 
 def _pad(states: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
-    """Return `[texts, longest, layers, width]`, zero behind each text."""
+    """Return `[texts, longest, layers, hidden_size]`, zero behind each text."""
     shape = len(states), int(lengths.max()), *states[0].shape[1:]
     # In a process that uses a GPU, straight to memory that it copies from: a data loader need not copy it once more.
     padded = torch.empty(shape, dtype=torch.float16, pin_memory=torch.cuda.is_initialized())
@@ -70,7 +73,7 @@ def _pad(states: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
 
 
 def _pad_on_device(states: Sequence[Tensor], lengths: np.ndarray) -> Tensor:
-    """Return what `_pad` does, of states on one device: by few launches, and without waiting for the device."""
+    """Return the same as `_pad`, of states on one device, by few launches and without waiting for the device."""
     if torch.utils.data.get_worker_info() is not None and states[0].device.type != "cpu":
         raise ValueError(
             f"The hidden states are on {states[0].device}, which worker processes of a data loader cannot share; set "
@@ -78,8 +81,8 @@ def _pad_on_device(states: Sequence[Tensor], lengths: np.ndarray) -> Tensor:
         )
     packed = torch.cat([*states, states[0].new_zeros(1, *states[0].shape[1:])])  # the last one is for padding
     starts, positions = np.cumsum(lengths) - lengths, np.arange(lengths.max())
-    index = np.where(positions < lengths[:, None], starts[:, None] + positions, len(packed) - 1)
-    index = torch.from_numpy(index.reshape(-1)).to(packed.device, non_blocking=True)
+    rows = np.where(positions < lengths[:, None], starts[:, None] + positions, len(packed) - 1)
+    index = torch.from_numpy(rows.reshape(-1)).to(packed.device, non_blocking=True)
     return packed.index_select(0, index).unflatten(0, (len(states), len(positions)))
 
 
@@ -89,19 +92,19 @@ class HiddenStateCache(Dataset):
     They are computed once, and any later run on the same texts and the same backbone, at the same layers, finds them,
     whatever its head and labels are. A folder is keyed on the backbone's weights (not on their name or revision: those
     may move) and configuration, their dtype, the layers, and the tokens. Texts with the same tokens are computed and
-    stored once. When the computation is killed, the next one goes on where it was. Several processes may ask for the
-    same states at once: one computes, the others wait.
+    stored once. A computation that is killed is resumed by the next. Several processes may ask for the same states at
+    once: one computes, the others wait.
 
-    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, width]` (float16, without
-    padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of them. States are read
-    when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in memory.
-    `CapsuleTrainer` groups them by length; transformers' own Trainer does that with its own datasets only, and needs
-    `train_sampling_strategy="random"` here.
+    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, hidden_size]` (float16,
+    without padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of them. States
+    are read when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in
+    memory. `CapsuleTrainer` groups them by length. transformers' own Trainer does that with its own datasets only, and
+    needs `train_sampling_strategy="random"` here.
 
     `to(device)` keeps them on a GPU, or in memory. Batches are then made there: no states are read or copied in a step.
 
-    It takes `2 * layers * width` bytes of disk a token: see `estimate`. To have a cache of several datasets at once
-    (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
+    It takes `2 * layers * hidden_size` bytes of disk a token: see `estimate`. To have a cache of several datasets at
+    once (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
 
     Args:
         dataset: tokenized, as `tokenize` returns it.
@@ -116,9 +119,9 @@ class HiddenStateCache(Dataset):
         n_unique: number of different texts.
 
     Raises:
-        ValueError: if the backbone is not frozen, or its states exceed half precision or differ in width or tokens by
-            layer; or for a cache that was cut short, or is of something else: says what to delete.
-        OSError: if there is not enough disk; says how much there is, and how much it takes.
+        ValueError: If the backbone is not frozen; if its states exceed half precision, or differ in hidden size or
+            tokens by layer; or if a cache was cut short, or is of something else.
+        OSError: If there is not enough disk.
 
     Example:
         >>> train = HiddenStateCache(tokenized["train"], model, tokenizer)
@@ -128,32 +131,37 @@ class HiddenStateCache(Dataset):
     def __init__(
         self,
         dataset: datasets.Dataset,
-        model: torch.nn.Module,
+        model: CapsuleHeadPreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         cache_dir: str | os.PathLike[str] | None = None,
         batch_tokens: int = 2048,
     ) -> None:
-        _check_arguments(model, tokenizer)
+        backbone = _frozen_backbone(model, tokenizer)
         names = _input_names(dataset, tokenizer)
         texts = _find_texts(dataset, names)
         if cache_dir is None:
-            cache_dir = Path(datasets.config.HF_DATASETS_CACHE, "capsule_heads")
-        key = _key(model, tokenizer, names, texts)
+            from datasets.config import HF_DATASETS_CACHE
+
+            cache_dir = Path(HF_DATASETS_CACHE, "capsule_heads")
+        key = _key(model, backbone, tokenizer, names, texts)
         file = StateFile(Path(cache_dir).expanduser(), key, texts.ends, _token_shape(model))
         if not file.is_complete():
             rows = dataset.with_format(None).select_columns(names).select(texts.rows)
             _compute(file, rows, model, CapsuleCollator(tokenizer), batch_tokens)
         self.folder, self.n_bytes, self.n_unique = file.folder, file.n_bytes, len(texts.rows)
-        self._file, self._states = file, None
+        self._file = file
+        self._states: np.ndarray | Tensor | None = None  # opened when a row is read
         self._ends, self._lengths = texts.ends[texts.indices], texts.lengths
         self._labels = dataset.with_format("numpy")["labels"][:] if "labels" in dataset.column_names else None
 
     @staticmethod
-    def estimate(dataset: datasets.Dataset, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Bytes of disk that the cache takes, found out from the lengths of texts alone.
+    def estimate(
+        dataset: datasets.Dataset, model: CapsuleHeadPreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> int:
+        """Return the bytes of disk that the cache takes, found out from the lengths of texts alone.
 
         Raises:
-            ValueError: if the hidden states differ in width.
+            ValueError: If the hidden states differ in hidden size.
         """
         texts = _find_texts(dataset, _input_names(dataset, tokenizer))
         return StateFile(Path(), {}, texts.ends, _token_shape(model)).n_bytes
@@ -189,19 +197,19 @@ class HiddenStateCache(Dataset):
 
     @property
     def column_names(self) -> list[str]:
-        """What a row has."""
+        """The columns of a row."""
         return ["hidden_states", "length"] + ["labels"] * (self._labels is not None)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: int | str) -> Any:
-        """A row by its number; or `length` or `labels` of all rows by that name, as a list."""
+        """Return a row by its number; or `length` or `labels` of all rows by that name, as a list."""
         if isinstance(index, str):
-            columns = {"length": self._lengths, "labels": self._labels}
-            if columns.get(index) is None:
+            column = {"length": self._lengths, "labels": self._labels}.get(index)
+            if column is None:
                 raise KeyError(f"No column {index!r} in memory; there are {', '.join(self.column_names[1:])}.")
-            return columns[index].tolist()
+            return column.tolist()
         if self._states is None:
             self._states = self._file.open()
         end, length = self._ends[index], self._lengths[index]
@@ -220,17 +228,23 @@ def _free_memory(device: torch.device) -> int | None:
     return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else None
 
 
-def _check_arguments(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def _frozen_backbone(model: CapsuleHeadPreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the backbone whose hidden states can be cached.
+
+    Raises:
+        ValueError: If there is none, it is not frozen, or there is no tokenizer.
+    """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"{type(tokenizer).__name__} is no tokenizer; the cache of hidden states is for texts.")
+        raise ValueError(f"{type(tokenizer).__name__} is not a tokenizer; the cache of hidden states is for texts.")
     if model.backbone is None:
         raise ValueError("This model has no backbone to compute hidden states with; load it with load_backbone=True.")
     if not model.config.freeze_backbone or any(x.requires_grad for x in model.backbone.parameters()):  # adapters
         raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
+    return model.backbone
 
 
 def _input_names(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The columns that the backbone gets."""
+    """Return the columns that the backbone gets."""
     names = [name for name in tokenizer.model_input_names if name in dataset.column_names]
     if not names:
         raise ValueError(
@@ -240,19 +254,18 @@ def _input_names(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) 
     return names
 
 
-def _token_shape(model: torch.nn.Module) -> tuple[int, int]:
-    """Depths and width of a token's states."""
-    widths = [model.config.hidden_sizes[layer] for layer in model.config.layers]
-    if len(set(widths)) > 1:
+def _token_shape(model: CapsuleHeadPreTrainedModel) -> tuple[int, int]:
+    """Return the number of layers and the hidden size of a token's states."""
+    sizes = [model.config.hidden_sizes[layer] for layer in model.config.layers]
+    if len(set(sizes)) > 1:
         raise ValueError(
-            f"The hidden states at the layers in use have the widths {widths}; the cache expects one width. Train "
-            "without it."
+            f"The layers in use have the hidden sizes {sizes}; the cache expects the same for all. Train without it."
         )
-    return len(widths), widths[0]
+    return len(sizes), sizes[0]
 
 
 class _Texts(NamedTuple):
-    """What is different to the backbone among a dataset's rows.
+    """The different texts among a dataset's rows.
 
     Attributes:
         rows: `[texts]`, the first row with each text, shortest first, in an order that follows from the texts alone.
@@ -274,7 +287,7 @@ class _Texts(NamedTuple):
 
 def _find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> _Texts:
     first_rows: dict[tuple[int, bytes], int] = {}
-    texts = []
+    texts: list[tuple[int, bytes]] = []
     for batch in dataset.with_format(None).select_columns(list(names)).iter(1000):
         for values in zip(*(batch[name] for name in names)):
             inputs = dict(zip(names, values))
@@ -297,22 +310,26 @@ def _find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> _Texts:
 
 
 def _key(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], texts: _Texts
+    model: CapsuleHeadPreTrainedModel,
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    texts: _Texts,
 ) -> dict[str, Any]:
-    """All that the hidden states depend on; of the tokenizer, that is the tokens."""
+    """Return all that the hidden states depend on; of the tokenizer, that is the tokens."""
     base_config = model.config.base_config
     config = {name: value for name, value in base_config.to_dict().items() if name not in NAMES_OF_BACKBONE}
     weights = hashlib.sha256()  # they alone say nothing of, for example, the number of heads
-    for name, tensor in plain_weights(model.backbone):
+    for name, tensor in plain_weights(backbone):
         weights.update(f"{name} {tensor.dtype} ".encode())
-        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return {
         "backbone_type": base_config.model_type,
         "backbone_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "backbone_weights": weights.hexdigest(),
-        "backbone_dtype": str(model.backbone.dtype),
+        "backbone_dtype": str(backbone.dtype),
         "layers": list(model.config.layers),
-        "width": _token_shape(model)[1],
+        "hidden_size": _token_shape(model)[1],
         "dtype": "float16",
         "inputs": list(names),
         **({} if model.config.windowing is None else {"windows": list(model.config.windowing)}),
@@ -328,9 +345,13 @@ def _key(
 
 
 def _compute(
-    file: StateFile, texts: datasets.Dataset, model: torch.nn.Module, collator: CapsuleCollator, batch_tokens: int
+    file: StateFile,
+    texts: datasets.Dataset,
+    model: CapsuleHeadPreTrainedModel,
+    collator: CapsuleCollator,
+    batch_tokens: int,
 ) -> None:
-    """Computes what is not in the file yet, of texts in order of length."""
+    """Compute the states that are not in the file yet, of texts in order of length."""
     with file.writing() as unfinished:
         if unfinished is None:
             return
@@ -350,20 +371,20 @@ def _compute(
                 batch = texts[start:stop]
                 inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())])
                 try:
-                    states = _half_states(model, inputs.to(model.device), int(lengths[start:stop].sum()))
+                    states = _half_states(model, inputs, int(lengths[start:stop].sum()))
                 except ValueError:
                     target.truncate(0)  # nobody will ever finish it
                     raise
-                target.write(memoryview(states).cast("B"))
+                target.write(states.data.cast("B"))
                 target.flush()  # to the system, which keeps it when this process is killed
                 progress.update(len(states))
                 start = stop
 
 
 @torch.inference_mode()  # what it makes never meets autograd: it goes to disk
-def _half_states(model: torch.nn.Module, inputs: dict[str, Tensor], n_tokens: int) -> np.ndarray:
-    """A batch's states `[tokens, layers, width]`, in half precision, without padding, one text after another."""
-    states, masks = model.compute_hidden_states(**inputs)
+def _half_states(model: CapsuleHeadPreTrainedModel, inputs: Mapping[str, Tensor], n_tokens: int) -> np.ndarray:
+    """Return a batch's states `[tokens, layers, hidden_size]`, in half precision, without padding."""
+    states, masks = model.compute_hidden_states(**{name: x.to(model.device) for name, x in inputs.items()})
     mask = masks[0].bool()
     if any(not torch.equal(other.bool(), mask) for other in masks[1:]) or mask.sum() != n_tokens:
         raise ValueError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import io
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from PIL import Image, ImageOps
-from torch import Tensor
-from transformers import BaseImageProcessor
+
+from .splits import made_when_read, with_validation
+
+if TYPE_CHECKING:
+    import datasets
+    from torch import Tensor
+    from transformers import BaseImageProcessor
 
 # Where a task's images are on the Hub (None: only where the caller says), and its columns of images and labels.
 IMAGE_DATASETS = {
@@ -20,15 +23,14 @@ IMAGE_DATASETS = {
     "imagenet": ("ILSVRC/imagenet-1k", "image", "label"),
     "image_folder": (None, "image", "label"),
 }
-VALIDATION_SHARE = 0.1  # of the training images, where a dataset has no validation split
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image file, all of it, and turns it as the camera was held.
+    """Read an image file completely, and turn it as the camera was held.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, or a damaged one; naming the file.
+        ValueError: If it is no image, or a damaged one.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is no file; the model classifies images, expected their files.")
@@ -43,7 +45,7 @@ def _read_image(file: str | os.PathLike[str] | io.BytesIO, name: str) -> Image.I
 
 
 def load_images(task: str, source: str | os.PathLike[str] | None = None) -> datasets.DatasetDict:
-    """Loads labelled images.
+    """Load labelled images.
 
     Where a dataset has no validation split, a tenth of the training images of each class are split off, always the
     same ones. A test split without labels (ImageNet's) is left out.
@@ -60,6 +62,8 @@ def load_images(task: str, source: str | os.PathLike[str] | None = None) -> data
         ValueError: If image_folder comes without a source, or the columns are others than expected.
         OSError: If the source does not exist.
     """
+    import datasets
+
     name, image, label = IMAGE_DATASETS[task]
     if source is None and name is None:
         raise ValueError(f"{task} needs a source: a directory with train/CLASS/*.png and the like.")
@@ -72,56 +76,43 @@ def load_images(task: str, source: str | os.PathLike[str] | None = None) -> data
                 f"The split {split} of {source or name} has the columns {', '.join(rows.column_names)}; expected "
                 f"{image} and {label}, or train/CLASS/*.png and the like for two classes or more."
             )
-    if "train" not in splits:
-        raise ValueError(f"{source or name} has the splits {', '.join(splits)}; expected train.")
     splits = splits.select_columns([image, label])
     for old, new in ((image, "image"), (label, "label")):
         splits = splits if old == new else splits.rename_column(old, new)
-    if "validation" not in splits:
-        if min(collections.Counter(splits["train"]["label"][:]).values()) < 2:
-            raise ValueError(
-                f"A class of {source or name} has a single training image, and validation needs one of its own; add "
-                "another, or a split named validation."
-            )
-        parts = splits["train"].train_test_split(VALIDATION_SHARE, seed=0, stratify_by_column="label")
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    splits = with_validation(splits, str(source or name), "image")
     if "test" in splits and set(splits["test"].unique("label")) == {-1}:
         del splits["test"]
     return splits
 
 
 def prepare_images(splits: datasets.DatasetDict, processor: BaseImageProcessor) -> datasets.DatasetDict:
-    """Gives images the two columns that a Trainer takes, `pixel_values` and `labels`, made when they are read.
+    """Give images the two columns that a Trainer takes, `pixel_values` and `labels`, made when they are read.
 
-    An image that cannot be read then is a ValueError that names its file.
+    An image that cannot be read then raises a `ValueError` that names its file.
 
     Args:
         splits: With `image` and `label`.
         processor: The backbone's image processor, which resizes and normalizes.
     """
+    import datasets
+
     process = functools.partial(_process_images, processor)
     files = splits.cast_column("image", datasets.Image(decode=False))  # whose errors would not name them
     return datasets.DatasetDict({name: with_pixel_values(split, process) for name, split in files.items()})
 
 
 def with_pixel_values(split: datasets.Dataset, process: Callable[[list], list[Tensor]]) -> datasets.Dataset:
-    """Gives a split with `image` and `label` the columns `pixel_values` and `labels`.
-
-    They have these names at once, so that `remove_unused_columns` may be on or off; what is in the first is made when
-    it is read.
+    """Give a split with `image` and `label` the columns `pixel_values` and `labels`.
 
     Args:
         split: With `image` and `label`.
-        process: Makes pixel values of a batch of images.
+        process: Makes pixel values of a batch of images, when they are read; a function that can be pickled.
     """
-    split = split.rename_columns({"image": "pixel_values", "label": "labels"})
-    return split.with_transform(functools.partial(_process_batch, process))  # not a closure: workers pickle it
+    return made_when_read(split, "image", "pixel_values", functools.partial(_as_pixel_values, process))
 
 
-def _process_batch(process: Callable[[list], list[Tensor]], batch: dict[str, Any]) -> dict[str, Any]:
-    if "pixel_values" not in batch:  # a column read by itself
-        return batch
-    return {**batch, "pixel_values": process(batch["pixel_values"])}
+def _as_pixel_values(process: Callable[[list], list[Tensor]], images: list) -> dict[str, list[Tensor]]:
+    return {"pixel_values": process(images)}
 
 
 def _process_images(processor: BaseImageProcessor, files: list[dict[str, Any]]) -> list[Tensor]:

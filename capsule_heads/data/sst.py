@@ -13,9 +13,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 STANFORD_URL = "https://nlp.stanford.edu/sentiment/trainDevTestTrees_PTB.zip"
 FINE_GRAINED_NAMES = ["very negative", "negative", "neutral", "positive", "very positive"]
@@ -40,10 +41,10 @@ def load_sst(
     phrases: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.DatasetDict:
-    r"""Loads the Stanford Sentiment Treebank (8,544 / 1,101 / 2,210 trees).
+    r"""Load the Stanford Sentiment Treebank (8,544 / 1,101 / 2,210 trees).
 
     The columns are `text` (tokens separated by single spaces, as in the corpus) and `label` (a `ClassLabel`). The
-    validation and test splits always hold whole sentences ("root" sentences), which is what SST-5/R and SST-2/R
+    validation and test splits always hold complete sentences ("root" sentences), which is what SST-5/R and SST-2/R
     accuracies are measured on.
 
     Distinct phrases: the training phrases are walked sentence by sentence, each tree from its root down and from left
@@ -72,9 +73,11 @@ def load_sst(
     Raises:
         TypeError: If `source` is neither a string nor a path.
         FileNotFoundError: If `source`, or one of the three files in it, does not exist.
-        ConnectionError: If the download fails or does not bring a whole zip file.
+        ConnectionError: If the download fails or does not bring a complete zip file.
         ValueError: If a zip file is damaged, a file is empty or a tree is malformed.
     """
+    import datasets
+
     splits = {}
     for split, (name, payload) in _read_source(source, cache_dir).items():
         all_phrases = phrases and split == "train"
@@ -98,6 +101,8 @@ def _first_of_each_text(examples: Iterable[tuple[str, int]]) -> Iterable[tuple[s
 
 
 def _to_dataset(examples: Iterable[tuple[str, int]], names: list[str]) -> datasets.Dataset:
+    import datasets
+
     rows = list(examples)
     columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
@@ -108,7 +113,7 @@ def _to_dataset(examples: Iterable[tuple[str, int]], names: list[str]) -> datase
 
 
 def _parse_file(name: str, payload: bytes) -> Iterator[list[tuple[str, int]]]:
-    """Yields each line's phrases; `name` says in error messages which file it is."""
+    """Yield each line's phrases; `name` is the file's, for error messages."""
     if not payload.strip():
         raise ValueError(f"{name} is empty; expected one tree a line, such as (3 (2 A) (4 delight)).")
     # Not splitlines(), which also splits at characters that may stand inside a sentence.
@@ -124,10 +129,10 @@ def _parse_file(name: str, payload: bytes) -> Iterator[list[tuple[str, int]]]:
 
 
 def _parse_tree(line: str) -> list[tuple[str, int]]:
-    """Returns the phrases of a tree with their labels, from the root down and from left to right.
+    """Return the phrases of a tree with their labels, from the root down and from left to right.
 
     Raises:
-        ValueError: Says what is wrong with the tree (the caller adds where it stands).
+        ValueError: If the tree is malformed; the caller adds its file and line.
     """
     words: list[str] = []
     nodes: list[list[int]] = []  # label, index of the first word, index after the last word
@@ -195,7 +200,7 @@ def _file_names() -> str:
 
 
 def _locate(exists: Callable[[str], bool], where: str) -> dict[str, str]:
-    """Returns the name of each split's file, all in one folder."""
+    """Return the name of each split's file, all in one folder."""
     for folder in ("", "trees/"):
         found = {split: folder + file for split, file in _SPLIT_FILES.items() if exists(folder + file)}
         if found:
@@ -216,13 +221,15 @@ def _read_zip(file: str | os.PathLike[str] | IO[bytes], where: str) -> dict[str,
             files = _locate(lambda name: name in names, where)
             return {split: (f"{name} in {where}", archive.read(name)) for split, name in files.items()}
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{where} is not a whole zip file ({error}); delete it and fetch it again.") from error
+        raise ValueError(f"{where} is not a complete zip file ({error}); delete it and fetch it again.") from error
 
 
 def _download(url: str, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Returns the path of the zip file at `url`, downloading it unless the cache has it."""
+    """Return the path of the zip file at `url`, downloading it unless the cache has it."""
     if cache_dir is None:
-        folder = Path(datasets.config.HF_CACHE_HOME) / "capsule_heads"
+        from datasets.config import HF_CACHE_HOME
+
+        folder = Path(HF_CACHE_HOME) / "capsule_heads"
     else:
         folder = Path(cache_dir).expanduser()
     target = folder / f"sst-{hashlib.sha256(url.encode()).hexdigest()[:16]}.zip"
@@ -237,7 +244,7 @@ def _download(url: str, cache_dir: str | os.PathLike[str] | None) -> Path:
             f"Could not download SST from {url} ({error}); fetch it in another way and give source= a local directory "
             f"with {_file_names()}, or a zip file with them."
         ) from error
-    # Checked before it gets its name, and renamed whole: no other process sees a part of it.
+    # Checked before it gets its name, and renamed when complete: no other process sees a part of it.
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{target.name}.{uuid.uuid4().hex}.part"
     try:

@@ -1,4 +1,4 @@
-"""A folder with hidden states in one half-precision file, written once, and what they are the states of."""
+"""A folder with hidden states in one half-precision file, written once, and the key of what they depend on."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class StateFile:
 
     Args:
         cache_dir: the folder of all such folders.
-        key: what the states depend on, as JSON has it; under "about" what it is good to know beside that.
+        key: what the states depend on, as JSON; under "about" are facts that are not compared.
         ends: `[texts]`, the token at which each text ends, counted through all texts.
-        token_shape: layers and width of a token's states.
+        token_shape: number of layers and hidden size of a token's states.
     """
 
     cache_dir: Path
@@ -45,7 +45,7 @@ class StateFile:
 
     @property
     def folder(self) -> Path:
-        """Where the states are."""
+        """The folder with the states."""
         compared = {name: value for name, value in self.key.items() if name != ABOUT}
         text = json.dumps({"format": FORMAT, **compared}, sort_keys=True)
         return self.cache_dir / f"hidden_states_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -62,31 +62,31 @@ class StateFile:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Tokens of all texts, layers, width."""
+        """Number of tokens of all texts, number of layers, hidden size."""
         return (int(self.ends[-1]) if len(self.ends) else 0, *self.token_shape)
 
     @property
     def n_token_bytes(self) -> int:
-        """Bytes that a token's states take."""
+        """Number of bytes of a token's states."""
         return int(np.prod(self.token_shape)) * np.dtype(np.float16).itemsize
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that the finished file takes."""
+        """Number of bytes of the finished file."""
         return self.shape[0] * self.n_token_bytes
 
     def open(self) -> np.ndarray:
-        """The states `[tokens, layers, width]`, float16, mapped into memory: what is not looked at is not read."""
+        """Return the states `[tokens, layers, hidden_size]`, float16, mapped into memory: they are read when used."""
         if not self.n_bytes:  # an empty file cannot be mapped
             return np.zeros(self.shape, np.float16)
         # As a plain array: a slice of a memmap object takes ten times as long.
         return np.asarray(np.memmap(self.path, np.float16, "r", shape=self.shape))
 
     def is_complete(self) -> bool:
-        """Whether the states are all there.
+        """Return whether the states are all there.
 
         Raises:
-            ValueError: if what is there is cut short, or something else; says what was found, and to delete it.
+            ValueError: If the file is cut short, or holds something else.
         """
         if not self.path.exists():
             return False
@@ -96,15 +96,15 @@ class StateFile:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[tuple[BinaryIO, int] | None]:
-        """What is still to be written, for one process at a time; the others wait.
+        """Open the unfinished file for one process at a time; the others wait.
 
         Yields:
-            The unfinished file, at the end of the last whole text, and the number of texts in it; None if another
+            The unfinished file, at the end of the last complete text, and the number of texts in it; None if another
             process has finished it meanwhile. When the block ends without an error, the file is finished.
 
         Raises:
-            OSError: if there is not enough disk; says how much there is, and how much it takes.
-            ValueError: as `is_complete`.
+            OSError: If there is not enough disk.
+            ValueError: If `is_complete` raises one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock():
@@ -135,7 +135,7 @@ class StateFile:
             lock.release()
 
     def _resume(self) -> int:
-        """Makes the unfinished file end with a whole text, and returns how many it has."""
+        """Make the unfinished file end with a complete text, and return the number of its texts."""
         found = self.part.stat().st_size if self.part.exists() else 0
         if found or (self.folder / "key.json").exists():
             self._check_key()
@@ -199,9 +199,9 @@ class StateFile:
 
     @property
     def _remedy(self) -> str:
-        return f"Delete the folder {self.folder} to have them computed anew, or give another cache_dir."
+        return f"Delete the folder {self.folder} to have them computed again, or give another cache_dir."
 
 
 def gigabytes(n_bytes: int) -> str:
-    """A number of bytes for a message."""
+    """Return a number of bytes for a message."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"

@@ -1,19 +1,20 @@
-"""From texts to what a model takes."""
+"""Texts as the tokens that a model takes."""
 
 from __future__ import annotations
 
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from datasets import DatasetDict
-from transformers import PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import LARGE_INTEGER
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that a tokenizer can pad a batch.
+    """Check that a tokenizer can pad a batch.
 
     Raises:
-        ValueError: if it has no padding token; says how to set one.
+        ValueError: If it has no padding token.
     """
     if tokenizer.pad_token is None:
         raise ValueError(
@@ -25,7 +26,7 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 def window_fields(
     tokenizer: PreTrainedTokenizerBase, overlap: int, length: int | None = None
 ) -> dict[str, int | list[int]]:
-    """The fields of a model's configuration for texts longer than its backbone takes, which it then cuts into windows.
+    """Return the fields of a model's configuration that cut texts longer than its backbone takes into windows.
 
     Args:
         tokenizer: the backbone's; it says which special tokens every window needs.
@@ -33,7 +34,7 @@ def window_fields(
         length: tokens of a window, special ones included; None for as many as the backbone takes.
 
     Raises:
-        ValueError: if the length is not given, and the tokenizer does not say how many tokens the backbone takes.
+        ValueError: If the length is not given, and the tokenizer does not say how many tokens the backbone takes.
 
     Example:
         >>> fields = window_fields(tokenizer, overlap=128)
@@ -41,6 +42,8 @@ def window_fields(
         >>> data = tokenize(load_reviews(), tokenizer, in_windows=True)
     """
     if length is None:
+        from transformers.tokenization_utils_base import LARGE_INTEGER
+
         length = tokenizer.model_max_length
         if length >= LARGE_INTEGER:
             raise ValueError(
@@ -58,7 +61,7 @@ def tokenize(
     max_length: int | None = None,
     in_windows: bool = False,
 ) -> DatasetDict:
-    """Tokenizes the columns `text` and, if there is one, `text_pair`.
+    """Tokenize the columns `text` and, if there is one, `text_pair`.
 
     Args:
         datasets: splits with `text`, perhaps `text_pair`, and `label`.
@@ -70,7 +73,7 @@ def tokenize(
         Splits with the model's inputs, `labels`, and `length`, in tokens, by which batches are grouped.
 
     Raises:
-        ValueError: if there is no `text`, the tokenizer has no padding token, or `max_length` leaves none of a text.
+        ValueError: If there is no `text`, the tokenizer has no padding token, or `max_length` leaves nothing of a text.
     """
     check_pad_token(tokenizer)
     columns = next(iter(datasets.values())).column_names

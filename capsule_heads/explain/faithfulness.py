@@ -1,13 +1,14 @@
-"""Whether an explanation of a text is faithful: does the probability fall when the tokens that it names are removed?
+"""Faithfulness of explanations of texts: does the probability fall when the tokens that they name are removed?
 
-Tokens are removed by masking, special ones never. Two numbers (DeYoung et al., 2020, arXiv 1911.03429), each a mean
-over the shares `SHARES` of a text's tokens that are named first: *comprehensiveness*, by how much the probability of
-the predicted class falls without them (more is better), and *sufficiency*, by how much it falls with them alone (less
-is better).
+Tokens are removed by masking. Special tokens stay. Two numbers say how faithful an explanation is (DeYoung et al.,
+2020, arXiv 1911.03429). *Comprehensiveness* is how far the probability of the predicted class falls without the tokens
+that are named first: more is better. *Sufficiency* is how far it falls with these tokens alone: less is better. Each is
+a mean over the fractions `FRACTIONS` of a text's tokens.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)  # of a text's tokens, at least one
-DELETED = tuple(n / 10 for n in range(11))  # shares of tokens along a deletion curve
+from ..models.modeling_capsule_head import CapsuleHeadForSequenceClassification
+from .attributions import explain
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)  # of a text's tokens, at least one token
+DELETED = tuple(n / 10 for n in range(11))  # fractions of tokens along a deletion curve
 N_STEPS = 50  # of integrated gradients
 
 
@@ -27,9 +31,9 @@ class Text(NamedTuple):
 
     Attributes:
         inputs: of `forward`, `[1, tokens]` each.
-        candidates: places of the tokens that may be removed.
+        candidates: positions of the tokens that may be removed.
         target: the class that is predicted.
-        pad_token_id: of the token that says nothing, the baseline of integrated gradients.
+        pad_token_id: the id of the padding token, the baseline of integrated gradients.
     """
 
     inputs: dict[str, Tensor]
@@ -44,8 +48,8 @@ class Faithfulness(NamedTuple):
     Attributes:
         comprehensiveness: mean fall of the probability without the tokens named first.
         sufficiency: mean fall with them alone.
-        deletion: `[len(DELETED)]`, the probability without so many tokens.
-        seconds: that the explanation took.
+        deletion: `[len(DELETED)]`, the probability without each fraction of the tokens.
+        seconds: the time that the explanation took.
     """
 
     comprehensiveness: float
@@ -54,8 +58,11 @@ class Faithfulness(NamedTuple):
     seconds: float
 
 
-def prepare_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
-    """Tokenizes a text, and finds the class that a model predicts for it."""
+Method = Callable[[CapsuleHeadForSequenceClassification, Text], Tensor]
+
+
+def prepare_text(model: CapsuleHeadForSequenceClassification, tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
+    """Tokenize a text, and find the class that a model predicts for it."""
     inputs = dict(tokenizer(text, truncation=True, return_tensors="pt", return_special_tokens_mask=True))
     candidates = (inputs.pop("special_tokens_mask")[0] == 0).nonzero()[:, 0]
     with torch.no_grad():
@@ -63,39 +70,40 @@ def prepare_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     return Text(inputs, candidates, target, tokenizer.pad_token_id)
 
 
-def measure(model: PreTrainedModel, text: Text, explain: Callable[[PreTrainedModel, Text], Tensor]) -> Faithfulness:
-    """Times an explanation of a text, and measures how faithful it is.
+def measure(model: CapsuleHeadForSequenceClassification, text: Text, method: Method) -> Faithfulness:
+    """Time an explanation of a text, and measure how faithful it is.
 
     Args:
         model: a classifier, in evaluation mode.
         text: as `prepare_text` returns it.
-        explain: one of `METHODS`: from both to a number for each token, the larger the more it speaks for the class.
+        method: one of `METHODS`. It returns a number for each token: the larger, the more it is for the class.
     """
     start = time.perf_counter()
-    credits = explain(model, text)
+    attributions = method(model, text)
     seconds = time.perf_counter() - start
-    ranking = text.candidates[credits[text.candidates].argsort(descending=True)]
+    ranking = text.candidates[attributions[text.candidates].argsort(descending=True)]
     n = len(ranking)
-    whole = text.inputs["attention_mask"][0]
+    all_tokens = text.inputs["attention_mask"][0]
     masks = []
-    for share in SHARES:
-        named = ranking[: max(1, math.ceil(share * n))]
-        masks += [whole.index_fill(0, named, 0), whole.index_fill(0, text.candidates, 0).index_fill(0, named, 1)]
-    masks += [whole.index_fill(0, ranking[: round(share * n)], 0) for share in DELETED]
+    for fraction in FRACTIONS:
+        named = ranking[: max(1, math.ceil(fraction * n))]
+        special = all_tokens.index_fill(0, text.candidates, 0)
+        masks += [all_tokens.index_fill(0, named, 0), special.index_fill(0, named, 1)]
+    masks += [all_tokens.index_fill(0, ranking[: round(fraction * n)], 0) for fraction in DELETED]
     found = _probabilities(model, text, torch.stack(masks))
-    of_whole = float(found[len(masks) - len(DELETED)])
-    without, alone = (found[first : 2 * len(SHARES) : 2] for first in (0, 1))
+    with_all = float(found[len(masks) - len(DELETED)])
+    without, alone = (found[first : 2 * len(FRACTIONS) : 2] for first in (0, 1))
     return Faithfulness(
-        of_whole - float(without.mean()),
-        of_whole - float(alone.mean()),
-        tuple(found[2 * len(SHARES) :].tolist()),
+        with_all - float(without.mean()),
+        with_all - float(alone.mean()),
+        tuple(found[2 * len(FRACTIONS) :].tolist()),
         seconds,
     )
 
 
 @torch.no_grad()
-def _probabilities(model: PreTrainedModel, text: Text, masks: Tensor) -> Tensor:
-    """Of the predicted class, for each mask `[n, tokens]`."""
+def _probabilities(model: CapsuleHeadForSequenceClassification, text: Text, masks: Tensor) -> Tensor:
+    """Return the probability of the predicted class for each mask, `[n, tokens]` to `[n]`."""
     inputs = {name: x.expand(len(masks), -1) for name, x in text.inputs.items()}
     return model(**{**inputs, "attention_mask": masks}).logits.softmax(-1)[:, text.target]
 
@@ -103,22 +111,25 @@ def _probabilities(model: PreTrainedModel, text: Text, masks: Tensor) -> Tensor:
 # Methods
 
 
-def credit_chain(model: PreTrainedModel, text: Text) -> Tensor:
-    """This package's own: `model.explain`, all layers together, against the other classes."""
-    (explanation,) = model.explain(text.inputs)
+def credit_chain(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
+    """Return this package's credits, of all layers together, against the other classes."""
+    (explanation,) = explain(model, text.inputs)
     return explanation.against_others(explanation.by_token())[:, text.target]
 
 
-def leave_one_out(model: PreTrainedModel, text: Text) -> Tensor:
-    """How far the log of the probability falls without each token: a forward pass for each."""
-    whole = text.inputs["attention_mask"]
-    masks = torch.cat([whole, whole.expand(whole.shape[1], -1) * (1 - torch.eye(whole.shape[1], dtype=whole.dtype))])
-    found = _probabilities(model, text, masks).log()
+def leave_one_out(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
+    """Return how far the log of the probability falls without each token: a forward pass for each."""
+    mask = text.inputs["attention_mask"]
+    without_one = mask.expand(mask.shape[1], -1) * (1 - torch.eye(mask.shape[1], dtype=mask.dtype))
+    found = _probabilities(model, text, torch.cat([mask, without_one])).log()
     return found[0] - found[1:]
 
 
-def _log_probability(model: PreTrainedModel, text: Text) -> Callable[[Tensor], Tensor]:
-    """From embeddings of tokens `[n, tokens, width]` to the log of the probability of the predicted class `[n]`."""
+def log_probability(model: CapsuleHeadForSequenceClassification, text: Text) -> Callable[[Tensor], Tensor]:
+    """Return the function from embeddings of tokens to the log of the probability of the predicted class.
+
+    It takes `[n, tokens, hidden_size]` and returns `[n]`.
+    """
     others = {name: x for name, x in text.inputs.items() if name != "input_ids"}
 
     def compute(embeddings: Tensor) -> Tensor:
@@ -128,8 +139,11 @@ def _log_probability(model: PreTrainedModel, text: Text) -> Callable[[Tensor], T
     return compute
 
 
-def integrated_gradients(model: PreTrainedModel, text: Text) -> Tensor:
-    """Captum's, in `N_STEPS` steps from the embedding of padding; special tokens stay (Sundararajan et al., 2017)."""
+def integrated_gradients(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
+    """Return Captum's integrated gradients (Sundararajan et al., 2017).
+
+    They go from the embedding of padding to that of the text, in `N_STEPS` steps. Special tokens stay.
+    """
     from captum.attr import IntegratedGradients
 
     ids = text.inputs["input_ids"]
@@ -137,24 +151,25 @@ def integrated_gradients(model: PreTrainedModel, text: Text) -> Tensor:
     with torch.no_grad():
         embeddings = embed(ids)
         baseline = embed(ids.index_fill(1, text.candidates, text.pad_token_id))
-    attribute = IntegratedGradients(_log_probability(model, text)).attribute
+    attribute = IntegratedGradients(log_probability(model, text)).attribute
     return attribute(embeddings, baseline, n_steps=N_STEPS, internal_batch_size=N_STEPS)[0].sum(-1)
 
 
-def gradient_x_input(model: PreTrainedModel, text: Text) -> Tensor:
-    """Captum's, of the embeddings."""
+def gradient_x_input(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
+    """Return Captum's gradient x input, of the embeddings."""
     from captum.attr import InputXGradient
 
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(text.inputs["input_ids"])
-    attribute = InputXGradient(_log_probability(model, text)).attribute
+    attribute = InputXGradient(log_probability(model, text)).attribute
     return attribute(embeddings.requires_grad_())[0].sum(-1)
 
 
 @torch.no_grad()
-def attention_rollout(model: PreTrainedModel, text: Text) -> Tensor:
-    """Attention from all tokens to each, through all layers (Abnar and Zuidema, 2020); it knows no class."""
+def attention_rollout(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
+    """Return the attention from all tokens to each, through all layers (Abnar and Zuidema, 2020); it knows no class."""
     backbone = model.backbone
+    assert backbone is not None  # it has predicted the class
     implementation = backbone.config._attn_implementation
     backbone.set_attn_implementation("eager")  # the others return none
     try:
@@ -168,12 +183,12 @@ def attention_rollout(model: PreTrainedModel, text: Text) -> Tensor:
     return rollout.mean(0)
 
 
-def random_order(model: PreTrainedModel, text: Text) -> Tensor:
-    """The control."""
+def random_order(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
+    """Return random numbers: the control."""
     return torch.rand(text.inputs["input_ids"].shape[1])
 
 
-METHODS: Mapping[str, Callable[[PreTrainedModel, Text], Tensor]] = {
+METHODS: Mapping[str, Method] = {
     "credits (this package)": credit_chain,
     f"integrated gradients, {N_STEPS} steps": integrated_gradients,
     "gradient x input": gradient_x_input,
@@ -184,9 +199,9 @@ METHODS: Mapping[str, Callable[[PreTrainedModel, Text], Tensor]] = {
 
 
 def compare_methods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+    model: CapsuleHeadForSequenceClassification, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> dict[str, list[Faithfulness]]:
-    """Measures every method on every text.
+    """Measure every method on every text.
 
     Args:
         model: a classifier of texts whose backbone was loaded with `freeze_backbone=False`: gradients go through it.
@@ -197,11 +212,11 @@ def compare_methods(
         By method, one `Faithfulness` for each text.
 
     Raises:
-        ImportError: if Captum is not installed.
-        ValueError: for a model with a frozen backbone, which keeps no gradient.
+        ImportError: If Captum is not installed.
+        ValueError: If the model has a frozen backbone, which keeps no gradient.
     """
     try:
-        import captum  # noqa: F401
+        importlib.import_module("captum")
     except ImportError as error:
         raise ImportError('Comparing explanations needs Captum: pip install "capsule-heads[explanations]".') from error
     if model.config.freeze_backbone:

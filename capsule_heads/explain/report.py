@@ -1,4 +1,4 @@
-"""Explanations as one page of HTML, which needs no network and nothing beside it."""
+"""Explanations as one page of HTML, which needs no network and no other files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from .attributions import Explanation
-from .pictures import draw_patches
+from .pictures import draw_patches, draw_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, RED = (33, 102, 172), (178, 24, 43)
 
@@ -20,17 +23,17 @@ BLUE, RED = (33, 102, 172), (178, 24, 43)
 def render_report(
     explanations: Sequence[Explanation], labels: Sequence[int | None] | None = None, title: str = "Explanations"
 ) -> str:
-    """A page with coloured texts, or patches over images, of each explanation.
+    """Return a page with coloured texts, patches over images, or positions by layers of audio, of each explanation.
 
     Args:
-        explanations: of texts or images.
+        explanations: of texts, images or audio.
         labels: the true class of each, if known: wrong predictions then come first, the most confident one at the top,
             and right ones after them, the least confident one first. Without labels the order is as given.
-        title: of the page.
+        title: the page's title.
 
     Raises:
-        ValueError: if there are not as many labels as explanations.
-        ImportError: for images, if matplotlib is not installed.
+        ValueError: If there are not as many labels as explanations.
+        ImportError: If something else than texts is explained, and matplotlib is not installed.
     """
     labels = [None] * len(explanations) if labels is None else list(labels)
     if len(labels) != len(explanations):
@@ -53,7 +56,7 @@ def render_report(
 
 
 def render_words(explanation: Explanation) -> str:
-    """A text as HTML, its words in the colours of what they say for the predicted class; empty without words."""
+    """Return a text as HTML, its words coloured by their credits for the predicted class; empty without words."""
     spans = [
         f'{html.escape(before)}<span style="background:{colour}" title="{credit:+.3f}">{html.escape(word)}</span>'
         for before, word, credit, colour in _coloured_words(explanation)
@@ -66,7 +69,7 @@ def _confidence(pair: tuple[Explanation, int | None]) -> float:
 
 
 def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
-    """What the template says of one explanation."""
+    """Return what the template shows of one explanation."""
     k = explanation.predicted
     probabilities = explanation.probabilities.tolist()
     entry: dict[str, Any] = {
@@ -74,10 +77,10 @@ def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
         "truth": None if label is None else explanation.labels[label],
     }
     if explanation.image is not None:
-        buffer = io.BytesIO()
-        draw_patches(explanation).savefig(buffer, format="png")
-        entry["image"] = base64.b64encode(buffer.getvalue()).decode()
-    if explanation.spans:
+        entry["picture"], entry["alt"] = _as_png(draw_patches(explanation)), "the image, and the credits of its patches"
+    elif explanation.text is None and explanation.is_uniform:
+        entry["picture"], entry["alt"] = _as_png(draw_tokens(explanation)), "credits of positions by layers"
+    if explanation.spans and explanation.text is not None:
         entry["words"] = _coloured_words(explanation)
         entry["rest"] = explanation.text[explanation.spans[-1][1] :]
     if explanation.tokens is not None:
@@ -91,14 +94,22 @@ def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
     return entry
 
 
+def _as_png(figure: Figure) -> str:
+    """Return a picture in base64."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def _coloured_words(explanation: Explanation) -> list[tuple[str, str, float, str]]:
-    """Per word of a text what stands before it, itself, its credit for the predicted class, and the colour of that."""
+    """Return for each word of a text what stands before it, itself, its credit for the predicted class, its colour."""
+    text = explanation.text or ""
     words = explanation.by_word() if explanation.spans else []
     credits = [float(explanation.against_others(word.credit)[explanation.predicted]) for word in words]
     most = max(map(abs, credits), default=0.0)
     ends = [0, *(word.end for word in words)]
     return [
-        (explanation.text[end : word.start], word.text, credit, _colour(credit, most))
+        (text[end : word.start], word.text, credit, _colour(credit, most))
         for end, word, credit in zip(ends, words, credits)
     ]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones.running import check_hidden_states, token_masks
 from ..heads import Head
+from ..hub import refuse_auto_class
 from .checkpoint import CheckpointModel
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
             reset = getattr(type(module), "reset_parameters", None)
             if reset is not None and reset is not Head.reset_parameters:  # which is that of the modules in the head
                 reset(module)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = None) -> NoReturn:
+        """Refuse; see `hub.refuse_auto_class`."""
+        refuse_auto_class(cls)
 
     @classmethod
     def is_custom_code(cls) -> bool:

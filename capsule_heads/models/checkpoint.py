@@ -414,7 +414,7 @@ def _weights_name(name: str) -> str:
 
 def load_config(
     source: str | os.PathLike[str],
-    config: Any,
+    config: CapsuleHeadConfig | str | os.PathLike[str] | None,
     loading_kwargs: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> tuple[CapsuleHeadConfig, dict[str, Any]]:
@@ -435,12 +435,14 @@ def load_config(
     repository_kwargs = {name: loading_kwargs[name] for name in REPOSITORY_KWARGS if name in loading_kwargs}
     config_dict, _ = CapsuleHeadConfig.get_config_dict(source, **repository_kwargs)
     check_model_type(config_dict, source)
+    loaded: Any
     if isinstance(config, PreTrainedConfig):
         check_model_type({"model_type": config.model_type}, "The config that was given")
-        return config, kwargs
-    loaded: Any = CapsuleHeadConfig.from_pretrained(
-        source if config is None else config, return_unused_kwargs=True, **repository_kwargs, **kwargs
-    )
+        loaded = config, kwargs
+    else:
+        loaded = CapsuleHeadConfig.from_pretrained(
+            source if config is None else config, return_unused_kwargs=True, **repository_kwargs, **kwargs
+        )
     return loaded
 
 

@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -18,6 +18,7 @@ from ..backbones.loading import CAPSULE_HEAD, check_model_type
 from ..backbones.parts import check_part, tower_config
 from ..checks import check_dtype, check_hidden_sizes, check_size
 from ..heads import HeadOptions, get_head, registered_heads
+from ..hub import refuse_auto_class
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -124,8 +125,9 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.head_type = head_type
         if hidden_sizes is None:
             raise ValueError(
-                "hidden_sizes is None; expected the size of each hidden state of the backbone. from_backbone finds "
-                "them: CapsuleHeadForSequenceClassification.from_backbone(base_config, num_labels=n)."
+                "hidden_sizes is None; expected the size of each hidden state of the backbone. "
+                "capsule_heads.backbones.Backbone(base_config).probe().hidden_sizes finds them, and from_backbone does "
+                "so by itself."
             )
         self.hidden_sizes = list(check_hidden_sizes(hidden_sizes))
         self.layers = _resolve_layers([-1] if layers is None and head.takes_one_layer else layers, len(hidden_sizes))
@@ -229,6 +231,11 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if overrides.get("head_type") not in (None, config_dict.get("head_type")):  # its options are of another head
             config_dict = {name: value for name, value in config_dict.items() if name not in option_names()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: object = None) -> NoReturn:
+        """Refuse; see `hub.refuse_auto_class`."""
+        refuse_auto_class(cls)
 
     @property
     def backbone(self) -> Backbone:

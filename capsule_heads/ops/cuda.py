@@ -1,33 +1,18 @@
-"""Strategy "cuda": routing in one launch an iteration, and one more to begin and to end a direction.
-
-What bounds routing on a GPU is the number of launches: each costs the host some 10 to 30 microseconds, where the GPU
-works for less. So everything between two passes over the inputs happens at the end of the first of them, see
-`cuda_kernels`. With weights that all inputs share, a call launches `n_iters + 2` kernels forward and `n_iters + 2`
-backward, whatever the sizes. With weights of each input's own there are few inputs: one program does all iterations of
-a sample, in one launch forward and two backward. Nothing waits for the GPU.
-"""
+"""Strategy "cuda": Triton kernels, one launch an iteration. README.md explains how they divide the work."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .autograd import SECOND_DERIVATIVES
-
-try:
-    import triton
-
-    from . import cuda_kernels as kernels
-except ImportError as error:
-    raise ImportError(
-        'Triton is not installed, and strategy "cuda" is made of its kernels; on Linux, `pip install triton`, '
-        'elsewhere use strategy="auto".'
-    ) from error
+from .autograd import NAMESPACE, no_second_derivative
+from .strategy import IN_EXPORTS, IN_GROUPS, Call, Strategy, is_installed
 
 MAX_COLUMNS = 1024  # of a block, n_out * d_out, each rounded up to a power of two: more do not fit into registers
 MAX_ROWS = 16  # d_cov
@@ -38,12 +23,72 @@ _TILE_OF_W = 8192  # and of the weights that it is multiplied with
 _N_WARPS = 8
 _BLOCK = 64  # numbers that a program sums
 _MAX_BUFFER = 2**25  # numbers of the buffer for the gradients of W of all programs: 128 MiB in float32
-_NAMESPACE = __package__.removesuffix(".ops").replace(".", "_")  # see `autograd`
+
+
+class Cuda(Strategy):
+    """Routing by the kernels in `cuda_kernels`.
+
+    Second derivatives raise a `NotImplementedError`.
+    """
+
+    name = "cuda"
+
+    def missing(self) -> str | None:
+        """Return None, or what to install."""
+        if is_installed("triton"):
+            return None
+        return "is made of kernels that Triton compiles, and Triton is not installed: on Linux, `pip install triton`"
+
+    def unserved(self, call: Call) -> str | None:
+        """Return None if it serves a call, else the reason."""
+        if torch.compiler.is_exporting():
+            return IN_EXPORTS
+        missing = self.missing()
+        if missing is not None:
+            return missing
+        if call.mu_inp.device.type != "cuda" and not is_interpreted():
+            return (
+                f"runs on CUDA, and the inputs are on {call.mu_inp.device} (its kernels run there, slowly, with "
+                "TRITON_INTERPRET=1 set before Triton is imported)"
+            )
+        return IN_GROUPS if call.is_split else unserved_sizes(call)
+
+    def route(
+        self,
+        a_inp: Tensor,
+        mu_inp: Tensor,
+        W: Tensor,
+        B: Tensor,
+        beta_use: Tensor,
+        beta_ign: Tensor,
+        *,
+        n_out: int,
+        n_iters: int,
+        p_model: str,
+        eps: float,
+        return_R: bool,
+        group: str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Route in few launches; see `Strategy.route`."""
+        parameters = (
+            x if x.shape[1] == n_out else x.expand(-1, n_out, *x.shape[2:]) for x in (W, B, beta_use, beta_ign)
+        )
+        options = (n_iters, p_model, float(eps), return_R)
+        a_out, mu_out, sig2_out, R = _Route.apply(options, a_inp, mu_inp, *parameters)
+        return a_out, mu_out, sig2_out, R if return_R else None
+
+
+def _kernels() -> ModuleType:
+    """Return the kernels. Importing them needs Triton, which not everyone has."""
+    from . import cuda_kernels
+
+    return cuda_kernels
 
 
 def is_interpreted() -> bool:
     """Return whether Triton interprets its kernels, on the CPU (TRITON_INTERPRET=1)."""
-    return not isinstance(kernels.statistics_kernel, triton.JITFunction)
+    kernels = _kernels()
+    return not isinstance(kernels.statistics_kernel, kernels.triton.JITFunction)
 
 
 class Sizes(NamedTuple):
@@ -69,17 +114,17 @@ class Sizes(NamedTuple):
 
     @property
     def N(self) -> int:
-        """Columns of a block of wide inputs, and of all small tensors."""
+        """Return the number of columns of a block of wide inputs, and of all small tensors."""
         return self.BJ * self.BH
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the kernels for narrow inputs serve these sizes: they are written out for each number of a vote."""
+        """Return whether the kernels for narrow inputs serve these sizes. They name each number of a vote."""
         return self.D < 16 and self.C * self.H <= 16 and self.C * self.D <= 32
 
     @property
     def rows_of_program(self) -> int:
-        """Rows of sums that a program writes."""
+        """Return the number of rows of sums that a program writes."""
         return self.BI if self.is_narrow else 1
 
     @classmethod
@@ -103,51 +148,27 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def unserved(mu_inp: Tensor, parameters: tuple[Tensor, ...], n_out: int) -> str | None:
-    """Return None if the kernels serve these arguments of `ops.route`, else a clause that says what is too large."""
-    n_inp, d_cov, _ = mu_inp.shape[-3:]
-    d_out = parameters[0].shape[-1]
+def unserved_sizes(call: Call) -> str | None:
+    """Return None if the kernels serve these sizes, else a clause that says what is too large."""
+    n_inp, d_cov, _ = call.mu_inp.shape[-3:]
+    n_out, d_out = call.n_out, call.d_out
     n_columns = _power(n_out) * _power(d_out)
     if d_cov > MAX_ROWS:
-        return f"d_cov is {d_cov}, and the kernels hold up to {MAX_ROWS} rows of a capsule"
+        return f"does not serve these inputs: d_cov is {d_cov}, and the kernels hold up to {MAX_ROWS} rows of a capsule"
     if n_columns > MAX_COLUMNS:
         return (
-            f"n_out={n_out} outputs of d_out={d_out} columns are {n_columns} numbers, each rounded up to a power of "
-            f"two, and the kernels hold up to {MAX_COLUMNS}"
+            f"does not serve these inputs: n_out={n_out} outputs of d_out={d_out} columns are {n_columns} numbers, "
+            f"each rounded up to a power of two, and the kernels hold up to {MAX_COLUMNS}"
         )
     n_votes = _power(n_inp) * _power(d_cov) * n_columns
-    if any(parameter.shape[0] > 1 for parameter in parameters) and n_votes > MAX_OWN:
+    if call.n_own > 1 and n_votes > MAX_OWN:
         return (
-            f"the votes of inputs with weights of their own are {n_votes} numbers, each size rounded up to a power of "
-            f"two, and the kernels hold up to {MAX_OWN}"
+            f"does not serve these inputs: the votes of inputs with weights of their own are {n_votes} numbers, "
+            f"each size rounded up to a power of two, and the kernels hold up to {MAX_OWN}"
         )
-    if mu_inp.numel() == 0:
-        return "there are no inputs"
+    if call.mu_inp.numel() == 0:
+        return "does not serve these inputs: there are none"
     return None
-
-
-def route_cuda(
-    a_inp: Tensor,
-    mu_inp: Tensor,
-    W: Tensor,
-    B: Tensor,
-    beta_use: Tensor,
-    beta_ign: Tensor,
-    *,
-    n_out: int,
-    n_iters: int,
-    p_model: str,
-    eps: float,
-    return_R: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Route. Arguments as in `ops.route`; the kernels serve them, see `unserved`.
-
-    Second derivatives raise a `NotImplementedError`.
-    """
-    parameters = (x if x.shape[1] == n_out else x.expand(-1, n_out, *x.shape[2:]) for x in (W, B, beta_use, beta_ign))
-    options = (n_iters, p_model, float(eps), return_R)
-    *outputs, R = _Route.apply(options, a_inp, mu_inp, *parameters)
-    return (*outputs, R if return_R else None)
 
 
 class _Route(torch.autograd.Function):
@@ -174,9 +195,9 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         _, p_model, eps, return_R = ctx.options
         d_outputs = (*d_outputs[:3], d_outputs[3] if return_R else None)
-        d_outputs = (None if x is None else _aligned(x) for x in d_outputs)
+        aligned = (None if x is None else _aligned(x) for x in d_outputs)
         run = _direction(own_backward if ctx.is_own else backward)
-        d_a_inp, d_mu_inp, *d_parameters = run(*d_outputs, *ctx.saved_tensors, p_model, eps)
+        d_a_inp, d_mu_inp, *d_parameters = run(*aligned, *ctx.saved_tensors, p_model, eps)
         if len(ctx.batch) != 1:
             d_a_inp, d_mu_inp = (x.view(*ctx.batch, *x.shape[1:]) for x in (d_a_inp, d_mu_inp))
         return None, d_a_inp, d_mu_inp, *d_parameters
@@ -203,8 +224,9 @@ class Launcher:
     """
 
     def __init__(self, name: str, **options: Any) -> None:
-        self.kernel, self.options = getattr(kernels, name), options
-        self._compiled, self._constants = None, ()
+        self.kernel, self.options = getattr(_kernels(), name), options
+        self._compiled: Any = None
+        self._constants: tuple[Any, ...] = ()
 
     def __call__(self, n_programs: int, *arguments: Tensor | int) -> None:
         """Launch it. Everything that the strategy runs on the GPU goes through here."""
@@ -359,7 +381,7 @@ def forward(
         B: `[1,j,c,h]`.
         beta_use: `[1,j]`.
         beta_ign: `[1,j]`.
-        n_iters: as in `ops.route`, like the others.
+        n_iters: as in `routing.route`, like the others.
         p_model: see there.
         eps: see there.
         return_R: see there.
@@ -378,8 +400,8 @@ def forward(
     prepare = _launcher("prepare_kernel", about, *kind)
     n_programs, n_blocks_each = _programs(mu_inp, prepare.options["BB"], _n_programs(mu_inp.device))
     partial = state.new_empty(n * n_programs, d_cov * d_inp + 1)
-    tensors = (a_inp, mu_inp, W, B, packed, partial, counters, centre, state)
-    prepare(n * n_programs + len(packed) // 16, *tensors, n_inp, n, n_programs, n_blocks_each)
+    read = (a_inp, mu_inp, W, B, packed, partial, counters, centre, state)
+    prepare(n * n_programs + len(packed) // 16, *read, n_inp, n, n_programs, n_blocks_each)
 
     n_programs, n_blocks_each = _programs(mu_inp, s.BI, _n_programs(mu_inp.device))
     partial = mu_inp.new_empty(n * n_programs * s.rows_of_program, 1 + 2 * d_cov, s.N)
@@ -421,9 +443,9 @@ def backward(
     name = "narrow_gradients_kernel" if s.is_narrow else "gradients_kernel"
     for t in reversed(range(n_iters)):
         is_last = t == n_iters - 1
-        has_d_R = d_R is not None and is_last
-        launch = _launcher(name, about, *kind, t == 0, not is_last, has_d_R)
-        inputs = (a_inp, mu_inp, centre, packed, e_steps, use, d_R if has_d_R else use)
+        d_R_here = d_R if is_last else None
+        launch = _launcher(name, about, *kind, t == 0, not is_last, d_R_here is not None)
+        inputs = (a_inp, mu_inp, centre, packed, e_steps, use, use if d_R_here is None else d_R_here)
         launch(n * n_programs, *inputs, *tensors, n_inp, n_programs, n_blocks_each, t)
     n_blocks = -(-d_inp * s.N // _BLOCK) + -(-(d_cov + 2) * s.N // _BLOCK)
     _launcher("parameters_kernel", about, *kind)(n_blocks, parts_of_d_W, sums, *d_parameters, n_rows, n)
@@ -450,10 +472,11 @@ class _Own(NamedTuple):
 
     @classmethod
     def of(cls, mu_inp: Tensor, parameters: Sequence[Tensor], n_iters: int, p_model: str, eps: float) -> _Own:
-        """Say it of a call's tensors and options."""
+        """Return them for a call's tensors and options."""
         _, n_out, _, d_out = parameters[0].shape
         own = tuple(x.shape[0] > 1 for x in parameters)
-        return cls(*mu_inp.shape[1:], n_out, d_out, own, n_iters, p_model, eps)
+        n_inp, d_cov, d_inp = mu_inp.shape[1:]
+        return cls(n_inp, d_cov, d_inp, n_out, d_out, own, n_iters, p_model, eps)
 
     def constants(self) -> dict[str, Any]:
         """Return those of both directions."""
@@ -548,24 +571,25 @@ _OPTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def _operator(name: str, run: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]) -> Callable:
-    operator = torch.library.custom_op(f"{_NAMESPACE}::{name}", run, mutates_args=())
+    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=())
     operator.register_fake(fake)
-    operator.register_autograd(_no_second_derivative)  # of a forward direction nobody asks: `_Route` has its own
+    operator.register_autograd(no_second_derivative)  # of a forward direction nobody asks: `_Route` has its own
     return operator
 
 
-def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(SECOND_DERIVATIVES)
-
-
 def _fake(new_results: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    def fake(a_inp, mu_inp, W, B, beta_use, beta_ign, n_iters, p_model, eps, return_R):
+    def fake(
+        a_inp: Tensor, mu_inp: Tensor, W: Tensor, B: Tensor, beta_use: Tensor, beta_ign: Tensor,
+        n_iters: int, p_model: str, eps: float, return_R: bool,
+    ) -> list[Tensor]:  # fmt: skip
         return new_results(mu_inp, W, n_iters, return_R)
 
     return fake
 
 
-def _fake_backward(d_a_out, d_mu_out, d_sig2_out, d_R, *arguments):
+def _fake_backward(
+    d_a_out: Tensor | None, d_mu_out: Tensor | None, d_sig2_out: Tensor | None, d_R: Tensor | None, *arguments: Any
+) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(x) for x in arguments[:6]]
 
 

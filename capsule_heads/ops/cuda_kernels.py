@@ -24,8 +24,14 @@ ones (`narrow_...`) a block is a matrix `[BI,BJ]` for each `c` and `h`, and a th
 outputs: what is summed over inputs, it sums by itself.
 """
 
-import triton
-import triton.language as tl
+try:  # also a sign to transformers, which else refuses code that comes with a checkpoint where Triton is not installed
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        'Triton is not installed, and strategy "cuda" is made of its kernels: on Linux, `pip install triton`, or use '
+        'strategy="auto".'
+    ) from error
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of kernels
@@ -41,19 +47,19 @@ def _sigmoid(x):
 
 @triton.jit
 def _per_input(x, BI: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):
-    """Repeats `[BI,BJ]` for the rows and columns of a block: `[BI,BC,N]`."""
+    """Repeat `[BI,BJ]` for the rows and columns of a block: `[BI,BC,N]`."""
     return tl.reshape(tl.broadcast_to(x[:, None, :, None], [BI, BC, BJ, BH]), [BI, BC, BJ * BH])
 
 
 @triton.jit
 def _sum_planes(x, BI: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):
-    """Sums `[BI,BC,N]` over `c` and `h`: `[BI,BJ]`."""
+    """Sum `[BI,BC,N]` over `c` and `h`: `[BI,BJ]`."""
     return tl.sum(tl.sum(tl.reshape(x, [BI, BC, BJ, BH]), axis=3), axis=1)
 
 
 @triton.jit
 def _load_rows(ptr, first, C: tl.constexpr, BC: tl.constexpr, N: tl.constexpr):
-    """Rows `first` to `first + C`, `[BC,N]`."""
+    """Load rows `first` to `first + C`, `[BC,N]`."""
     c, n = tl.arange(0, BC)[:, None], tl.arange(0, N)[None, :]
     return tl.load(ptr + (first + c) * N + n, mask=c < C, other=0.0)
 
@@ -69,7 +75,7 @@ def _load_x(
     mu_ptr, centre_ptr, block, n_inp, start, C: tl.constexpr, D: tl.constexpr,
     BI: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Columns `start` to `start + BD` of a block's inputs, less their centre: `[BI * BC, BD]`."""
+    """Load columns `start` to `start + BD` of a block's inputs, less their centre: `[BI * BC, BD]`."""
     row = tl.arange(0, BI * BC)
     i, c, d = block * BI + row // BC, row % BC, start + tl.arange(0, BD)
     has_c = (c < C)[:, None] & (d < D)[None, :]
@@ -79,7 +85,7 @@ def _load_x(
 
 @triton.jit
 def _load_W(W_ptr, start, N: tl.constexpr, BD: tl.constexpr):
-    """Rows `start` to `start + BD` of the packed weights, which are zero beyond the real ones: `[BD,N]`."""
+    """Load rows `start` to `start + BD` of the packed weights, which are zero beyond the real ones: `[BD,N]`."""
     return tl.load(W_ptr + (start + tl.arange(0, BD))[:, None] * N + tl.arange(0, N)[None, :])
 
 
@@ -88,7 +94,7 @@ def _votes(
     mu_ptr, centre_ptr, W_ptr, block, n_inp, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BI: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The block `u`, `[BI,BC,N]`."""
+    """Make the block `u`, `[BI,BC,N]`."""
     u = tl.zeros([BI * BC, N], dtype=mu_ptr.dtype.element_ty)
     for start in range(0, D, BD):
         x = _load_x(mu_ptr, centre_ptr, block, n_inp, start, C, D, BI, BC, BD)
@@ -98,14 +104,14 @@ def _votes(
 
 @triton.jit
 def _load_f(a_ptr, block, n_inp, BI: tl.constexpr):
-    """The sigmoids of a block's scores, `[BI]`, 0 beyond the last."""
+    """Load the sigmoids of a block's scores, `[BI]`, 0 beyond the last."""
     i = block * BI + tl.arange(0, BI)
     return _sigmoid(tl.load(a_ptr + i, mask=i < n_inp, other=float("-inf")))
 
 
 @triton.jit
 def _probabilities(energy, log_prior_ptr, J: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, FIRST: tl.constexpr):
-    """`R [BI,BJ]` of the E-step, 0 beyond the last output; uniform in the first iteration."""
+    """Compute `R [BI,BJ]` of the E-step, 0 beyond the last output; uniform in the first iteration."""
     j = tl.arange(0, BJ)
     if FIRST:
         uniform = tl.where(j < J, 1.0, 0.0).to(energy.dtype) / J
@@ -120,7 +126,7 @@ def _probabilities(energy, log_prior_ptr, J: tl.constexpr, BI: tl.constexpr, BJ:
 
 @triton.jit
 def _is_last(counter_ptr, n_programs):
-    """Whether all other programs of the sample have written what they add up; the counter is then 0 again."""
+    """Return whether all other programs of the sample have written what they add up; the counter is then 0 again."""
     tl.debug_barrier()  # every thread has written
     is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_programs - 1
     tl.debug_barrier()
@@ -131,7 +137,7 @@ def _is_last(counter_ptr, n_programs):
 
 @triton.jit
 def _merged(count, mean, scatter, other_count, other_mean, other_scatter):
-    """Two counts `[N]`, means and scatters about them `[BC,N]`, as one, by Chan's formula."""
+    """Merge two counts `[N]`, means and scatters about them `[BC,N]` by Chan's formula."""
     total = count + other_count
     fraction = (other_count / tl.maximum(total, 1e-30))[None, :]  # a total below that is nothing beside eps
     distance = other_mean - mean
@@ -199,7 +205,7 @@ def _columns(J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr
 def _m_step(
     n_used, mean, scatter, total, bias, beta_use, beta_ign, EPS: tl.constexpr,
 ):  # fmt: skip
-    """See `streaming.MStep`; float64, all `[BC,N]` or, where there is no `c` and `h`, `[N]`.
+    """Do the M-step of `streaming.MStep`; float64, all `[BC,N]` or, where there is no `c` and `h`, `[N]`.
 
     Returns:
         `a_out`, `count`, `mu_out`, `gap`, the mean about the centre, the sum of squares about it, `sig2_out`.
@@ -216,7 +222,7 @@ def _m_step(
 @triton.jit
 def _load_m_step(state_ptr, beta_use_ptr, beta_ign_ptr, t, T: tl.constexpr, J: tl.constexpr, C: tl.constexpr,
                  BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):  # fmt: skip
-    """What the M-step of iteration `t` reads: `n_used`, `mean`, `scatter`, `total`, `bias` and both betas; float64."""
+    """Load what the M-step of iteration `t` reads: `n_used`, `mean`, `scatter`, `total`, `bias`, betas; float64."""
     N: tl.constexpr = BJ * BH
     j = tl.arange(0, N) // BH
     row = t * (1 + 2 * C)
@@ -231,7 +237,7 @@ def _load_m_step(state_ptr, beta_use_ptr, beta_ign_ptr, t, T: tl.constexpr, J: t
 
 @triton.jit
 def _log_prior(a_out, sig2_out, is_real, J: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, SKM: tl.constexpr):
-    """The E-step's, `[BJ]`, less the largest: far from zero, logits lose digits."""
+    """Return the E-step's log prior, `[BJ]`, less the largest: far from zero, logits lose digits."""
     a_out = tl.max(tl.reshape(a_out, [BJ, BH]), axis=1)  # the same in all columns of an output
     log_prior = tl.minimum(a_out, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(a_out)))
     if not SKM:  # the log-softmax of the paper is a constant of each input, which the softmax takes out
@@ -246,7 +252,7 @@ def _use_gradient(
     d_a_out, d_mean, d_sig2_out, d_mu_out, n_used, mean, scatter, total, bias, beta_use, beta_ign, use_ptr, sums_ptr,
     C: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of `D` to `use`, and adds to `sums` those of what else the M-step reads.
+    """Write the gradient of `D` to `use`, and add to `sums` those of what else the M-step reads.
 
     See `streaming.MStep.backward`.
     """
@@ -462,7 +468,7 @@ def statistics_kernel(
 
 @triton.jit
 def _narrow_inputs(mu_ptr, centre_ptr, i, n_inp, C: tl.constexpr, D: tl.constexpr, BJ: tl.constexpr):
-    """The numbers of the inputs `i [BI]`, less their centre: a tuple of `[BI,BJ]`, row after row.
+    """Load the numbers of the inputs `i [BI]`, less their centre: a tuple of `[BI,BJ]`, row after row.
 
     Each thread loads what it needs, though its neighbours load the same: to hand it on would take a barrier.
     """
@@ -476,7 +482,7 @@ def _narrow_inputs(mu_ptr, centre_ptr, i, n_inp, C: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def _narrow_weights(W_ptr, D: tl.constexpr, H: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):
-    """The numbers of the weights, a tuple of `[BI,BJ]`, row after row."""
+    """Load the numbers of the weights, a tuple of `[BI,BJ]`, row after row."""
     W = ()
     for q in tl.static_range(D * H):
         W = W + (_of_plane(W_ptr, q // H, q % H, BI, BJ, BH),)  # noqa: RUF005
@@ -485,7 +491,7 @@ def _narrow_weights(W_ptr, D: tl.constexpr, H: tl.constexpr, BI: tl.constexpr, B
 
 @triton.jit
 def _narrow_votes(x, W, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
-    """Planes of votes, a tuple of `[BI,BJ]`, `c` after `c` and for each one `h` after `h`."""
+    """Make planes of votes, a tuple of `[BI,BJ]`, `c` after `c` and for each one `h` after `h`."""
     u = ()
     for p in tl.static_range(C * H):
         plane = x[(p // H) * D] * W[p % H]
@@ -497,7 +503,7 @@ def _narrow_votes(x, W, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _of_plane(ptr, row, h, BI: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr):
-    """The numbers of a plane's row, the same for each input: `[BI,BJ]`."""
+    """Load the numbers of a plane's row, the same for each input: `[BI,BJ]`."""
     at = tl.broadcast_to(tl.arange(0, BJ)[None, :] * BH + h, [BI, BJ])
     return tl.load(ptr + row * (BJ * BH) + at)
 
@@ -657,7 +663,7 @@ def _store_d_f(
 def _through_softmax(
     R, d_D, d_f, D_use, d_R_ptr, i, n_inp, J: tl.constexpr, BJ: tl.constexpr, HAS_D_R: tl.constexpr
 ):  # fmt: skip
-    """The gradient of the logits, `[BI,BJ]`, from those of `D = f R` and, where it is an output, of `R`."""
+    """Return the gradient of the logits, `[BI,BJ]`, from those of `D = f R` and, where it is an output, of `R`."""
     d_logits = D_use * (d_D - d_f[:, None])
     if HAS_D_R:
         j = tl.arange(0, BJ)
@@ -669,7 +675,7 @@ def _through_softmax(
 
 @triton.jit
 def _d_W_of_bias(centre_ptr, sums_ptr, start, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    """Rows `start` to `start + BD` of what the gradient of `bias = centre W + B` adds to that of `W`, `[BD,N]`."""
+    """Return rows `start` to `start + BD` of what the gradient of `bias = centre W + B` adds to that of `W`."""
     d = start + tl.arange(0, BD)
     d_W = tl.zeros([BD, N], dtype=centre_ptr.dtype.element_ty)
     for c in tl.static_range(C):
@@ -957,7 +963,7 @@ def parameters_kernel(
     C: tl.constexpr, D: tl.constexpr, J: tl.constexpr, H: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr,
     BLOCK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the parameters: sums over programs, or samples, in float64."""
+    """Write the gradients of the parameters: sums over programs, or samples, in float64."""
     N: tl.constexpr = BJ * BH
     N_BLOCKS: tl.constexpr = (D * N + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -996,7 +1002,7 @@ def _own_places(
     J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, N_INP: tl.constexpr,
     BI: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Where in `[i,j,c,h]` the votes `[BI,BC,N]` are, and which of them are real."""
+    """Return the places of the votes `[BI,BC,N]` in `[i,j,c,h]`, and which of them are real."""
     j, h, is_real = _columns(J, H, C, BJ, BH, BC)
     i, c = tl.arange(0, BI), tl.arange(0, BC)
     at = ((i[:, None, None] * J + j[None, None, :]) * C + c[None, :, None]) * H + h[None, None, :]
@@ -1009,7 +1015,7 @@ def _own_votes(
     N_INP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, J: tl.constexpr, H: tl.constexpr,
     BI: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """The votes, `[BI,BC,N]`, zero where they are not real. A parameter is of each input's own, or shared."""
+    """Make the votes, `[BI,BC,N]`, zero where they are not real. A parameter is of each input's own, or shared."""
     j, h, _ = _columns(J, H, C, BJ, BH, BC)
     i, c = tl.arange(0, BI), tl.arange(0, BC)
     at, has = _own_places(J, H, C, N_INP, BI, BC, BJ, BH)
@@ -1028,7 +1034,7 @@ def _own_probabilities(
     V, a_out, mu, sig2, J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, SKM: tl.constexpr,
     BI: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """The E-step: `R [BI,BJ]`, 0 beyond the last output."""
+    """Do the E-step: `R [BI,BJ]`, 0 beyond the last output."""
     _, _, is_real = _columns(J, H, C, BJ, BH, BC)
     distance = V - mu[None, :, :]
     logits = tl.minimum(a_out, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(a_out)))
@@ -1048,7 +1054,7 @@ def _own_betas(
     beta_use_ptr, beta_ign_ptr, OWN_USE: tl.constexpr, OWN_IGN: tl.constexpr, N_INP: tl.constexpr, J: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """Both betas, `[BI,BJ]`."""
+    """Load both betas, `[BI,BJ]`."""
     i, j = tl.arange(0, BI)[:, None], tl.arange(0, BJ)[None, :]
     has = (i < N_INP) & (j < J)
     beta_use = tl.load(beta_use_ptr + i * (J * OWN_USE) + j, mask=has, other=0.0)
@@ -1106,7 +1112,7 @@ def own_backward_kernel(
     T: tl.constexpr, EPS: tl.constexpr, SKM: tl.constexpr,
     HAS_A: tl.constexpr, HAS_MU: tl.constexpr, HAS_SIG2: tl.constexpr, HAS_D_R: tl.constexpr,
 ):  # fmt: skip
-    """Back through all iterations of a sample. `parts` gets its parts of the parameters' gradients, in their order."""
+    """Go back through all iterations of a sample. `parts` gets parts of the parameters' gradients, in their order."""
     N: tl.constexpr = BJ * BH
     sample = tl.program_id(0).to(tl.int64)
     state_ptr += sample * (T * (1 + 2 * C) * N)

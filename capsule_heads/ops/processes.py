@@ -1,4 +1,4 @@
-"""Sums over the processes that route one input together, each holding a share of it.
+"""Sums over the processes that route one input together, each holding a part of it.
 
 A group of processes goes by its name here, as operators of torch take no group; None is this process alone.
 """
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def n_processes(group: str | None) -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return 1 if group is None else _resolved(group).size()
 
 
 def summed(group: str | None, *tensors: Tensor) -> list[Tensor]:
-    """Sums tensors over all processes, in one all-reduce in float64: every process gets the same bits."""
+    """Sum tensors over all processes, in one all-reduce in float64: every process gets the same bits."""
     if group is None:
         return list(tensors)
     flat = torch.cat([tensor.flatten().double() for tensor in tensors])
@@ -26,4 +26,5 @@ def summed(group: str | None, *tensors: Tensor) -> list[Tensor]:
 
 
 def _resolved(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)  # as torch's own functional collectives do
+    # As torch's own functional collectives do. Some versions of torch have a type of their own for names.
+    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]

@@ -1,39 +1,25 @@
-"""Routing in a few passes over blocks of inputs, forward and backward: what the fast strategies share.
+"""Routing in a few passes over blocks of inputs, forward and backward: what all streaming strategies share.
 
-An M-step is a sum over inputs and an E-step is local to each, so an iteration is one pass over the inputs that adds up
-statistics without `i`; its backward pass is one more, which computes each block anew. Nothing of the size `[...ij]` is
-kept, except `R` where it is asked for. A strategy provides the two passes (`Passes`). This module has the rest: the
-first iteration, in which `R` is uniform; and what happens between passes, on tensors without
-`i`.
-
-Two changes of variables keep the numbers good. Inputs are centred on their weighted mean, `x = mu_inp - centre`, so
-`V = u + b` with `u = x W` and `b = centre W + B`; and means are kept relative to that, `mean = mu - b`, so the
-difference `V - mu = u - mean` has no large terms. The centre is a constant to autograd: the function does not depend
-on it.
-
-The inputs may be split over a group of processes. Passes know those of their own process; the centre, the statistics of
-every iteration and the gradients of every E-step are then summed over all, and what happens between passes is the same
-in each.
-
-In the shapes here `n` counts samples (all batch dimensions) and outputs come last, `[n,c,h,j]`. Tensors without `i` are
-float64, whatever the inputs are: they are small, and most cancellation happens there.
+A strategy provides the passes (`passes.Passes`). This module has what happens between them, on tensors without `i`.
+README.md derives it; shapes are those of `terms`.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .passes import EStep, Inputs, Passes, Statistics, UseGradient
+from .passes import Passes
 from .processes import n_processes, summed
+from .terms import EStep, Inputs, Statistics, UseGradient
 
 
 class MStep:
-    """The M-step on statistics, what the next E-step needs of it, and the gradients of both; all without `i`.
+    """The M-step on statistics, what the next E-step needs of it, and the gradients of both.
 
     Attributes:
         a_out: `[n,j]`.
@@ -58,14 +44,14 @@ class MStep:
         self.sig2_out = self.sum_of_squares / self.count + self.eps
 
     def e_step(self, p_model: str) -> EStep:
-        """The parameters of the next E-step."""
+        """Return the parameters of the next E-step."""
         log_prior = F.logsigmoid(self.a_out)
         if p_model == "skm":  # the log-softmax of the paper is a constant of each input, which the softmax takes out
             return EStep(log_prior, self.mean, torch.ones_like(self.mean))
         return EStep(log_prior - 0.5 * self.sig2_out.log().sum((1, 2)), self.mean, (2.0 * self.sig2_out).rsqrt())
 
     def e_step_backward(self, p_model: str, e_step: EStep, d: EStep) -> tuple[Tensor, Tensor, Tensor]:
-        """From the gradient of `e_step` to those of `a_out`, `mean` and `sig2_out`."""
+        """Return the gradients of `a_out`, `mean` and `sig2_out`, from that of `e_step`."""
         d_a_out = d.log_prior * torch.sigmoid(-self.a_out)
         if p_model == "skm":
             return d_a_out, d.mean, torch.zeros_like(self.sig2_out)
@@ -75,7 +61,7 @@ class MStep:
     def backward(
         self, d_a_out: Tensor, d_mean: Tensor, d_sig2_out: Tensor, d_mu_out: Tensor | float = 0.0
     ) -> tuple[UseGradient, MStepGradient]:
-        """From the gradients of `a_out`, `mean`, `sig2_out` and `mu_out` to those of `D` and of what else is read."""
+        """Return the gradient of `D`, and those of what else is read, from those of the four attributes."""
         n_used = self.statistics.n_used
         square = d_sig2_out / self.count
         # The sum of squares is about `mean`, which is not quite the mean vote.
@@ -115,10 +101,21 @@ def forward(
     return_R: bool,
     group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Routes. Shapes: `a_inp [n,i]`, `mu_inp [n,i,c,d]`, `W [h,j,d]`, `B [c,h,j]`, betas `[j]`, the last four
-    float64.
+    """Route.
 
-    Args as in `ops.route`, and `group`: the name of the processes that hold the inputs.
+    Args:
+        passes: of a strategy.
+        a_inp: `[n,i]`.
+        mu_inp: `[n,i,c,d]`.
+        W: `[h,j,d]`, float64.
+        B: `[c,h,j]`, float64.
+        beta_use: `[j]`, float64.
+        beta_ign: `[j]`, float64.
+        n_iters: as in `routing.route`, and so are the next three.
+        p_model: see there.
+        eps: see there.
+        return_R: see there.
+        group: the name of the processes that hold the inputs together.
 
     Returns:
         `a_out [n,j]`, `mu_out` and `sig2_out [n,c,h,j]`, and `R [n,i,j]` (empty unless asked for), of the dtype of
@@ -140,9 +137,10 @@ def forward(
         R_out = R if return_R and iteration == n_iters - 1 else None
         own.append(passes.statistics(inputs, m_step.e_step(p_model), R_out))
         m_step = MStep(own[-1].merged(group), total, eps, bias, beta_use, beta_ign)
-    outputs = (x.to(mu_inp.dtype).contiguous() for x in (m_step.a_out, m_step.mu_out, m_step.sig2_out))
+    a_out, mu_out, sig2_out = (x.to(mu_inp.dtype).contiguous() for x in (m_step.a_out, m_step.mu_out, m_step.sig2_out))
     n_kept = passes.n_kept(*mu_inp.shape[2:])
-    return *outputs, R, centre, moments, torch.stack([statistics.packed(n_kept) for statistics in own])
+    packed = torch.stack([statistics.packed(n_kept) for statistics in own])
+    return a_out, mu_out, sig2_out, R, centre, moments, packed
 
 
 def backward(
@@ -161,8 +159,8 @@ def backward(
     p_model: str,
     eps: float,
     group: str | None = None,
-) -> tuple[Tensor, ...]:
-    """The gradients of `forward`'s six tensors. `d_outputs`: of `a_out`, `mu_out`, `sig2_out`, `R`, or None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `forward`'s six tensors, from those of `a_out`, `mu_out`, `sig2_out` and `R`, or None."""
     f_inp = torch.sigmoid(a_inp)
     own_total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
     (total,) = summed(group, own_total)
@@ -173,6 +171,7 @@ def backward(
 
     last = m_steps[-1]
     # Each process has the outputs, and may use them in another way.
+    d_mu_out: Tensor | float
     d_a_out, d_mu_out, d_sig2_out = summed(
         group,
         *(
@@ -183,29 +182,30 @@ def backward(
     d_mean, d_R = torch.zeros_like(last.mean), d_outputs[3]
     d_mu_inp, d_f_inp = mu_inp.new_zeros(mu_inp.shape), a_inp.new_zeros(a_inp.shape)
     d_W, d_read = torch.zeros_like(W), []
-    for own_statistics, (m_step, previous) in zip(reversed(own), itertools.pairwise([*reversed(m_steps), None])):
-        d_use, d_read_here = m_step.backward(d_a_out, d_mean, d_sig2_out, d_mu_out)
+    for t in reversed(range(len(m_steps))):
+        d_use, d_read_here = m_steps[t].backward(d_a_out, d_mean, d_sig2_out, d_mu_out)
         d_read.append(d_read_here)
-        if previous is None:
+        if t == 0:
             d_W += passes.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
         else:
+            previous = m_steps[t - 1]
             e_step = previous.e_step(p_model)
-            d_e_step, d_W_here = passes.gradients(inputs, e_step, own_statistics, d_use, d_R, d_mu_inp, d_f_inp)
+            d_e_step, d_W_here = passes.gradients(inputs, e_step, own[t], d_use, d_R, d_mu_inp, d_f_inp)
             d_e_step = EStep(*summed(group, *d_e_step))
             d_R, d_mu_out = None, 0.0  # only the last iteration's are outputs
             d_W += d_W_here
             d_a_out, d_mean, d_sig2_out = previous.e_step_backward(p_model, e_step, d_e_step)
 
-    d_total, *d_parameters = (sum(parts) for parts in zip(*d_read))
+    d_total, d_bias, d_beta_use, d_beta_ign = (functools.reduce(torch.add, parts) for parts in zip(*d_read))
     d_f_inp += d_total.to(d_f_inp.dtype)
     # Every process has all of these: the sum over processes shall have them once.
-    d_bias, d_beta_use, d_beta_ign = (x / n_processes(group) for x in d_parameters)
+    d_bias, d_beta_use, d_beta_ign = (x / n_processes(group) for x in (d_bias, d_beta_use, d_beta_ign))
     d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
     d_a_inp = d_f_inp * f_inp * (1.0 - f_inp)
-    d_parameters = (x.contiguous() for x in (d_W, d_bias.sum(0), d_beta_use, d_beta_ign))
-    return d_a_inp, d_mu_inp, *d_parameters
+    d_B = d_bias.sum(0)
+    return d_a_inp, d_mu_inp, d_W.contiguous(), d_B.contiguous(), d_beta_use.contiguous(), d_beta_ign.contiguous()
 
 
 def _bias(inputs: Inputs, B: Tensor) -> Tensor:
-    """What votes have beside `u = x W`: `centre W + B`, `[n,c,h,j]`, float64."""
+    """Return the bias of votes, `centre W + B`, `[n,c,h,j]`, float64."""
     return torch.einsum("nkcd,hjd->nchj", inputs.centre.double(), inputs.W.double()) + B

@@ -1,7 +1,7 @@
-"""Runs a function on several threads at once: torch's own, where they can be had, as they may be spinning.
+"""Run a function on several threads at once: on torch's own, if they can be had.
 
-When an operation of torch's is done, OpenMP's threads go on looking for work for milliseconds, each on a core of its
-own. On other threads the function would have to share the cores with them; so it is given to them as their next work.
+When an operation of torch is done, OpenMP's threads look for work for milliseconds, each on a core of its own. Other
+threads would share the cores with them. docs/benchmarks.md has what that costs, and why numba's threads will not do.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run_on_threads(function: Callable[[int], None], n_threads: int) -> None:
-    """Calls `function(0)` to `function(n_threads - 1)`, at the same time as far as threads allow; raises what one did.
+    """Call `function(0)` to `function(n_threads - 1)`, at the same time as far as threads allow.
 
-    The function should release the GIL.
+    The function should release the GIL. What one call raises is raised here.
     """
     if n_threads == 1:
         function(0)
@@ -49,7 +49,7 @@ def run_on_threads(function: Callable[[int], None], n_threads: int) -> None:
 
 @functools.cache
 def _openmp_parallel() -> Callable[..., None] | None:
-    """`GOMP_parallel` of the OpenMP that torch uses, GNU's or LLVM's; None where torch has none or it is not found."""
+    """Return `GOMP_parallel` of the OpenMP that torch uses, GNU's or LLVM's; None if there is none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         parallel = ctypes.CDLL(str(library)).GOMP_parallel  # also looks through what the library was linked to
@@ -61,7 +61,7 @@ def _openmp_parallel() -> Callable[..., None] | None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads for all calls; none waits for another, so calls from several threads only share them."""
+    """Return threads for all calls. None waits for another, so calls from several threads only share them."""
     return ThreadPoolExecutor(max_workers=max(1, os.cpu_count() or 1), thread_name_prefix="capsule_heads")
 
 

@@ -1,25 +1,22 @@
-"""The first iteration, in which `R_ij = 1 / n_out`: its statistics need no votes, only `[c,d,d]` moments of the inputs.
-
-Strategies take their `uniform_statistics` and `uniform_gradients` from here, unless they have better ones. Shapes as in
-`passes`.
-"""
+"""The first iteration, from `[c,d,d]` moments of the inputs. README.md derives it; shapes are those of `terms`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .passes import Inputs, Statistics, UseGradient, block_size, blocks, workspace
+from .blocks import block_size, blocks, workspace
+from .terms import Inputs, Statistics, UseGradient
 
 
 def uniform_statistics(inputs: Inputs) -> tuple[Statistics, Tensor]:
-    """See `passes.Passes`."""
+    """Return the statistics of the first iteration, and the moments of the inputs, `[n,c,d,d+1]`."""
     moments = _moments(inputs)
     return statistics_of(inputs, moments), moments
 
 
 def statistics_of(inputs: Inputs, moments: Tensor) -> Statistics:
-    """The statistics of the first iteration, from the moments of the inputs, `[n,c,d,d+1]`."""
+    """Return the statistics of the first iteration, from the moments of the inputs, `[n,c,d,d+1]`."""
     total, W, n_out = inputs.total, inputs.W.double(), inputs.W.shape[1]
     mean_x = moments[..., -1] / total[..., None].clamp_min(torch.finfo(total.dtype).tiny)  # [ncd]
     covariance = moments[..., :-1] - total[..., None, None] * mean_x[..., :, None] * mean_x[..., None, :]
@@ -30,7 +27,7 @@ def statistics_of(inputs: Inputs, moments: Tensor) -> Statistics:
 
 
 def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_inp: Tensor, d_f_inp: Tensor) -> Tensor:
-    """See `passes.Passes`."""
+    """Go back through `uniform_statistics`; see `passes.Passes.uniform_gradients`."""
     constant, half, d_W = quadratic_form(inputs, moments, d_use)
     n, i, c, d = inputs.mu_inp.shape
     for samples, part in blocks(n, i, block_size(inputs.mu_inp, 8 * c * (d + 1))):
@@ -45,11 +42,12 @@ def uniform_gradients(inputs: Inputs, moments: Tensor, d_use: UseGradient, d_mu_
 
 
 def quadratic_form(inputs: Inputs, moments: Tensor, d_use: UseGradient) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `D_ij` in the first iteration, summed over `j`: `constant + x linear + x square x^T`.
+    """Sum the gradient of `D_ij` in the first iteration over `j`: `constant + x linear + x square x^T`.
 
     Returns:
-        `constant [n]`; `[n,c,d+1,d]`, `square` and below it half of `linear`, so that a product with `x` and a column
-        of ones is half the gradient of `x`, but for `f`; both of the dtype of the inputs. And the gradient of `W`.
+        `constant [n]` and `half [n,c,d+1,d]`, of the dtype of the inputs, and the gradient of `W`. `half` is `square`
+        and below it half of `linear`: its product with `x` and a column of ones is half the gradient of `x`, without
+        the factor `f`.
     """
     W, n_out = inputs.W.double(), inputs.W.shape[1]
     constant, linear_u, square_u = (x / n_out for x in d_use.in_u())
@@ -64,13 +62,13 @@ def quadratic_form(inputs: Inputs, moments: Tensor, d_use: UseGradient) -> tuple
 
 
 def no_moments(inputs: Inputs) -> Tensor:
-    """In the place of moments, for a strategy whose backward pass needs none."""
+    """Return zeros as moments, for a strategy whose backward pass needs none."""
     n, _, c, d = inputs.mu_inp.shape
     return inputs.total.new_zeros(n, c, d, d + 1)
 
 
 def _moments(inputs: Inputs) -> Tensor:
-    """Second and first moments of the inputs, `[n,c,d,d+1]`: `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic`."""
+    """Return second and first moments of the inputs, `[n,c,d,d+1]`: `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic`."""
     n, i, c, d = inputs.mu_inp.shape
     moments = inputs.mu_inp.new_zeros(n, c, d, d + 1, dtype=torch.float64)
     for samples, part in blocks(n, i, block_size(moments, 8 * c * (d + 1))):

@@ -18,10 +18,10 @@ class StereoConvConfig(PreTrainedConfig):
         num_channels: channels of an image: the two views of a pair.
         image_size: height and width of images.
         hidden_sizes: channels after each block.
-        strides: of each block's convolution.
+        strides: stride of each block's convolution.
 
     Raises:
-        ValueError: If a size is not a positive whole number, or there are not as many strides as blocks.
+        ValueError: If a size is not a positive whole number, or the numbers of sizes and strides differ.
     """
 
     model_type = "stereo_conv"

@@ -1,10 +1,10 @@
-"""Images for the vision model: from stereo pairs, however they come, to `pixel_values`."""
+"""The image processor of stereo pairs: from images, arrays or tensors to `pixel_values`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from ..hub import refuse_auto_class
 from .configuration_stereo_conv import StereoConvConfig
 
 Pair = Image.Image | np.ndarray | Tensor
 
 
 class StereoImageProcessor(BaseImageProcessor):
-    """Turns stereo pairs into the model's `pixel_values`, `[batch, 2, height, width]` in [0, 1].
+    """Turn stereo pairs into the model's `pixel_values`, `[batch, 2, height, width]` in [0, 1].
 
     A pair is one of:
 
@@ -34,7 +35,7 @@ class StereoImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, size: int | dict[str, int] = 96, **kwargs) -> None:
+    def __init__(self, size: int | dict[str, int] = 96, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         sides = size if isinstance(size, dict) else {"height": size, "width": size}
         if set(sides) != {"height", "width"} or not all(type(n) is int and n >= 1 for n in sides.values()):
@@ -42,21 +43,31 @@ class StereoImageProcessor(BaseImageProcessor):
         self.size = dict(sides)
 
     @classmethod
-    def get_image_processor_dict(cls, source: str | os.PathLike, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers.
+    def register_for_auto_class(cls, auto_class: object = None) -> NoReturn:
+        """Refuse; see `hub.refuse_auto_class`."""
+        refuse_auto_class(cls)
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the fields of a processor; arguments as in transformers.
 
         Raises:
-            OSError: Also for a file that is JSON but holds something else than keys and values.
+            OSError: If there is no file, or it holds something else than keys and values.
         """
-        fields, kwargs = super().get_image_processor_dict(source, **kwargs)
+        fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(fields, dict):
             raise OSError(
-                f"{source} has a preprocessor_config.json without keys and values; expected what save_pretrained wrote."
+                f"{pretrained_model_name_or_path} has a preprocessor_config.json without keys and values; expected "
+                "what save_pretrained wrote."
             )
         return fields, kwargs
 
-    def preprocess(self, images: Pair | Sequence[Pair], return_tensors: str | None = None, **kwargs) -> BatchFeature:
-        """Prepares one pair, or several.
+    def preprocess(
+        self, images: Pair | Sequence[Pair], return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Prepare one pair, or several.
 
         Args:
             images: A pair, a list of pairs, or an array or tensor `[batch, 2, height, width]` of them.
@@ -84,11 +95,11 @@ class StereoImageProcessor(BaseImageProcessor):
         if pair.shape == (2, height, width):
             return pair
         views = [Image.fromarray(view).resize((width, height), Image.Resampling.BILINEAR) for view in pair]
-        return np.stack(views)
+        return np.stack([np.asarray(view) for view in views])
 
 
 def side_by_side(pair: np.ndarray | Tensor) -> Image.Image:
-    """Makes one grey image of a stereo pair, the left view on the left: for looking at it, and for pipelines.
+    """Make one grey image of a stereo pair, the left view on the left: for looking at it, and for pipelines.
 
     Args:
         pair: `[2, height, width]`, integers from 0 to 255 or floats in [0, 1], which are rounded to 256 steps.
@@ -107,7 +118,7 @@ def side_by_side(pair: np.ndarray | Tensor) -> Image.Image:
 
 
 def _read_pair(pair: Pair) -> np.ndarray:
-    """Returns both views, float32 `[2, height, width]` in [0, 1]."""
+    """Return both views, float32 `[2, height, width]` in [0, 1]."""
     if isinstance(pair, Image.Image):
         if pair.width != 2 * pair.height:
             raise ValueError(

@@ -22,7 +22,7 @@ class StereoConvModel(PreTrainedModel):
     config_class = StereoConvConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: StereoConvConfig) -> None:
         super().__init__(config)
@@ -37,7 +37,7 @@ class StereoConvModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
     ) -> BaseModelOutputWithNoAttention:
-        """Computes feature maps.
+        """Compute feature maps.
 
         Args:
             pixel_values: `[batch, num_channels, height, width]`, grey values from 0 to 1.
@@ -48,7 +48,7 @@ class StereoConvModel(PreTrainedModel):
             `last_hidden_state [batch, channels, height, width]`, and `hidden_states` on request.
 
         Raises:
-            ValueError: for images of another shape.
+            ValueError: If images have another shape.
         """
         size = self.config.image_size
         if pixel_values.shape[1:] != (self.config.num_channels, size, size):
@@ -70,6 +70,7 @@ class StereoConvModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
+            assert module.bias is not None
             nn.init.kaiming_normal_(module.weight)
             nn.init.zeros_(module.bias)
         else:
@@ -77,12 +78,12 @@ class StereoConvModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: see `CapsuleHeadPreTrainedModel`."""
+        """Return False; see `CapsuleHeadPreTrainedModel`."""
         return False
 
 
 def _coordinates(images: Tensor) -> Tensor:
-    """The row and the column of each pixel, from -1 to 1, `[batch, 2, height, width]`."""
+    """Return the row and the column of each pixel, from -1 to 1, `[batch, 2, height, width]`."""
     n, _, height, width = images.shape
     # Always float32, as in the original: a float64 network then agrees with it to the last digit.
     rows, columns = (torch.linspace(-1.0, 1.0, size, device=images.device) for size in (height, width))

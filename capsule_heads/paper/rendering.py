@@ -50,36 +50,41 @@ class Solid:
 
     @property
     def corners(self) -> NDArray:
-        """The corners `[8, 3]` of the parallelepiped around it."""
+        """Return the corners `[8, 3]` of the parallelepiped around the solid."""
         return self.center + _SIGNS @ self.axes.T
 
     @property
     def bounds(self) -> NDArray:
-        """The least and the greatest coordinates `[2, 3]`: exact for balls and boxes, near for cylinders."""
+        """Return the least and the greatest coordinates `[2, 3]`: exact for balls and boxes, near for cylinders."""
         norm = 2 if self.quadric.any() else 1
         extent = np.linalg.norm(self.axes, ord=norm, axis=1)
         return np.stack([self.center - extent, self.center + extent])
 
     def moved(self, matrix: ArrayLike, shift: ArrayLike) -> Solid:
-        """Its image under `shift + matrix @ point`."""
+        """Return the solid's image under `shift + matrix @ point`."""
         matrix = np.asarray(matrix, np.float32)
         center = (matrix @ self.center + shift).astype(np.float32)
         return replace(self, center=center, axes=(matrix @ self.axes).astype(np.float32))
 
 
 def _solid(center: ArrayLike, axes: ArrayLike, quadric: ArrayLike, planes: ArrayLike, albedo: float) -> Solid:
-    arrays = (np.asarray(value, np.float32) for value in (center, axes, quadric, planes))
-    return Solid(*arrays, albedo=float(albedo))
+    return Solid(
+        center=np.asarray(center, np.float32),
+        axes=np.asarray(axes, np.float32),
+        quadric=np.asarray(quadric, np.float32),
+        planes=np.asarray(planes, np.float32),
+        albedo=float(albedo),
+    )
 
 
 def ball(center: ArrayLike, radii: ArrayLike, albedo: float, rotation: ArrayLike | None = None) -> Solid:
-    """An ellipsoid with half axes along those of the world, or along the columns of a rotation."""
+    """Return an ellipsoid with half axes along those of the world, or along the columns of a rotation."""
     axes = np.diag(np.broadcast_to(radii, 3)) if rotation is None else np.asarray(rotation) * radii
     return _solid(center, axes, (1, 1, 1), np.empty((0, 4)), albedo)
 
 
 def rod(start: ArrayLike, end: ArrayLike, radius: float, albedo: float) -> Solid:
-    """A cylinder between two points, with flat ends."""
+    """Return a cylinder between two points, with flat ends."""
     start, end = np.asarray(start, np.float64), np.asarray(end, np.float64)
     along = (end - start) / 2
     across = np.cross(along, (0, 0, 1) if abs(along[2]) < 0.9 * np.linalg.norm(along) else (1, 0, 0))
@@ -90,12 +95,12 @@ def rod(start: ArrayLike, end: ArrayLike, radius: float, albedo: float) -> Solid
 
 
 def box(center: ArrayLike, half_axes: ArrayLike, albedo: float, taper: tuple[float, float] = (1, 1)) -> Solid:
-    """A box, or a frustum: at the end of its third axis its first two are `taper` times as long.
+    """Return a box, or a frustum: at the end of its third axis its first two are `taper` times as long.
 
     Args:
         center: `[3]`.
         half_axes: Three lengths, or three half axes as columns, not necessarily at right angles.
-        albedo: Of all its sides.
+        albedo: The fraction of light that its sides reflect.
         taper: At most 1.
     """
     axes = np.asarray(half_axes, np.float64)
@@ -112,15 +117,15 @@ def box(center: ArrayLike, half_axes: ArrayLike, albedo: float, taper: tuple[flo
 def render_pair(
     solids: Sequence[Solid], elevation: float, lights: Sequence[tuple[ArrayLike, float]], ambient: float, size: int = 96
 ) -> NDArray[np.uint8]:
-    """Renders solids on the floor as two cameras side by side see them.
+    """Render solids on the floor as two cameras side by side see them.
 
     Both look at the point halfway up the solids, from one height. Surfaces are Lambertian, lights are directional and
     cast shadows, and the floor is uniform.
 
     Args:
-        solids: In the world, on the floor, around its `z` axis.
-        elevation: Of the cameras, in degrees above the horizon.
-        lights: For each the direction towards it, in the world, and its strength.
+        solids: Solids in the world, on the floor, around its `z` axis.
+        elevation: Elevation of the cameras, in degrees above the horizon.
+        lights: For each light the direction towards it, in the world, and its strength.
         ambient: The strength of light from everywhere; surfaces that face down get less of it.
         size: Height and width of an image, in pixels.
 
@@ -149,13 +154,13 @@ def _unit(vector: ArrayLike) -> NDArray:
 
 @cache
 def _slopes(size: int) -> NDArray:
-    """The slopes `[size * _SAMPLES]` of the rays through one row, or one column, of samples."""
+    """Return the slopes `[size * _SAMPLES]` of the rays through one row, or one column, of samples."""
     n_samples = size * _SAMPLES
     return (((np.arange(n_samples) + 0.5) / n_samples * 2 - 1) * HALF_WIDTH / DISTANCE).astype(np.float32)
 
 
 def _render(solids: list[Solid], rotation: NDArray, height: float, lights: list, ambient: float, size: int) -> NDArray:
-    """One view, in its camera's coordinates."""
+    """Return one view, of solids in its camera's coordinates."""
     slopes = _slopes(size)
     rays = np.empty((len(slopes), len(slopes), 3), np.float32)
     rays[..., 0], rays[..., 1], rays[..., 2] = slopes, slopes[:, None], 1
@@ -177,7 +182,7 @@ def _render(solids: list[Solid], rotation: NDArray, height: float, lights: list,
 
 
 def _shade(solids: list[Solid], points: NDArray, index: NDArray, up: NDArray, lights: list, ambient: float) -> NDArray:
-    """The light from points `[..., 3]`, each on the solid of its index `[...]` or, where that is -1, on the floor."""
+    """Return the light from points `[..., 3]`, each on the solid of its index `[...]` or, for -1, on the floor."""
     points, shape, index = points.reshape(-1, 3), index.shape, index.ravel()
     normals = np.empty_like(points)
     normals[:] = up
@@ -199,7 +204,7 @@ def _shade(solids: list[Solid], points: NDArray, index: NDArray, up: NDArray, li
 
 
 def _window(solid: Solid, slopes: NDArray) -> tuple[slice, slice]:
-    """The rows and columns of samples in which a solid in front of the camera may be seen."""
+    """Return the rows and columns of samples in which a solid in front of the camera may be seen."""
     corners = solid.corners
     seen = corners[:, :2] / corners[:, 2:]
     low, high = np.searchsorted(slopes, seen.min(axis=0)), np.searchsorted(slopes, seen.max(axis=0))
@@ -207,10 +212,10 @@ def _window(solid: Solid, slopes: NDArray) -> tuple[slice, slice]:
 
 
 def _cross(solid: Solid, origins: NDArray, directions: NDArray) -> tuple[NDArray, NDArray]:
-    """Where rays, `origins + t * directions`, enter and leave a solid; those that miss it enter after they leave.
+    """Find where rays, `origins + t * directions`, enter and leave a solid; those that miss it enter after they leave.
 
     Args:
-        solid: In the coordinates of the rays.
+        solid: A solid in the coordinates of the rays.
         origins: `[..., 3]`; either these or the directions may be one for all rays.
         directions: `[..., 3]`, of any length.
 
@@ -219,7 +224,7 @@ def _cross(solid: Solid, origins: NDArray, directions: NDArray) -> tuple[NDArray
     """
     inverse = np.linalg.inv(solid.axes).T
     o, d = (origins - solid.center) @ inverse, directions @ inverse
-    enter, leave = np.float32(-np.inf), np.float32(np.inf)
+    enter, leave = np.asarray(-np.inf, np.float32), np.asarray(np.inf, np.float32)
     if solid.quadric.any():
         a = (d * d) @ solid.quadric + _TINY
         b = (d * o) @ solid.quadric
@@ -235,7 +240,7 @@ def _cross(solid: Solid, origins: NDArray, directions: NDArray) -> tuple[NDArray
 
 
 def _normals(solid: Solid, points: NDArray) -> NDArray:
-    """The outward unit normals at points on a solid's surface, `[n, 3]`."""
+    """Return the outward unit normals at points on a solid's surface, `[n, 3]`."""
     inverse = np.linalg.inv(solid.axes)
     local = (points - solid.center) @ inverse.T
     gradients = local * solid.quadric
@@ -250,7 +255,7 @@ def _normals(solid: Solid, points: NDArray) -> NDArray:
 
 
 def _find_shadowed(solids: list[Solid], points: NDArray, towards: NDArray, facing: NDArray) -> NDArray:
-    """The indices of those points `[n, 3]` that face a light and have a solid between it and them."""
+    """Return the indices of those points `[n, 3]` that face a light and have a solid between it and them."""
     # Seen from the light, in a plane across its direction, only points in a solid's rectangle can be behind it.
     across = _unit(np.cross(towards, (0, 0, 1) if abs(towards[2]) < 0.9 else (1, 0, 0)))
     plane = np.stack([across, np.cross(towards, across)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import struct
@@ -10,7 +11,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
@@ -26,7 +27,7 @@ _STEMS = {
 }
 _KINDS = ("dat", "cat", "info")  # images, categories, the other factors
 _FACTORS = ("instance", "elevation", "azimuth", "lighting")
-_TYPES = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by magic number
+_TYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by magic number
 _MAGIC = {"dat": 0x1E3D4C55, "cat": 0x1E3D4C54, "info": 0x1E3D4C54}
 _N_PAIRS_AT_ONCE = 64
 
@@ -37,11 +38,11 @@ def load_smallnorb(
     validation_instances: Collection[int] = (9,),
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.DatasetDict:
-    """Loads smallNORB: 24,300 stereo pairs of 25 toys for training, and as many of 25 other toys for testing.
+    """Load smallNORB: 24,300 stereo pairs of 25 toys for training, and as many of 25 other toys for testing.
 
-    The files are not read whole: pairs go one after another, from a memory-mapped or gzipped file, into the cache of
-    datasets (about 450 MB for each of training and testing), which is memory-mapped in turn. Files that have changed
-    are read anew. Pairs keep the order of the files, which is shuffled.
+    Pairs go one after another from a memory-mapped or gzipped file into the cache of datasets (about 450 MB for each of
+    training and testing), which is memory-mapped in turn. Files that have changed are read again. Pairs keep the order
+    of the files, which is shuffled.
 
     Validation: The five toys of each category in the training files are its instances 4, 6, 7, 8 and 9. All pairs of
     some of them are set apart, 9 unless told otherwise: the last, since nothing speaks for any other. So the model is
@@ -54,7 +55,7 @@ def load_smallnorb(
             as published at `SMALLNORB_URL`, each plain or gzipped (`.mat.gz`).
         validation_instances: Numbers of the training instances of each category that make up the validation split. With
             none there is no such split.
-        cache_dir: Where the pairs are kept; by default the cache folder of datasets.
+        cache_dir: Folder that the pairs are kept in; by default the cache folder of datasets.
 
     Returns:
         The splits `train`, `validation` and `test` with the columns of `capsule_heads.paper.stereo.stereo_features`.
@@ -104,7 +105,7 @@ def _find_files(directory: Path, stem: str) -> dict[str, Path]:
 
 
 def _check_validation_instances(wanted: Collection[int], instances: np.ndarray) -> np.ndarray:
-    """Returns which of the training pairs are for validation."""
+    """Return which of the training pairs are for validation."""
     present = sorted(set(instances.tolist()))
     for instance in wanted:
         if instance not in present:
@@ -131,16 +132,16 @@ class _Matrix:
 
     @property
     def n_bytes(self) -> int:
-        """Of its values."""
+        """Return the number of bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
 def _read_header(path: Path, kind: str) -> _Matrix:
-    """Reads the header of a file, and checks it against what a file of its kind should have."""
+    """Read the header of a file, and check it against what a file of its kind should have."""
     expected = _MAGIC[kind]
     with _open(path) as file:
         start = _read(file, 8, path)
@@ -164,29 +165,29 @@ def _read_header(path: Path, kind: str) -> _Matrix:
     return _Matrix(shape, _TYPES[magic], 8 + 4 * n_stored)
 
 
-def _read(file: BinaryIO, n_bytes: int, path: Path) -> bytes:
-    """Reads so many bytes, no fewer."""
+def _read(file: io.BufferedIOBase, n_bytes: int, path: Path) -> bytes:
+    """Read `n_bytes`, no fewer."""
     payload = _read_at_most(file, n_bytes, path)
     if len(payload) < n_bytes:
         raise ValueError(f"{path} is truncated: {n_bytes - len(payload):,} bytes or more are missing; fetch it again.")
     return payload
 
 
-def _read_at_most(file: BinaryIO, n_bytes: int, path: Path) -> bytes:
+def _read_at_most(file: io.BufferedIOBase, n_bytes: int, path: Path) -> bytes:
     try:
         return file.read(n_bytes)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again.") from error
+        raise ValueError(f"{path} is not a complete gzip file ({error}); fetch it again.") from error
 
 
-def _expect_end(file: BinaryIO, path: Path) -> None:
-    """Checks that all of a file was read; of a gzipped one this checks the checksum, too."""
+def _expect_end(file: io.BufferedIOBase, path: Path) -> None:
+    """Check that a file was read to its end; this also checks the checksum of a gzipped one."""
     if _read_at_most(file, 1, path):
         raise ValueError(f"{path} is too long: it holds more than its header says; fetch it again.")
 
 
 def _read_labels(files: dict[str, Path]) -> np.ndarray:
-    """Reads category, instance, elevation, azimuth and lighting, `[n_pairs, 5]`."""
+    """Read category, instance, elevation, azimuth and lighting, `[n_pairs, 5]`."""
     columns = {}
     for kind in ("cat", "info"):
         header = _read_header(files[kind], kind)
@@ -210,7 +211,7 @@ def _read_labels(files: dict[str, Path]) -> np.ndarray:
 
 
 def _check_images(path: Path, n_labels: int) -> None:
-    """Checks a file of images against the labels and, unless it is gzipped, its own size."""
+    """Check a file of images against the labels and, unless it is gzipped, its own size."""
     header = _read_header(path, "dat")
     if header.shape[0] != n_labels:
         raise ValueError(
@@ -224,7 +225,7 @@ def _check_images(path: Path, n_labels: int) -> None:
 
 
 def _read_pairs(files: dict[str, Path], split: str, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
-    """Reads all pairs of a split into the cache, or finds them there."""
+    """Read all pairs of a split into the cache, or find them there."""
     stats = {kind: files[kind].resolve().stat() for kind in _KINDS}
     settings = {
         "files": {kind: str(files[kind].resolve()) for kind in _KINDS},
@@ -246,7 +247,7 @@ def _read_pairs(files: dict[str, Path], split: str, cache_dir: str | os.PathLike
         raise
 
 
-def _generate_pairs(files: dict[str, str], identity: tuple) -> Iterator[dict]:
+def _generate_pairs(files: dict[str, str], identity: tuple) -> Iterator[dict[str, Any]]:
     paths = {kind: Path(path) for kind, path in files.items()}
     labels = _read_labels(paths)
     for image, (label, *factors) in zip(_generate_images(paths["dat"]), labels.tolist(), strict=True):

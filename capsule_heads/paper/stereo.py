@@ -1,4 +1,4 @@
-"""Stereo pairs: the columns they come in, and what the vision model takes of them."""
+"""Stereo pairs: the columns of a data set of them, and the pixel values that the vision model takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PADDING = 16
 
 
 def stereo_features(height: int = 96, width: int = 96) -> datasets.Features:
-    """The columns of a set of stereo pairs.
+    """Return the columns of a set of stereo pairs.
 
     `image` is `[2, height, width]`, grey values from 0 to 255, the left view first; `label` is one of `CATEGORIES`;
     `instance` is the number of the toy within its category. The views are numbered as in smallNORB: `elevation` 0 to 8
@@ -32,7 +32,7 @@ def stereo_features(height: int = 96, width: int = 96) -> datasets.Features:
 
 
 def prepare_stereo(pairs: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Gives stereo pairs the two columns that a Trainer takes, made when they are read.
+    """Give stereo pairs the two columns that a Trainer takes, made when they are read.
 
     `pixel_values` is `[2, height, width]`, float32 in [0, 1], and `labels` the class. In the split `train` a pair is
     cropped at random each time it is read, by torch's global generator (so by the Trainer's seed, and differently in
@@ -69,11 +69,11 @@ def prepare_stereo(pairs: datasets.DatasetDict) -> datasets.DatasetDict:
 
 
 def crop_randomly(images: Tensor, padding: int = PADDING) -> Tensor:
-    """Crops images at random to their own size, out of themselves with their edges repeated on all sides.
+    """Crop images at random to their own size, out of themselves with their edges repeated on all sides.
 
     Args:
         images: `[batch, channels, height, width]`. Its channels, so both views of a pair, are cropped alike.
-        padding: How often the edges are repeated, and so how far a crop may be off the middle, in pixels.
+        padding: Number of repeated edge pixels, and so the largest distance of a crop from the middle, in pixels.
 
     Returns:
         The crops, of the same shape and dtype; each of the `(2 * padding + 1) ** 2` of an image is equally likely.

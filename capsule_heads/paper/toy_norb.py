@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import datasets
 import numpy as np
@@ -25,6 +26,7 @@ _LIGHTINGS = (
     ([((0.4, 0.9, 1.0), 0.60)], 0.40),
     ([((-0.9, -0.4, 1.1), 0.40), ((0.7, -0.9, 1.0), 0.40)], 0.30),
 )
+_VARIED = {"elevation": range(len(_ELEVATIONS)), "azimuth": range(0, 2 * _N_AZIMUTHS, 2)}  # as numbered in the data
 _VIEWS = tuple(product(range(len(_ELEVATIONS)), range(_N_AZIMUTHS), range(len(_LIGHTINGS))))
 
 # Raise it with whatever changes the images: it is part of the name that they are cached by.
@@ -40,7 +42,7 @@ def load_toy_norb(
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.DatasetDict:
-    """Renders stereo pairs of toys, or finds those rendered before: a stand-in for smallNORB, without a network.
+    """Render stereo pairs of toys, or find those rendered before: a stand-in for smallNORB, without a network.
 
     Each category is a family of solid toys; an instance is one of them, its proportions, kind of body, size and grey
     tones drawn at random. Two cameras side by side look at it from one of 9 elevations (30 to 70 degrees), turned to
@@ -54,11 +56,11 @@ def load_toy_norb(
     same toys and views everywhere; between processors, rounding may make a grey value differ by 1.
 
     Args:
-        n_train_instances: Of each category, in the training split.
-        n_validation_instances: Likewise, for validation.
-        n_test_instances: Likewise, for the test.
+        n_train_instances: Number of toys of each category in the training split.
+        n_validation_instances: Number of toys of each category in the validation split.
+        n_test_instances: Number of toys of each category in the test split.
         n_views: Pairs of each instance, at most 972; more views contain those that fewer do.
-        seed: Of everything that is drawn at random.
+        seed: Random seed of toys and views.
         cache_dir: Where rendered pairs are kept; by default the cache folder of datasets.
 
     Returns:
@@ -100,7 +102,7 @@ def render_sequence(
     lighting: int = 2,
     seed: int = 0,
 ) -> datasets.Dataset:
-    """Renders one toy from all elevations, or from all azimuths.
+    """Render one toy from all elevations, or from all azimuths.
 
     Args:
         factor: "elevation" or "azimuth": what varies.
@@ -120,31 +122,31 @@ def render_sequence(
     if (elevation if factor == "elevation" else azimuth) is not None:
         raise ValueError(f"{factor} was given, and is to vary; leave it out.")
     elevation, azimuth = 4 if elevation is None else elevation, 0 if azimuth is None else azimuth
-    label = CATEGORIES.index(label) if label in CATEGORIES else label
+    index = CATEGORIES.index(label) if isinstance(label, str) and label in CATEGORIES else label
     choices = {
-        "factor": ("elevation", "azimuth"),
+        "factor": tuple(_VARIED),
         "label": range(len(CATEGORIES)),
-        "elevation": range(len(_ELEVATIONS)),
-        "azimuth": range(0, 2 * _N_AZIMUTHS, 2),
+        **_VARIED,
         "lighting": range(len(_LIGHTINGS)),
     }
-    given = {"factor": factor, "label": label, "elevation": elevation, "azimuth": azimuth, "lighting": lighting}
+    given = {"factor": factor, "label": index, "elevation": elevation, "azimuth": azimuth, "lighting": lighting}
     for name, value in given.items():
         if value not in choices[name]:
             expected = CATEGORIES if name == "label" else choices[name]
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, expected))}.")
     if instance < 0 or seed < 0:
         raise ValueError(f"instance is {instance} and seed {seed}; expected 0 or more.")
-    toy = build_toy(CATEGORIES[label], np.random.default_rng([seed, label, instance]))
+    index = int(index)
+    toy = build_toy(CATEGORIES[index], np.random.default_rng([seed, index, instance]))
     rows = []
-    for value in choices[factor]:
+    for value in _VARIED[factor]:
         view = {"elevation": elevation, "azimuth": azimuth, "lighting": lighting, factor: value}
         image = render_view(toy, view["elevation"], view["azimuth"] // 2, lighting)
-        rows.append({"image": image, "label": label, "instance": instance, **view})
+        rows.append({"image": image, "label": index, "instance": instance, **view})
     return datasets.Dataset.from_list(rows, features=stereo_features())
 
 
-def _render_instances(first: int, count: int, n_views: int, seed: int, edition: int) -> Iterator[dict]:
+def _render_instances(first: int, count: int, n_views: int, seed: int, edition: int) -> Iterator[dict[str, Any]]:
     for (label, category), instance in product(enumerate(CATEGORIES), range(first, first + count)):
         toy = build_toy(category, np.random.default_rng([seed, label, instance]))
         order = np.random.default_rng([seed, label, instance, 1]).permutation(len(_VIEWS))
@@ -160,10 +162,10 @@ def _render_instances(first: int, count: int, n_views: int, seed: int, edition: 
 
 
 def render_view(toy: list[Solid], elevation: int, azimuth: int, lighting: int, size: int = 96) -> np.ndarray:
-    """Renders one view of a toy.
+    """Render one view of a toy.
 
     Args:
-        toy: As `build_toy` makes it.
+        toy: What `build_toy` returns.
         elevation: 0 to 8.
         azimuth: 0 to 17, by which the toy is turned in steps of 20 degrees.
         lighting: 0 to 5.
@@ -173,13 +175,13 @@ def render_view(toy: list[Solid], elevation: int, azimuth: int, lighting: int, s
         Grey values `[2, size, size]`, the left view first.
     """
     angle = azimuth * 2 * math.pi / _N_AZIMUTHS
-    turn = [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
+    turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
     turned = [part.moved(turn, (0, 0, 0)) for part in toy]
     return render_pair(turned, _ELEVATIONS[elevation], *_LIGHTINGS[lighting], size=size)
 
 
 def build_toy(category: str, rng: np.random.Generator) -> list[Solid]:
-    """Builds a toy of one of `CATEGORIES`, on the floor, facing along `x`.
+    """Build a toy of one of `CATEGORIES`, on the floor, facing along `x`.
 
     Toys of all categories are brought to about the same size, so that it does not tell them apart.
     """
@@ -195,7 +197,7 @@ def build_toy(category: str, rng: np.random.Generator) -> list[Solid]:
 
 
 def _tones(rng: np.random.Generator) -> tuple[float, float, float]:
-    """The albedos of a toy's body, of its second colour, and of its dark parts."""
+    """Return the albedos of a toy's body, of its second colour, and of its dark parts."""
     return rng.uniform(0.2, 0.95), rng.uniform(0.2, 0.95), rng.uniform(0.06, 0.4)
 
 
@@ -288,11 +290,11 @@ def _airplane(rng: np.random.Generator) -> list[Solid]:
     return parts
 
 
-def _wheels(places: list[float], track: float, radius: float, width: float, albedo: float) -> list[Solid]:
-    """A pair of wheels at each place along the x axis."""
+def _wheels(positions: list[float], track: float, radius: float, width: float, albedo: float) -> list[Solid]:
+    """Return a pair of wheels at each position along the x axis."""
     return [
         rod((x, side * (track - width), radius), (x, side * track, radius), radius, albedo)
-        for x in places
+        for x in positions
         for side in (-1, 1)
     ]
 
@@ -323,8 +325,8 @@ def _truck(rng: np.random.Generator) -> list[Solid]:
         for side in (-1, 1):
             parts.append(box((middle, side * width, top + wall), (half, 0.025, wall), second))
             parts.append(box((middle + side * half, 0, top + wall), (0.025, width, wall), second))
-    places = [1 - cab, -0.7, *([-0.7 + 2.3 * wheel] if u() < 0.6 else [])]
-    return parts + _wheels(places, width * 1.05, wheel, width * 0.35, dark * 0.7)
+    positions = [1 - cab, -0.7, *([-0.7 + 2.3 * wheel] if u() < 0.6 else [])]
+    return parts + _wheels(positions, width * 1.05, wheel, width * 0.35, dark * 0.7)
 
 
 def _car(rng: np.random.Generator) -> list[Solid]:
@@ -333,13 +335,13 @@ def _car(rng: np.random.Generator) -> list[Solid]:
     width, wheel = u(0.38, 0.48), u(0.15, 0.2)
     floor, belt = wheel * 0.7, u(0.13, 0.19)
     parts = [box((0, 0, floor + belt), (1, width, belt), tone, taper=(u(0.88, 0.97), u(0.85, 0.95)))]
-    cabin, place, height = u(0.4, 0.62), u(-0.3, 0.02), u(0.13, 0.18)
+    cabin, middle, height = u(0.4, 0.62), u(-0.3, 0.02), u(0.13, 0.18)
     roof = (u(0.5, 0.75), u(0.7, 0.85))
     top = floor + 2 * belt
-    parts.append(box((place, 0, top + height), (cabin, width * 0.85, height), dark, taper=roof))
+    parts.append(box((middle, 0, top + height), (cabin, width * 0.85, height), dark, taper=roof))
     reach, side = cabin * roof[0] * 1.04, width * 0.85 * roof[1] * 1.04
     paint = tone if u() < 0.6 else second
-    parts.append(box((place, 0, top + 2 * height), (reach, side, 0.03), paint, taper=(0.95, 0.95)))
+    parts.append(box((middle, 0, top + 2 * height), (reach, side, 0.03), paint, taper=(0.95, 0.95)))
     for x in (-1, 1):
         parts.append(box((x, 0, floor + belt * 0.6), (0.04, width * 0.95, belt * 0.3), second))
     if u() < 0.3:

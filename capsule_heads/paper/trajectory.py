@@ -1,4 +1,4 @@
-"""How the pose of an activated class capsule moves as the viewpoint changes ("reverse graphics", Heinsen 2019).
+"""Pose trajectories: how the pose of a class capsule moves as the viewpoint changes ("reverse graphics", Heinsen 2019).
 
 The paper's picture: images of one object whose elevation or azimuth varies and, below them, a two-dimensional view of
 the trajectory of each pose vector. Smooth trajectories say that a pose follows the viewpoint, though no viewpoint was
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..explain.canvas import new_figure
+from ..explain.pictures import new_figure
+from ..models import CapsuleHeadForImageClassification
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch import nn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 FACTORS = ("elevation", "azimuth")
 _FIXED = ("label", "instance", "lighting", *FACTORS)
@@ -31,10 +32,10 @@ class PoseTrajectory:
 
     Attributes:
         coordinates: `[d_cov, steps, 2]`, float64: a plane of its own for each vector, in the unit of the poses, centred
-            on the mean over the steps. Distances within a plane mean something; directions, and one vector's place
-            beside another's, do not.
-        stress: `[d_cov]`: how much of the distances is lost, Kruskal's stress-1: the root of the sum of squared errors
-            of all distances between steps over the sum of their squares. 0 for nothing: the vector moves in a plane.
+            on the mean over the steps. Distances within a plane mean something. Directions, and one vector's position
+            relative to another's, do not.
+        stress: `[d_cov]`, Kruskal's stress-1: the root of the sum of squared errors of all distances between steps,
+            over the sum of their squares. 0 if the vector moves in a plane.
     """
 
     coordinates: np.ndarray
@@ -44,20 +45,20 @@ class PoseTrajectory:
 def select_sequence(
     dataset: Dataset, factor: Literal["elevation", "azimuth"], **fixed: int | str | None
 ) -> tuple[Dataset, dict[str, int]]:
-    """Picks the images of one object in which one factor of the viewpoint varies, and nothing else.
+    """Select the images of one object in which one factor of the viewpoint varies, and nothing else.
 
     Args:
-        dataset: with the columns `label`, `instance`, `elevation`, `azimuth` and `lighting`, integers.
+        dataset: a data set with the columns `label`, `instance`, `elevation`, `azimuth` and `lighting`, integers.
         factor: what varies.
-        fixed: values of the other columns; for `label` also its name, if the column is a `ClassLabel`. A column that is
-            not given, or None, takes the smallest value that there is with those before it, in the order label,
+        **fixed: values of the other columns; for `label` also its name, if the column is a `ClassLabel`. A column that
+            is not given, or None, takes the smallest value that occurs with the columns before it, in the order label,
             instance, lighting, elevation, azimuth.
 
     Returns:
         The images in the order of `factor`, one for each of its values, and the values of the other columns.
 
     Raises:
-        ValueError: if `factor` is unknown or is itself fixed, if a column is missing, or if there are less than 3 such
+        ValueError: If `factor` is unknown or is itself fixed, if a column is missing, or if there are fewer than 3 such
             images.
     """
     if factor not in FACTORS:
@@ -68,42 +69,48 @@ def select_sequence(
         raise ValueError(f"Cannot fix {', '.join(unknown)} while {factor} varies; expected some of {', '.join(names)}.")
     missing = [name for name in _FIXED if name not in dataset.column_names]
     if missing:
-        raise ValueError(f"The dataset has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}.")
+        raise ValueError(f"The data set has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}.")
     columns = {name: np.asarray(dataset[name][:]) for name in _FIXED}
-    rows, values = np.ones(len(dataset), dtype=bool), {}
-    for name in sorted(names, key=lambda name: fixed.get(name) is None):  # what is given first
+    rows = np.ones(len(dataset), dtype=bool)
+    values: dict[str, int] = {}
+    for name in sorted(names, key=lambda name: fixed.get(name) is None):  # given values come first
         value = fixed.get(name)
         if isinstance(value, str):
             value = _label_index(dataset, value)
-        if value is None and rows.any():
+        if value is None:
+            if not rows.any():
+                break
             value = columns[name][rows].min()
-        values[name] = value if value is None else int(value)
+        values[name] = int(value)
         rows &= columns[name] == value
     steps, first = np.unique(columns[factor][rows], return_index=True)
     if len(steps) < 3:
-        wanted = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+        wanted = ", ".join(f"{name} {value}" for name, value in values.items())
         raise ValueError(
-            f"{len(steps)} images in which {factor} varies with {wanted}; expected 3 or more. Choose other values."
+            f"{len(steps)} images in which {factor} varies with {wanted}; expected 3 or more: choose other values."
         )
     return dataset.select(np.flatnonzero(rows)[first]), {name: values[name] for name in names}
 
 
 def compute_capsules(
-    model: nn.Module, processor: Callable[..., Any], images: list[np.ndarray], batch_size: int = 16
+    model: CapsuleHeadForImageClassification,
+    processor: Callable[..., Any],
+    images: list[np.ndarray],
+    batch_size: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and poses of the class capsules.
+    """Compute scores and poses of the class capsules.
 
     Args:
-        model: an image classifier that returns `logits` and, with `output_capsules=True`, `poses`.
+        model: an image classifier with a capsule head.
         processor: its image processor.
         images: uint8 arrays `[2, height, width]`.
-        batch_size: images at a time.
+        batch_size: number of images at a time.
 
     Returns:
         Scores `[images, n_classes]`, logits, and poses `[images, n_classes, d_cov, d_out]`.
 
     Raises:
-        ValueError: if the model's head has no capsules.
+        ValueError: If the model's head has no capsules.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -120,7 +127,7 @@ def compute_capsules(
 
 
 def activated_poses(logits: np.ndarray, poses: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """The poses, over all images, of the one class capsule that is activated in most of them.
+    """Return the poses, over all images, of the one class capsule that is activated in most of them.
 
     A capsule is activated by an image if its score is the highest, so if it is the predicted class. The trajectory is
     that of one capsule: the poses of different capsules are in different spaces. If two are activated equally often, it
@@ -134,7 +141,7 @@ def activated_poses(logits: np.ndarray, poses: np.ndarray) -> tuple[np.ndarray, 
         Its poses `[steps, d_cov, d_out]`, its class index, and in how many of the images it is activated.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: If the shapes do not fit.
     """
     if logits.ndim != 2 or poses.ndim != 4 or poses.shape[:2] != logits.shape:
         raise ValueError(
@@ -147,18 +154,18 @@ def activated_poses(logits: np.ndarray, poses: np.ndarray) -> tuple[np.ndarray, 
 
 
 def pose_trajectory(poses: np.ndarray) -> PoseTrajectory:
-    """Embeds the trajectory of each pose vector in a plane by classical multidimensional scaling (MDS).
+    """Embed the trajectory of each pose vector in a plane by classical multidimensional scaling (MDS).
 
     A pose vector is a row of a capsule's pose, so a pose of 4 x 4 has four. Classical MDS of Euclidean distances is the
-    projection on the two directions in which the vector moves most: exact and without a random start, but distances
-    can only shrink, and what moves in further directions is lost; `stress` says how much. It finds no curved surface,
-    and the sign of each axis is arbitrary (here: the coordinate furthest from 0 is positive).
+    projection on the two directions in which the vector moves most. It is exact and has no random start. Distances can
+    only shrink: movement in other directions is lost, and `stress` says how much. It finds no curved surface. The sign
+    of each axis is arbitrary (here the coordinate furthest from 0 is positive).
 
     Args:
         poses: `[steps, d_cov, d_out]`, poses of one capsule; at least 3 steps.
 
     Raises:
-        ValueError: if the shape is another, there are less than 3 steps, or a value is not finite.
+        ValueError: If the shape is another, there are fewer than 3 steps, or a value is not finite.
     """
     poses = np.asarray(poses, dtype=np.float64)
     if poses.ndim != 3 or len(poses) < 3:
@@ -187,21 +194,21 @@ def draw_trajectory(
     title: str,
     closed: bool = False,
 ) -> Figure:
-    """Draws the images in a row and, below, the trajectory of each pose vector.
+    """Draw the images in a row and, below, the trajectory of each pose vector.
 
     All trajectories have one scale. An image's frame has the colour of its step.
 
     Args:
-        trajectory: of as many steps as there are images.
+        trajectory: the trajectory, of as many steps as there are images.
         images: uint8 arrays `[2, height, width]`; the first, left-eye, channel is shown.
         steps: the value of `factor` of each image.
         factor: what varies, such as "azimuth".
-        title: of the picture.
+        title: title of the picture.
         closed: whether the first image follows on the last, as in a full circle of azimuths; a dotted line joins them.
 
     Raises:
-        ImportError: if matplotlib is not installed.
-        ValueError: if the numbers of steps differ.
+        ImportError: If matplotlib is not installed.
+        ValueError: If the numbers of steps differ.
     """
     d_cov, n_steps, _ = trajectory.coordinates.shape
     if not n_steps == len(images) == len(steps):
@@ -212,7 +219,8 @@ def draw_trajectory(
     row = min(width / n_steps, 1.6) + 0.2
     figure = new_figure(width, row + height + 0.6)
     figure.suptitle(title, fontsize=11)
-    above, below = figure.subfigures(2, 1, height_ratios=[row, height])
+    grid = figure.add_gridspec(2, 1, height_ratios=[row, height])
+    above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     colors = _step_colors(n_steps)
     _draw_images(above, images, steps, factor, colors)
     limit = 1.15 * max(np.abs(trajectory.coordinates).max(), 1e-12)
@@ -232,7 +240,9 @@ def draw_trajectory(
     return figure
 
 
-def _draw_images(figure, images, steps, factor, colors) -> None:
+def _draw_images(
+    figure: SubFigure, images: list[np.ndarray], steps: list[int], factor: str, colors: np.ndarray
+) -> None:
     for i, (axes, image) in enumerate(zip(np.ravel(figure.subplots(1, len(images), squeeze=False)), images)):
         axes.imshow(image[0], cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])
@@ -242,16 +252,18 @@ def _draw_images(figure, images, steps, factor, colors) -> None:
     figure.supylabel(factor, fontsize=9)
 
 
-def _draw_path(axes, points: np.ndarray, colors, closed: bool) -> None:
-    """Draws one vector's trajectory `[steps, 2]`."""
+def _draw_path(axes: Axes, points: np.ndarray, colors: np.ndarray, closed: bool) -> None:
+    """Draw one vector's trajectory `[steps, 2]`."""
     axes.axhline(0, color="0.93", linewidth=0.8, zorder=0)
     axes.axvline(0, color="0.93", linewidth=0.8, zorder=0)
-    axes.plot(*points.T, color="0.75", linewidth=1, zorder=1)
-    axes.scatter(*points.T, c=colors, s=16, zorder=2)
+    x, y = points.T
+    axes.plot(x, y, color="0.75", linewidth=1, zorder=1)
+    axes.scatter(x, y, c=colors, s=16, zorder=2)
     for step, marker, name in ((0, "o", "first"), (-1, "s", "last")):
-        axes.scatter(*points[step], c=[colors[step]], s=60, marker=marker, edgecolors="black", zorder=3, label=name)
+        color = [colors[step]]
+        axes.scatter(x[step], y[step], c=color, s=60, marker=marker, edgecolors="black", zorder=3, label=name)
     if closed:
-        axes.plot(*points[[-1, 0]].T, color="0.6", linewidth=1, linestyle=":", zorder=1, label="back to the first")
+        axes.plot(x[[-1, 0]], y[[-1, 0]], color="0.6", linewidth=1, linestyle=":", zorder=1, label="back to the first")
 
 
 def _step_colors(n_steps: int) -> np.ndarray:
@@ -261,15 +273,15 @@ def _step_colors(n_steps: int) -> np.ndarray:
 
 
 def _distances(points: np.ndarray) -> np.ndarray:
-    """`[..., n, d]` to `[..., n, n]`."""
+    """Return the distances between points `[..., n, d]`, `[..., n, n]`."""
     return np.linalg.norm(points[..., :, None, :] - points[..., None, :, :], axis=-1)
 
 
 def _label_index(dataset: Dataset, name: str) -> int:
-    names = getattr(dataset.features["label"], "names", None)
-    if names is None and name.isdigit():
+    names: list[str] = getattr(dataset.features["label"], "names", None) or []
+    if not names and name.isdigit():
         return int(name)
-    if name not in (names or []):
-        expected = ", ".join(names) if names else "an index, as the labels have no names"
+    if name not in names:
+        expected = ", ".join(names) or "an index, as the labels have no names"
         raise ValueError(f"Unknown label {name!r}; expected {expected}.")
     return names.index(name)

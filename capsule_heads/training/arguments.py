@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -13,18 +14,30 @@ from transformers import TrainingArguments
 RADAM = "radam"
 ONE_CYCLE = "one_cycle"
 
-# What numbers may be: the least, and what they are below. What is None is not set.
-LIMITS = {
-    **dict.fromkeys(("learning_rate", "min_learning_rate", "backbone_learning_rate", "warmup_steps"), (0, math.inf)),
-    **dict.fromkeys(("num_train_epochs", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, math.inf)),
+# The least value of a number, and the value that it is below. A field that is None is not set.
+LIMITS: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, math.inf),
+    "min_learning_rate": (0, math.inf),
+    "backbone_learning_rate": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
     "dataloader_num_workers": (0, math.inf),
-    **dict.fromkeys(("adam_beta1", "min_adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
-    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), (1, math.inf)),
-    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # what NumPy takes
+    "adam_beta1": (0, 1),
+    "min_adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "label_smoothing_factor": (0, 1),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "save_total_limit": (1, math.inf),
+    "seed": (0, 2**32),  # NumPy's limit
+    "data_seed": (0, 2**32),
 }
 
-# What a model card says of them, where they are set.
+# The arguments that a model card shows, where they are set.
 DESCRIBED = (
     "num_train_epochs",
     "max_steps",
@@ -79,22 +92,23 @@ class CapsuleTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(
         default=ONE_CYCLE, metadata={"help": f'"{ONE_CYCLE}", or the name of a schedule of transformers.'}
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "The learning rate, at its peak."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
     min_learning_rate: float = field(
-        default=1e-5, metadata={"help": "The learning rate at the beginning and the end of the cycle."}
+        default=1e-5, metadata={"help": "Learning rate at the beginning and the end of the cycle."}
     )
     backbone_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "The learning rate, at its peak, of what trains in the backbone (all of it with freeze_backbone: "
-            "false, or adapters); at the ends of the cycle it is less by as much as the head's. Default: the head's."
+            "help": "Peak learning rate of the trainable parameters in the backbone (all with freeze_backbone: false, "
+            "or adapters); the ends of its cycle are in proportion to the head's. Default: the head's."
         },
     )
     min_adam_beta1: float = field(
-        default=0.81, metadata={"help": "Adam's beta1 where the learning rate is at its peak; adam_beta1 at the ends."}
+        default=0.81,
+        metadata={"help": "Adam's beta1 at the peak of the learning rate; at the ends it is adam_beta1."},
     )
     warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps until the peak; a number below 1 is a share of all steps."}
+        default=0.1, metadata={"help": "Steps until the peak; a number below 1 is a fraction of all steps."}
     )
     per_device_train_batch_size: int = field(default=20, metadata={"help": "Training batch size per device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation batch size per device."})
@@ -102,15 +116,16 @@ class CapsuleTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": '"group_by_length": batches of texts of like length; images, which have none, in random order.',
+            "help": 'Order of examples: "group_by_length" for batches of texts of like length (images and audio in '
+            "random order), or a strategy of transformers.",
             "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
         },
     )
     on_nonfinite: str = field(
         default="stop",
         metadata={
-            "help": 'Where the loss or gradients are not finite: "stop" with an error that says what is not, or "skip" '
-            "the step with a warning. Neither lets them into the weights.",
+            "help": 'Reaction to a loss or gradients that are not finite: "stop" with an error that names them, or '
+            '"skip" the step with a warning. Neither lets them into the weights.',
             "choices": ["stop", "skip"],
         },
     )
@@ -144,9 +159,9 @@ class CapsuleTrainingArguments(TrainingArguments):
 
 
 def describe_arguments(arguments: TrainingArguments) -> dict[str, int | float | str | bool]:
-    """The training arguments that a model card shows, those that are set."""
-    values = {name: getattr(arguments, name, None) for name in DESCRIBED}
-    # What others make void is not set.
+    """Return the training arguments that a model card shows, those that are set."""
+    values: dict[str, Any] = {name: getattr(arguments, name, None) for name in DESCRIBED}
+    # An argument that another one makes void is not set.
     del values["num_train_epochs" if values["max_steps"] > 0 else "max_steps"]
     if values["lr_scheduler_type"] != ONE_CYCLE:
         del values["min_learning_rate"], values["min_adam_beta1"]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written under another name and renamed when they are whole, found again, and deleted."""
+"""Checkpoints on disk: written under another name and renamed when they are complete, found again, and deleted."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir: str | os.PathLike[str]) -> str | None:
-    """Where to resume from.
+    """Return the checkpoint to resume from.
 
     Args:
-        checkpoint: a checkpoint's folder; "last" for the run's last whole one, or none where there is none yet; True
-            for the same, where there has to be one; None or False for none.
+        checkpoint: a checkpoint's folder; "last" for the run's last complete one, if there is one yet; True for the
+            same, where there has to be one; None or False to start from the beginning.
         run_dir: the run's output_dir.
 
     Returns:
-        The folder, or None to begin at the beginning.
+        The folder, or None to start from the beginning.
 
     Raises:
-        ValueError: for a folder that is none, or has lost files; for True without a whole checkpoint.
+        ValueError: If the folder does not exist, or has lost files; if there is no complete checkpoint for True.
     """
     if not checkpoint:
         return None
@@ -46,21 +46,23 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir
             )
         fault = _fault(Path(checkpoint))
         if fault and Path(checkpoint, FILES).exists():  # the checkpoints of transformers' own Trainer have no list
-            raise ValueError(f'{checkpoint} is not whole: {fault}. Resume from another, or from "{LAST}".')
+            raise ValueError(f'{checkpoint} is not complete: {fault}. Resume from another, or from "{LAST}".')
         return str(checkpoint)
     for candidate in reversed(_checkpoints(Path(run_dir))):
         fault = _fault(candidate)
         if fault is None:
             return str(candidate)
-        logger.warning("%s is not whole, and passed over: %s.", candidate, fault)
+        logger.warning("%s is not complete, and passed over: %s.", candidate, fault)
     if checkpoint is True:
-        raise ValueError(f'There is no whole checkpoint in {run_dir} to resume from; "{LAST}" would begin anew.')
+        raise ValueError(
+            f'There is no complete checkpoint in {run_dir} to resume from; "{LAST}" starts a new run.'
+        )
     return None
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Makes any failure to write to a folder, which libraries report in their own ways, an `OSError` that names it."""
+    """Turn any failure to write to a folder, whatever a library raises, into an `OSError` that names it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -75,7 +77,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def finish(unfinished: Path, checkpoint: Path) -> None:
-    """Gives a checkpoint that is written its list of files, and its name."""
+    """Give a checkpoint that is written its list of files, and its name."""
     files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}
     (unfinished / FILES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
@@ -87,7 +89,7 @@ def finish(unfinished: Path, checkpoint: Path) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """Deletes a checkpoint, if it exists; killed meanwhile, it leaves none that is half there."""
+    """Delete a checkpoint, if it exists; a process that is killed meanwhile leaves no incomplete one."""
     if checkpoint.exists():
         deleted = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
         deleted.parent.mkdir(exist_ok=True)
@@ -96,7 +98,7 @@ def delete(checkpoint: Path) -> None:
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Deletes a run's earliest checkpoints beyond a number, but for the newest and the best."""
+    """Delete a run's earliest checkpoints beyond a number, but not the newest and the best."""
     checkpoints = _checkpoints(newest.parent)
     protected = {newest} if best is None else {newest, Path(best)}
     n_excess = len(checkpoints) - max(limit, len(protected)) if limit else 0
@@ -105,13 +107,13 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """By step."""
+    """Return a run's checkpoints, in order of step."""
     steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in run_dir.glob("*") if path.is_dir()}
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks, as a clause; None if it is whole."""
+    """Return what a checkpoint lacks, as a clause; None if it is complete."""
     try:
         sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

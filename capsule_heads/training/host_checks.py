@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones.running import check_ids, check_mask, count_embeddings
 from ..models.base import CapsuleHeadPreTrainedModel
@@ -31,25 +31,22 @@ class CheckedCollator:
     n_embeddings: int | None
 
     @classmethod
-    def for_model(cls, collator: Callable[[list[Any]], Any], model: nn.Module) -> Callable[[list[Any]], Any]:
-        """Return the checked collator for a model that may be wrapped; the collator itself for another model."""
-        for module in model.modules():
-            if isinstance(module, CapsuleHeadPreTrainedModel):
-                return cls(collator, module.config, count_embeddings(module.backbone))
-        return collator
+    def for_model(cls, collator: Callable[[list[Any]], Any], model: CapsuleHeadPreTrainedModel) -> CheckedCollator:
+        """Return the checked collator for a model."""
+        return cls(collator, model.config, count_embeddings(model.backbone))
 
     def __call__(self, features: list[Any]) -> Any:
         """Return a batch of the collator.
 
         Raises:
-            ValueError: for labels, a mask or tokens with values that the model does not take.
+            ValueError: If labels, a mask or tokens have values that the model does not take.
         """
         batch = self.collator(features)
         if not isinstance(batch, Mapping):
             return batch
         labels, mask, tokens = (_on_host(batch.get(name)) for name in ("labels", "attention_mask", "input_ids"))
         if labels is not None:
-            check_labels(infer_problem_type(self.config, labels), self.config.num_labels, labels)
+            check_labels(infer_problem_type(self.config, labels), self.config.num_labels or 2, labels)
         if mask is not None:
             check_mask(mask, mask.shape)
         if tokens is not None:

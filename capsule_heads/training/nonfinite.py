@@ -1,4 +1,4 @@
-"""What keeps numbers that are not finite out of the weights, and says where they come from."""
+"""Checks that keep numbers that are not finite out of the weights, and name their source."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .arguments import CapsuleTrainingArguments
+from .capsule_model import find_capsule_model
+
 logger = logging.getLogger(__name__)
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what batch normalisation has of all batches
-WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # a process has all gradients
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch normalisation
+COMPLETE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # a process has all gradients
 NOTHING = "nothing of the last batch in another run, without mixup"
 MOST = 4  # names, or samples, in a message
 
@@ -28,7 +31,7 @@ class StepCheck:
 
     All processes come to the same decision. Gradients whose norm overflows count as not finite: Trainer divides by the
     norm, and that gives NaN. Under a gradient scaler (fp16) gradients may overflow as long as its scale is above 1: it
-    leaves out such steps itself. DeepSpeed makes its step before gradients can be seen: there it is the loss alone that
+    skips such steps itself. DeepSpeed makes its step before gradients can be seen: there it is the loss alone that
     is checked, after the step.
 
     Args:
@@ -42,36 +45,39 @@ class StepCheck:
         self._trainer = trainer
         self._batches: list[tuple[Tensor, Mapping[str, Any]]] = []
         self._parameters: dict[str, nn.Parameter] = {}
-        self._statistics: list[tuple[list[Tensor], list[Tensor]]] | None = None
+        self._statistics: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._is_prepared = False
         self._shown: Tensor | None = None
         self.norm: Tensor | None = None
 
     def _find_tensors(self) -> None:
-        """Finds the model's parameters by name, and its batch statistics, with room for a copy of these."""
+        """Find the model's parameters by name, and its batch statistics, with room for a copy of these."""
         model = self._trainer.model
+        assert model is not None  # CapsuleTrainer refuses to be made without one
         self._parameters = dict(model.named_parameters())
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # what one launch copies
         for name, buffer in model.named_buffers():
             if name.rpartition(".")[2] in STATISTICS:
                 by_kind.setdefault((buffer.device, buffer.dtype), []).append(buffer)
         self._statistics = [(buffers, [x.clone() for x in buffers]) for buffers in by_kind.values()]
+        self._is_prepared = True
 
     def before_training(self) -> None:
-        """To be called before the first step: modules may have been added or replaced since the last training."""
-        self._statistics = None
+        """Forget the model's tensors: modules may have been added or replaced since the last training."""
+        self._is_prepared = False
 
     def before_batch(self) -> None:
-        """To be called before the forward pass of each batch."""
+        """Copy the batch statistics before the forward pass of a step's first batch."""
         if self._batches:  # not the first of the step
             return
         self.norm = None
-        if self._statistics is None:  # once, as a backbone has many modules
+        if not self._is_prepared:  # once, as a backbone has many modules
             self._find_tensors()
         for buffers, copies in self._statistics:
             torch._foreach_copy_(copies, buffers)
 
     def after_batch(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """To be called after the backward pass of each batch."""
+        """Keep a batch and its loss, after its backward pass, until the step's last batch."""
         self._batches.append((loss, inputs))
 
     def filter_loss(self, loss: Tensor) -> Tensor:
@@ -81,14 +87,14 @@ class StepCheck:
         return self._shown
 
     def after_last_batch(self, model: nn.Module) -> None:
-        """To be called when the gradients of a step are complete.
+        """Check the losses and the gradients of a step, when these are complete.
 
         Args:
             model: as it was called, with its wrappers.
 
         Raises:
-            FloatingPointError: naming what is not finite and where, if steps are not to be left out, or if weights are
-                not finite, which leaving out steps does not mend.
+            FloatingPointError: If something is not finite and steps are not to be skipped, or if weights are not
+                finite, which skipping steps does not mend.
         """
         batches, parameters = self._batches, self._parameters
         self._batches = []
@@ -99,10 +105,10 @@ class StepCheck:
         found = losses.mul(0).sum() + norm.to(losses.device).float().square()
         accelerator = self._trainer.accelerator
         if accelerator.reduce(found).isfinite():  # the one read of the step
-            self.norm = norm if self._is_whole(gradients.values()) else None
+            self.norm = norm if self._has_gradients(gradients.values()) else None
             return
         bad_losses = int(accelerator.reduce(losses.isfinite().logical_not().sum()))
-        if not bad_losses and self._scaler_sees_to_it():
+        if not bad_losses and self._scaler_skips_the_step():
             return
         for buffers, copies in self._statistics:
             torch._foreach_copy_(buffers, copies)
@@ -116,27 +122,29 @@ class StepCheck:
         message = f"Step {step}: the {what} is not finite. Not finite: {_listed(places) or NOTHING}."
         if broken:
             raise FloatingPointError(f"{message} These weights are lost; go back to an earlier checkpoint.")
-        if getattr(self._trainer.args, "on_nonfinite", "stop") == "stop":  # TrainingArguments have none
+        args = self._trainer.args
+        if not (isinstance(args, CapsuleTrainingArguments) and args.on_nonfinite == "skip"):
             raise FloatingPointError(
-                f"{message} The weights are as before this step. Mend the data, or leave such steps out with "
+                f"{message} The weights are as before this step. Mend the data, or skip such steps with "
                 'on_nonfinite="skip".'
             )
-        logger.warning("%s The step is left out.", message)
+        logger.warning("%s The step is skipped.", message)
         self._drop(parameters.values())
 
-    def _is_whole(self, gradients: Iterable[Tensor]) -> bool:
-        """Whether this process has all gradients, as they are: not spread over processes, and not scaled."""
+    def _has_gradients(self, gradients: Iterable[Tensor]) -> bool:
+        """Return whether this process has all gradients, as they are: not spread over processes, and not scaled."""
         accelerator = self._trainer.accelerator
-        has_all = accelerator.distributed_type in WHOLE and not any(hasattr(x, "to_local") for x in gradients)
+        has_all = accelerator.distributed_type in COMPLETE and not any(hasattr(x, "to_local") for x in gradients)
         return has_all and accelerator.scaler is None
 
-    def _scaler_sees_to_it(self) -> bool:
+    def _scaler_skips_the_step(self) -> bool:
         scaler = self._trainer.accelerator.scaler
         return scaler is not None and scaler.get_scale() > 1
 
     def _in_batch(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
         with self._trainer.compute_loss_context_manager():
-            return find_nonfinite(model, self._trainer._prepare_inputs(inputs), self._trainer.model.config.layers)
+            prepared = self._trainer._prepare_inputs(dict(inputs))
+            return find_nonfinite(model, prepared, find_capsule_model(self._trainer.model).config.layers)
 
     def _of_process(self, places: list[str]) -> list[str]:
         accelerator = self._trainer.accelerator
@@ -154,7 +162,7 @@ class StepCheck:
 
 @torch.no_grad()
 def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]) -> list[str]:
-    """Runs a capsule-head model on a batch in evaluation mode, and says what is not finite, and in which samples.
+    """Run a capsule-head model on a batch in evaluation mode, and return what is not finite, and in which samples.
 
     Args:
         model: the model, perhaps wrapped. It is left in evaluation mode.
@@ -162,7 +170,7 @@ def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence
         layers: those in use.
 
     Returns:
-        Inputs; if those are finite, hidden states by their layer; if those are too, logits, and what they are made of.
+        Inputs; if those are finite, hidden states by their layer; if those are too, logits, and the largest state.
     """
     outputs = model.eval()(**inputs, output_hidden_states=True)  # in all processes, whatever each finds
     tensors = {f"the input {name}": x for name, x in inputs.items() if isinstance(x, Tensor)}
@@ -182,7 +190,7 @@ def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence
 
 
 def _places(tensors: Mapping[str, Tensor], of_samples: bool = False) -> list[str]:
-    """Which of some tensors are not finite, and how many of their numbers, or in which samples."""
+    """Return which of some tensors are not finite, and how many of their numbers, or in which samples."""
     places = []
     for name, tensor in tensors.items():
         bad = ~_local(tensor).isfinite()
@@ -201,5 +209,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is spread over several (FSDP)."""
+    """Return this process's part of a tensor that is spread over several (FSDP)."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

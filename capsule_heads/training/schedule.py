@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,7 +19,7 @@ class OneCycle(LRScheduler):
 
     Args:
         optimizer: its learning rates and beta1 are the peaks.
-        n_steps: steps of the whole cycle.
+        n_steps: steps of the complete cycle.
         n_warmup_steps: steps of the rise.
         min_lr: learning rate at both ends; one for all parameter groups, or one for each.
         min_beta1: beta1 at the learning rate's peak.
@@ -43,20 +44,20 @@ class OneCycle(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def height(self) -> float:
-        """How far up the cycle the current step is: 0 at both ends, 1 at the peak."""
+        """Return how far up the cycle the current step is: 0 at both ends, 1 at the peak."""
         step = min(self.last_epoch, self.n_steps)
         if step < self.n_warmup_steps:
             return step / self.n_warmup_steps
         progress = (step - self.n_warmup_steps) / max(1, self.n_steps - self.n_warmup_steps)
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
-    def get_lr(self) -> list[float]:
-        """The learning rate of each parameter group at the current step."""
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of each parameter group at the current step."""
         lows = self.min_lr if isinstance(self.min_lr, Sequence) else [self.min_lr] * len(self.base_lrs)
         return [low + (peak - low) * self.height() for low, peak in zip(lows, self.base_lrs, strict=True)]
 
     def step(self, epoch: int | None = None) -> None:
-        """Moves on by one step, as in torch, and sets beta1 too."""
+        """Advance by one step, as in torch, and set beta1 too."""
         super().step(epoch)
         for group in self.optimizer.param_groups:
             if "initial_beta1" in group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, RandomSampler, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -23,34 +31,37 @@ from ..data.tokenization import check_pad_token
 from ..hub import check_backbone_is_shared, write_model_card
 from ..models.base import CapsuleHeadPreTrainedModel
 from ..models.checkpoint import replacing
-from ..models.losses import infer_problem_type
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
+from .capsule_model import find_capsule_model, settle_problem_type
 from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
 from .host_checks import CheckedCollator
 from .nonfinite import StepCheck
 from .schedule import OneCycle
 
-# The inputs of `[batch, tokens, ...]`; of others the batch size alone differs.
+# The inputs of `[batch, tokens, ...]`; other inputs differ in batch size alone.
 OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "hidden_states")
 
 
 class CapsuleTrainer(Trainer):
     """`Trainer` that knows the paper's optimizer and schedule, those `CapsuleTrainingArguments` name by default.
 
-    Its checkpoints are whole whenever the run is killed: see `resolve_checkpoint` for what to resume from. And its
-    weights never become NaN: a loss or gradients that are not finite end the training, or leave the step out, as
-    `on_nonfinite` says. All else is transformers' own: callbacks, early stopping, best model, several devices. Mixup
-    happens in the model's forward pass.
+    Its checkpoints are complete whenever the run is killed: see `resolve_checkpoint` for what to resume from. Its
+    weights never become NaN: a loss or gradients that are not finite end the training, or skip the step, as
+    `on_nonfinite` says. Where the model's configuration has no problem type, the dtype of the first labels settles it,
+    for the rest of the run and for the saved model. All else is transformers' own: callbacks, early stopping, best
+    model, several devices. Mixup happens in the model's forward pass.
+
+    The arguments may be plain `TrainingArguments`; what `CapsuleTrainingArguments` add to these is then off.
 
     Raises:
-        ValueError: if the tokenizer given as `processing_class` has no padding token, or with `push_to_hub=True` if the
+        TypeError: If the model is not a capsule-head model, and wraps none.
+        ValueError: If the tokenizer given as `processing_class` has no padding token, or with `push_to_hub=True` if the
             model is a head alone whose backbone others cannot have.
     """
 
-    args: CapsuleTrainingArguments
-
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        find_capsule_model(self.model)  # refuses others
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             check_pad_token(self.processing_class)
         self.add_callback(_SetEpoch)
@@ -58,14 +69,25 @@ class CapsuleTrainer(Trainer):
         self._step_check = StepCheck(self)
         self._filters_losses = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """As in transformers; what to resume from is as in `resolve_checkpoint`.
+    @property
+    def capsule_model(self) -> CapsuleHeadPreTrainedModel:
+        """The capsule-head model that is trained, without its wrappers."""
+        return find_capsule_model(self.model)
+
+    @property
+    def run_dir(self) -> str:
+        """The folder of the run, `output_dir`."""
+        assert self.args.output_dir is not None  # TrainingArguments have a default
+        return self.args.output_dir
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as in transformers; `resolve_checkpoint` finds the checkpoint to resume from.
 
         Raises:
-            ValueError: for a checkpoint that is not there, or not whole.
-            OSError: for a checkpoint that could not be written; the earlier ones are as they were.
+            ValueError: If the checkpoint is not there, or not complete.
+            OSError: If a checkpoint could not be written; the earlier ones are as they were.
         """
-        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.run_dir)
         if isinstance(self.model, CapsuleHeadPreTrainedModel):
             # Every process has loaded the same; DDP would send its buffers at each step.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -119,7 +141,7 @@ class CapsuleTrainer(Trainer):
         if self._checkpoint or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.run_dir)
         with writing(folder), replacing(folder) as unfinished:
             super()._save(str(unfinished), state_dict)
 
@@ -127,22 +149,30 @@ class CapsuleTrainer(Trainer):
         if self._checkpoint is None:  # else it is about to be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """As in transformers; refuses to push a head that others could not load, before it is trained."""
-        config = self.model.config
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository as in transformers, but refuse to push a head that others could not load."""
+        config = self.capsule_model.config
         check_backbone_is_shared(config.base_model_name_or_path, config.head_only)
         super().init_hf_repo(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
-        """Forward and backward pass, as in transformers, and a check of what the optimizer is about to get.
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # What training, evaluation and prediction do before each forward pass, so before torch.compile compiles it.
+        inputs = super()._prepare_inputs(inputs)
+        settle_problem_type(self.capsule_model, inputs.get("labels"))
+        return inputs
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward pass, as in transformers, and check the gradients for the optimizer.
 
         Raises:
-            FloatingPointError: for a loss or gradients that are not finite, unless `on_nonfinite` is "skip"; names what
-                is not finite, at which layer, in which samples.
+            FloatingPointError: If the loss or gradients are not finite, unless `on_nonfinite` is "skip"; the message
+                names what is not finite, at which layer, in which samples.
         """
         self._step_check.before_batch()
         if self.args.torch_compile:
-            _spare_compilations(self.model, self._prepare_inputs(inputs))
+            _mark_dynamic_sizes(self._prepare_inputs(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_check.after_batch(loss, inputs)
         if self.accelerator.sync_gradients:
@@ -162,9 +192,9 @@ class CapsuleTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
-        args: TrainingArguments, model: nn.Module | None = None
+        args: TrainingArguments, model: PreTrainedModel | None = None
     ) -> tuple[type[Optimizer], dict[str, Any]]:
-        """The optimizer's class and arguments; as in transformers, but for "radam"."""
+        """Return the optimizer's class and arguments: those of transformers, and those of "radam"."""
         if args.optim != RADAM:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         betas = (args.adam_beta1, args.adam_beta2)
@@ -176,48 +206,42 @@ class CapsuleTrainer(Trainer):
         }
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The optimizer; with `backbone_learning_rate`, what trains in the backbone has parameter groups of its own.
+        """Return the optimizer; with `backbone_learning_rate`, the backbone has parameter groups of its own.
 
         Raises:
-            ValueError: if nothing in the backbone trains, or the optimizer has no groups of its parameters.
+            ValueError: If nothing in the backbone trains, or the optimizer has no groups of its parameters.
         """
         is_given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        rate = self.args.backbone_learning_rate
-        if rate is not None and not is_given:
-            named = (self.model if model is None else model).named_parameters()
+        lr = self.args.backbone_learning_rate if isinstance(self.args, CapsuleTrainingArguments) else None
+        if lr is not None and not is_given:
+            named = (self.capsule_model if model is None else model).named_parameters()
             backbone = {id(x) for name, x in named if "backbone" in name.split(".")}
-            groups = {True: [], False: []}  # whether of the backbone
+            groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # whether of the backbone
             for group in optimizer.param_groups:
                 for is_backbone, of_part in groups.items():
                     parameters = [x for x in group["params"] if (id(x) in backbone) == is_backbone]
                     if parameters:
-                        of_part.append({**group, "params": parameters} | ({"lr": rate} if is_backbone else {}))
+                        of_part.append({**group, "params": parameters} | ({"lr": lr} if is_backbone else {}))
             if not groups[True]:
                 raise ValueError(
-                    f"backbone_learning_rate is {rate}, but the optimizer ({self.args.optim}) has no parameters of the "
+                    f"backbone_learning_rate is {lr}, but the optimizer ({self.args.optim}) has no parameters of the "
                     "backbone; train it (freeze_backbone=False, or adapters), or leave backbone_learning_rate out."
                 )
-            optimizer.param_groups[:] = groups[False] + groups[True]  # the rate that is logged is that of the first
+            optimizer.param_groups[:] = groups[False] + groups[True]  # the first's learning rate is the one in the log
         return optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
-        """The schedule; as in transformers, but for "one_cycle"."""
-        args = self.args
-        if self.lr_scheduler is None and args.lr_scheduler_type == ONE_CYCLE:
-            optimizer = self.optimizer if optimizer is None else optimizer
-            peak = args.learning_rate  # of the groups without a rate of their own; the others' ends are in proportion
-            self.lr_scheduler = OneCycle(
-                optimizer,
-                n_steps=num_training_steps,
-                n_warmup_steps=args.get_warmup_steps(num_training_steps),
-                min_lr=[args.min_learning_rate * (x["lr"] / peak if peak else 1.0) for x in optimizer.param_groups],
-                min_beta1=args.min_adam_beta1,
-            )
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Return the schedule: those of transformers, and "one_cycle"."""
+        args, optimizer = self.args, self.optimizer if optimizer is None else optimizer
+        is_one_cycle = args.lr_scheduler_type == ONE_CYCLE and self.lr_scheduler is None
+        if is_one_cycle and isinstance(args, CapsuleTrainingArguments) and optimizer is not None:
+            schedule = _one_cycle(args, optimizer, num_training_steps)
+            self.lr_scheduler = schedule  # type: ignore[assignment]  # declared as a LambdaLR, but any schedule will do
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # the model knows what transformers' card has to be told
         self,
         model_name: str | None = None,
         results: dict[str, Any] | None = None,
@@ -225,25 +249,25 @@ class CapsuleTrainer(Trainer):
         language: str | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
-        """Writes the card of the model that was saved to `output_dir`; `push_to_hub` passes its arguments on.
+        """Write the card of the model that was saved to `output_dir`; `push_to_hub` passes its arguments on.
 
         Args:
             model_name: its name, where it is not on the Hub.
-            results: what is known of the run, as scripts/train.py writes it to results.json. Default: what the Trainer
-                knows of it, and the metrics of the last evaluation if that was of this very model.
+            results: facts about the run, those of results.json. Default: those that the Trainer knows, and the metrics
+                of the last evaluation if that was of this very model.
             license: identifier of the model's licence, such as "mit".
             language: ISO 639 code of the language of its texts.
             tags: more tags.
 
         Raises:
-            OSError: if no model was saved there.
+            OSError: If no model was saved there.
         """
         if not self.is_world_process_zero():
             return
-        name = self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name
+        name = self.hub_model_id or model_name or Path(self.run_dir).absolute().name
         tags = [tags] if isinstance(tags, str) else tags or ()
         results = self._results() if results is None else results
-        write_model_card(self.args.output_dir, name, results, license=license, language=language, tags=tags)
+        write_model_card(self.run_dir, name, results, license=license, language=language, tags=tags)
 
     def _results(self) -> dict[str, Any]:
         state = self.state
@@ -255,23 +279,24 @@ class CapsuleTrainer(Trainer):
         return {
             "seed": self.args.seed,
             "steps": step,
-            "trained_parameters": self.model.num_parameters(only_trainable=True),
+            "trained_parameters": self.capsule_model.num_parameters(only_trainable=True),
             "training_arguments": describe_arguments(self.args),
             **{k: v for entry in state.log_history if entry["step"] == step for k, v in entry.items()},
         }
 
-    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         # The data loader moves batches to the device, so their values are checked as they are made.
         collator = self.data_collator
-        self.data_collator = CheckedCollator.for_model(collator, self.model)
+        self.data_collator = CheckedCollator.for_model(collator, self.capsule_model)
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = collator
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         # transformers drops the column of lengths, which the model does not take, before it looks for it.
-        dataset, args = self.train_dataset, self.args
+        dataset: Any = self.train_dataset
+        args = self.args
         columns = getattr(dataset, "column_names", ())
         if getattr(args, "train_sampling_strategy", None) != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -283,19 +308,24 @@ class CapsuleTrainer(Trainer):
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return _SeededSampler(batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)
 
-    def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # transformers would group these by length too: predictions would come in another order than their texts.
         return None
 
 
-def _spare_compilations(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Tells torch.compile which sizes differ by batch, and settles the problem type before it compiles.
+def _one_cycle(args: CapsuleTrainingArguments, optimizer: Optimizer, n_steps: int) -> OneCycle:
+    peak = args.learning_rate  # of groups without a learning rate of their own; the others' ends are in proportion
+    return OneCycle(
+        optimizer,
+        n_steps=n_steps,
+        n_warmup_steps=args.get_warmup_steps(n_steps),
+        min_lr=[args.min_learning_rate * (x["lr"] / peak if peak else 1.0) for x in optimizer.param_groups],
+        min_beta1=args.min_adam_beta1,
+    )
 
-    It would compile for the sizes of the first batch, and again for others. The first forward pass would change the
-    configuration, and the second be compiled for that.
-    """
-    if isinstance(model, CapsuleHeadPreTrainedModel) and isinstance(inputs.get("labels"), Tensor):
-        model.config.problem_type = infer_problem_type(model.config, inputs["labels"])
+
+def _mark_dynamic_sizes(inputs: Mapping[str, Any]) -> None:
+    """Tell torch.compile which sizes differ by batch: it would compile for those of the first batch otherwise."""
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             for dimension in range(min(value.ndim, 2 if name in OF_TOKENS else 1)):
@@ -305,12 +335,19 @@ def _spare_compilations(model: nn.Module, inputs: dict[str, Any]) -> None:
 class _SetEpoch(TrainerCallback):
     """Tells the sampler its epoch.
 
-    accelerate does not where several processes resume within an epoch: it looks for it in two samplers around it, and
-    there are three. The run would go on in the order of its first epoch.
+    accelerate does not where several processes resume within an epoch: it looks for the sampler inside two others, and
+    there are three. The run would continue in the order of its first epoch.
     """
 
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        sampler = getattr(train_dataloader, "batch_sampler", None)
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        sampler: Any = getattr(train_dataloader, "batch_sampler", None)
         while hasattr(sampler, "batch_sampler"):
             sampler = sampler.batch_sampler
         sampler = getattr(sampler, "sampler", None)
@@ -330,10 +367,10 @@ class _SeededSampler(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch whose order comes next."""
+        """Set the epoch whose order comes next."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        """Yields the epoch's indices."""
+        """Yield the epoch's indices."""
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return super().__iter__()

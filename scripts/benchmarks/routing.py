@@ -18,7 +18,7 @@ also counts launches (kernels, copies and fills of memory on the device) and sum
 else a user could run: `reference` under torch.compile, attention pooling of the same inputs, or the backbone alone.
 
 `--profile` prints what takes the time of the fast strategies instead. On the CPU the time of "products" is that of
-matrix products; for `numba` it is that of its kernels, which do the elementwise work too. On CUDA it lists kernels.
+matrix products; for `cpu` it is that of its kernels, which do the elementwise work too. On CUDA it lists kernels.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import contextlib
 import ctypes
 import datetime
 import functools
-import importlib.util
 import json
 import math
 import platform
@@ -38,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +45,10 @@ from torch import Tensor, nn
 
 from capsule_heads.cli.options import OneLineParser, at_least, file_to_write
 from capsule_heads.heads import AttentivePoolingHead, TokenDepthHead
-from capsule_heads.ops import STRATEGIES, route
-from capsule_heads.ops.autograd import n_votes
-from capsule_heads.paper.convert import build_network
+from capsule_heads.ops import STRATEGIES, cpu, route
+from capsule_heads.ops.reference import Reference
+from capsule_heads.ops.strategy import n_votes
+from capsule_heads.paper.checkpoints import build_network
 
 SEED = 0
 PARITY = 1e-5
@@ -62,7 +63,7 @@ KERNELS = [
 LITERAL = ("original", "reference")
 NARROW = tuple(name for name in STRATEGIES if name != "reference")
 WIDE = tuple(name for name in NARROW if name != "moments")  # wide inputs have too many moments
-ONE_DEVICE = {"numba": "cpu", "triton": "cuda", "cuda": "cuda"}  # strategies that run on one kind of device
+ONE_DEVICE = {"cpu": "cpu", "cuda": "cuda"}  # strategies that run on one kind of device
 COMPILED = "reference, compiled"
 ATTENTION = f"attention pooling, {N_QUERIES} queries"
 
@@ -91,9 +92,14 @@ class Case:
     work: dict[str, int] | None = None
 
 
-def original(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, ...]:
-    """Route as the paper's code does: shared weights are first expanded, one copy for each input."""
-    return STRATEGIES["reference"](a_inp, mu_inp, W.expand(mu_inp.shape[-3], -1, -1, -1), *others, **options)
+class Original(Reference):
+    """Routing as the paper's code does it: shared weights are first expanded, one copy for each input."""
+
+    name = "original"
+
+    def route(self, a_inp: Tensor, mu_inp: Tensor, W: Tensor, *others: Tensor, **options: Any) -> Any:
+        """Route; see `Strategy.route`."""
+        return super().route(a_inp, mu_inp, W.expand(mu_inp.shape[-3], -1, -1, -1), *others, **options)
 
 
 def count_work(
@@ -179,10 +185,17 @@ def pool_by_products(a_inp: Tensor, mu_inp: Tensor, queries: Tensor) -> tuple[Te
     return (scores.softmax(-1) @ x,)
 
 
+def route_by(head: nn.Module, strategy: str) -> None:
+    """Let a head route to its parts by a strategy, also by `original`, which is no option of heads."""
+    head.routings[0].strategy = strategy
+
+
 def build_sst_head(strategy: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Run, list[Tensor]]:
     """Build the paper's text head on the hidden states of GPT-2-large."""
     torch.manual_seed(SEED)
-    return on_hidden_states(TokenDepthHead(hidden_sizes=[1280] * 37, n_out=5, strategy=strategy), device, dtype)
+    head = TokenDepthHead(hidden_sizes=[1280] * 37, n_out=5)
+    route_by(head, strategy)
+    return on_hidden_states(head, device, dtype)
 
 
 def alternatives_to_sst_head(device: str) -> dict[str, tuple[Run, list[Tensor]]]:
@@ -203,7 +216,8 @@ def on_hidden_states(head: nn.Module, device: str, dtype: torch.dtype) -> tuple[
 def build_smallnorb(strategy: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Run, list[Tensor]]:
     """Build the paper's network of stereo pairs, on 20 of them."""
     torch.manual_seed(SEED)
-    network = perturbed(build_network("smallnorb", strategy=strategy).train()).to(device, dtype)
+    network = perturbed(build_network("smallnorb").train()).to(device, dtype)
+    route_by(network.head, strategy)
     images = torch.rand(20, 2, 96, 96).to(device, dtype)
 
     def run() -> tuple[Tensor, ...]:
@@ -236,10 +250,8 @@ CASES = {
     "text-65536": routing_case("65,536 text capsules of 1x64", (), (65_536, 1, 64, 2)),
     "text-1000000": routing_case("1,000,000 text capsules of 1x64", (), (1_000_000, 1, 64, 2), literal=()),
     "sst": routing_case("SST routing, 20 x 1,110 of 1x64", (20,), (1110, 1, 64, 2)),
-    "sst-head": Case(
-        "whole SST head, 20 x 30 tokens, 37 x 1280", build_sst_head, alternatives_to_sst_head, LITERAL, WIDE
-    ),
-    "smallnorb": Case("whole smallNORB network, 20 images", build_smallnorb, backbone_of_smallnorb, LITERAL, NARROW),
+    "sst-head": Case("SST head, 20 x 30 tokens, 37 x 1280", build_sst_head, alternatives_to_sst_head, LITERAL, WIDE),
+    "smallnorb": Case("smallNORB network, 20 images", build_smallnorb, backbone_of_smallnorb, LITERAL, NARROW),
 }
 
 
@@ -333,8 +345,7 @@ def launches_and_busy(events: list) -> dict[str, float]:
 def strategies_of(name: str, device: str) -> list[str]:
     """Return the fast strategies of a case that run on the device."""
     on_it = [strategy for strategy in CASES[name].fast if ONE_DEVICE.get(strategy, device) == device]
-    has_numba = importlib.util.find_spec("numba") is not None
-    return [strategy for strategy in on_it if strategy != "numba" or has_numba]
+    return [strategy for strategy in on_it if STRATEGIES[strategy].missing() is None]
 
 
 def contestants(name: str, device: str) -> dict[str, dict[str, Callable[[], object]]]:
@@ -400,9 +411,9 @@ def benchmark(name: str, device: str, repeats: int) -> list[Row]:
                 times[each][kind].append(seconds(function, device))
     rows = []
     for each, kinds in functions.items():
-        whole = kinds["forward_backward"]
-        row = {"case": name, "title": title, "strategy": each, **times[each], "peak_memory": peak_memory(whole, device)}
-        rows.append(row | (launches_and_busy(device_events(whole)) if device == "cuda" else {}))
+        both = kinds["forward_backward"]
+        row = {"case": name, "title": title, "strategy": each, **times[each], "peak_memory": peak_memory(both, device)}
+        rows.append(row | (launches_and_busy(device_events(both)) if device == "cuda" else {}))
     return without_slower_pooling(rows)
 
 
@@ -521,9 +532,9 @@ def profile_on_cpu(name: str) -> list[str]:
         with torch.profiler.profile(with_flops=True, record_shapes=True) as profiler:
             function()
         events = profiler.key_averages(group_by_input_shape=True)
-        if strategy == "numba":
+        if strategy == "cpu":
             counted = [event for event in events if event.key in KERNELS]
-            flops = numba_product_flops(*run.args) if isinstance(run, functools.partial) else None
+            flops = cpu_product_flops(*run.args) if isinstance(run, functools.partial) else None
         else:
             counted = [event for event in events if event.key.removesuffix("_") in PRODUCTS]
             flops = sum(event.flops for event in counted)
@@ -541,20 +552,18 @@ def profile_on_cpu(name: str) -> list[str]:
     return rows
 
 
-def numba_product_flops(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *_: Tensor, n_iters: int = 3) -> int:
-    """Count the operations of matrix products in the kernels of `numba` in routing alone: torch does not see them.
+def cpu_product_flops(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *_: Tensor, n_iters: int = 3) -> int:
+    """Count the operations of matrix products in the kernels of `cpu` in routing alone: torch does not see them.
 
     Narrow inputs: votes are made twice in a pass, and a backward pass has two products more, for the gradients of the
     inputs and of `W`. Wide inputs: all four once for each iteration after the first, or once for a direction where
     votes are kept.
     """
-    from capsule_heads.ops import numba  # only here: not everyone has it
-
     _, n_out, d_inp, d_out = W.shape
     votes = n_votes(mu_inp, n_out, d_out)
-    if d_inp <= numba.NARROW:
+    if d_inp <= cpu.NARROW:
         n_products = 6 * (n_iters - 1)
-    elif votes * mu_inp.element_size() <= numba.MAX_KEPT:
+    elif votes * mu_inp.element_size() <= cpu.MAX_KEPT:
         n_products = 4
     else:
         n_products = 4 * (n_iters - 1)
@@ -610,7 +619,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda was asked for, and torch finds no CUDA device on this machine; use --device cpu.")
 
-    STRATEGIES["original"] = original
+    STRATEGIES["original"] = Original()
     about = machine(arguments.device)
     print(
         ", ".join(

@@ -6,8 +6,8 @@
     python scripts/benchmarks/training.py --device cuda   # --source is optional: without it, token ids are random
 
 On the CPU: `straightforward` trains as the paper's code does. Hidden states of all layers are stacked, mixed, projected
-and routed by the literal loop; batches are random, padded to the longest; the backbone runs in every epoch. `ours`
-is what scripts/train.py does with `cache_hidden_states: true`: it computes each text's states once, groups texts by
+and routed by the literal loop; batches are random, padded to the longest; the backbone runs in every epoch. `ours` is
+what `capsule-heads train` does with `cache_hidden_states: true`. It computes each text's states once, groups texts by
 length, projects before it stacks, and routes by the fastest strategy. Optimizer, schedule, batch size, mixup, seeds and
 initial weights are the same. Times are of training, for ours with computing the cache, in a new folder for each run;
 accuracy is measured after it. Runs alternate, so that both see the same machine.
@@ -41,6 +41,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 import transformers
+from routing import Original, route_by
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -54,13 +55,14 @@ from transformers import (
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.backbones.loading import resolve_backbone
+from capsule_heads.backbones.processors import load_processor
 from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, load_sst, tokenize
-from capsule_heads.heads import HeadOutput, TokenDepthHead
+from capsule_heads.heads import TokenDepthHead
+from capsule_heads.heads.base import Mix
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.ops import STRATEGIES
 from capsule_heads.paper import PAPER
-from capsule_heads.training.experiment import load_tokenizer
 
 KINDS = ("straightforward", "ours")
 MEMORY_KINDS = ("straightforward", "ours", "ours, from the cache")
@@ -104,36 +106,31 @@ CONTESTANTS += [
 ]
 
 
-def original(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *others: Tensor, **options: object) -> tuple[Tensor, ...]:
-    """Route as the paper's code does: shared weights are first expanded, one copy for each input."""
-    return STRATEGIES["reference"](a_inp, mu_inp, W.expand(mu_inp.shape[-3], -1, -1, -1), *others, **options)
-
-
 class StackedHead(TokenDepthHead):
     """The same head as the paper's code has it: all that is as large as the hidden states is stacked first."""
 
-    def forward(self, hidden_states, mask, return_routing_probabilities=False, mix=None) -> HeadOutput:
+    def detect(
+        self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor], mix: Mix | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the inputs of the first routing; see `TokenHead.detect`."""
         (detector,) = self.detect_parts
         x = torch.stack([states.to(detector.depth_emb.dtype) for states in hidden_states], dim=2)
         if mix is not None:
             x = mix(x)
         x = detector.norm(F.silu(detector.affine(x + detector.depth_emb)))  # [batch, tokens, layer, d_inp]
-        mask = mask if isinstance(mask, Tensor) else mask[0]
-        a = torch.logit(mask)[..., None].expand(-1, -1, x.shape[2]).flatten(1)
-        x = x.flatten(1, 2).unsqueeze(-2)
-        for routing in self.routings:
-            a, x, sig2 = routing(a, x)
-        return HeadOutput(a, x, sig2)
+        a = torch.logit(masks[0])[..., None].expand(-1, -1, x.shape[2]).flatten(1)
+        return a, x.flatten(1, 2).unsqueeze(-2)
 
 
 def train_once(kind: str, seed: int, arguments: argparse.Namespace, data: datasets.DatasetDict) -> dict[str, object]:
-    """One training run: its seconds, and accuracy on each of the other splits."""
+    """Train once, and return the seconds and the accuracy on each of the other splits."""
     set_seed(seed)
-    tokenizer = load_tokenizer(arguments.backbone)
+    tokenizer = load_processor("text", arguments.backbone)
     backbone = resolve_backbone(arguments.backbone)
     model = CapsuleHeadForSequenceClassification.from_backbone(backbone, num_labels=5, **PAPER)
     if kind == "straightforward":
-        head = StackedHead(hidden_sizes=model.head.hidden_sizes, n_out=5, strategy="original")
+        head = StackedHead(hidden_sizes=model.head.hidden_sizes, n_out=5)
+        route_by(head, "original")
         head.load_state_dict(model.head.state_dict())
         model.head = head
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
@@ -173,16 +170,16 @@ def train_once(kind: str, seed: int, arguments: argparse.Namespace, data: datase
 
 
 def memory_table(sizes: list[int]) -> tuple[list[dict[str, object]], str]:
-    """Peak memory of each of MEMORY_KINDS, each in a process of its own."""
+    """Return the peak memory of each of MEMORY_KINDS, each measured in a process of its own, and its table."""
     rows = []
     for kind in MEMORY_KINDS:
         command = [sys.executable, __file__, "--memory_of", kind, "--memory_sizes", *map(str, sizes)]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    batch, tokens, layers, width = sizes
+    batch, tokens, layers, hidden_size = sizes
     lines = [
-        f"Forward and backward pass of the head, {layers} x {width} hidden states of {batch} x {tokens} tokens:",
+        f"Forward and backward pass of the head, {layers} x {hidden_size} hidden states of {batch} x {tokens} tokens:",
         "",
-        "| head | states, MB | beyond them, MB | share | together, MB | share |",
+        "| head | states, MB | beyond them, MB | fraction | together, MB | fraction |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     straightforward = rows[0]
@@ -195,15 +192,15 @@ def memory_table(sizes: list[int]) -> tuple[list[dict[str, object]], str]:
 
 
 def measure_memory(kind: str, sizes: list[int]) -> dict[str, object]:
-    """Peak memory of one pass in this process, in bytes beyond the hidden states."""
-    batch, tokens, layers, width = sizes
+    """Return the peak memory of one pass in this process, in bytes beyond the hidden states."""
+    batch, tokens, layers, hidden_size = sizes
     set_seed(0)
     dtype = torch.float16 if "cache" in kind else torch.float32
-    states = torch.empty(layers, batch, tokens, width, dtype=dtype)
+    states = torch.empty(layers, batch, tokens, hidden_size, dtype=dtype)
     for x in states:
         x.copy_(torch.randn(x.shape, out=torch.empty(x.shape)))
     head_class = StackedHead if kind == "straightforward" else TokenDepthHead
-    head = head_class(hidden_sizes=[width] * layers, n_out=5)
+    head = head_class(hidden_sizes=[hidden_size] * layers, n_out=5)
     mask = torch.ones(batch, tokens)
 
     def run(n: int) -> Tensor:
@@ -224,10 +221,11 @@ def _kilobytes(field: str) -> int:
 
 
 def check_agreement() -> None:
-    """Exits if the straightforward head computes something else than ours."""
+    """Exit if the straightforward head computes something else than ours."""
     set_seed(0)
     sizes = {"hidden_sizes": [32] * 4, "n_out": 5}
-    ours, stacked = TokenDepthHead(**sizes), StackedHead(**sizes, strategy="original")
+    ours, stacked = TokenDepthHead(**sizes), StackedHead(**sizes)
+    route_by(stacked, "original")
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -412,7 +410,7 @@ def table_of_steps(rows: list[dict[str, object]]) -> str:
 def report_steps(arguments: argparse.Namespace) -> None:
     """Print the table of training steps on CUDA."""
     try:
-        tokenizer = load_tokenizer(arguments.backbone)
+        tokenizer = load_processor("text", arguments.backbone)
         phrases = arguments.source and load_sst(arguments.source, fine_grained=True, phrases=True)
     except (ImportError, OSError, ValueError) as error:
         fail(error)
@@ -439,7 +437,7 @@ def report_steps(arguments: argparse.Namespace) -> None:
 
 
 def report(runs: list[dict[str, object]], n_phrases: int, n_all: int) -> str:
-    """Markdown: seconds and accuracies of both, and what all phrases would take."""
+    """Return Markdown: seconds and accuracies of both, and what all phrases would take."""
     splits = [name for name in runs[0] if name.endswith("_accuracy")]
     header = ["training", "seconds, median (least - most)", "of these, cache", *(f"{name}, %" for name in splits)]
     lines = [f"| {' | '.join(header)} |", f"| {' | '.join(['---'] * len(header))} |"]
@@ -469,7 +467,7 @@ def report(runs: list[dict[str, object]], n_phrases: int, n_all: int) -> str:
 
 
 def mean_and_sd(values) -> tuple[float, float]:
-    """Mean, and standard deviation of a sample (0 of a single one)."""
+    """Return the mean, and the standard deviation of a sample (0 of a single one)."""
     values = list(values)
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -489,7 +487,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--scratch", help="where the caches are made, and deleted again. Default: the system's folder")
     parser.add_argument(
-        "--memory_sizes", type=at_least(1), nargs=4, default=[8, 512, 25, 1024], help="batch tokens layers width"
+        "--memory_sizes", type=at_least(1), nargs=4, default=[8, 512, 25, 1024], help="batch tokens layers hidden_size"
     )
     parser.add_argument("--memory_of", choices=MEMORY_KINDS, help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--json", type=file_to_write, help="a file to write everything measured to")
@@ -507,10 +505,10 @@ def main() -> None:
 
     try:
         data = load_sst(arguments.source, fine_grained=True, phrases=True)
-        tokenizer = load_tokenizer(arguments.backbone)
+        tokenizer = load_processor("text", arguments.backbone)
     except (ImportError, OSError, ValueError) as error:
         fail(error)
-    STRATEGIES["original"] = original
+    STRATEGIES["original"] = Original()
     check_agreement()
     about = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     about |= {

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
 from capsule_heads import CapsuleHeadForImageClassification
-from capsule_heads.paper.convert import build_network
+from capsule_heads.paper.checkpoints import build_network
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor, side_by_side
 from capsule_heads.paper.toy_norb import build_toy, render_view
 

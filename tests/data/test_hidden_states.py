@@ -387,7 +387,7 @@ def test_a_file_of_another_size_is_refused(make_model, change, what):
     os.truncate(file, cached.n_bytes + change)
     expected = (
         rf"states\.f16 has {cached.n_bytes + change:,} bytes, expected {cached.n_bytes:,}: it was {what}\. "
-        rf"Delete the folder {cached.folder} to have them computed anew"
+        rf"Delete the folder {cached.folder} to have them computed again"
     )
     for _ in range(2):
         with pytest.raises(ValueError, match=expected):
@@ -411,7 +411,7 @@ def test_a_file_of_another_size_is_refused(make_model, change, what):
         ({"more": 1}, "more is 1 in its key.json, expected None"),
         ("{", r"key.json is not JSON .*Delete the folder"),
         ("[]", "key.json holds a list, not keys and values"),
-        (None, r"has states without a key\.json\. Delete the folder .* to have them computed anew"),
+        (None, r"has states without a key\.json\. Delete the folder .* to have them computed again"),
     ],
 )
 def test_a_foreign_folder_is_refused(make_model, finished, content, expected):
@@ -506,12 +506,12 @@ def test_what_is_refused(make_model, folder):
     ):
         HiddenStateCache(texts().select_columns("labels"), make_model(), make_tokenizer())
     with pytest.raises(
-        ValueError, match="StereoImageProcessor is no tokenizer; the cache of hidden states is for texts"
+        ValueError, match="StereoImageProcessor is not a tokenizer; the cache of hidden states is for texts"
     ):
         HiddenStateCache(texts(), make_model(), StereoImageProcessor())
     model = make_model()
     model.config.hidden_sizes = [16, 8, 16]
-    with pytest.raises(ValueError, match=r"have the widths \[16, 8, 16\]; the cache expects one width"):
+    with pytest.raises(ValueError, match=r"have the hidden sizes \[16, 8, 16\]; the cache expects the same for all"):
         HiddenStateCache(texts(), model, make_tokenizer())
     model = make_model()
     model.backbone = None
@@ -520,7 +520,7 @@ def test_what_is_refused(make_model, folder):
     assert not folder.exists()
 
 
-def test_a_backbone_with_other_tokens_by_depth_is_refused(make_model, monkeypatch):
+def test_a_backbone_with_other_tokens_by_layer_is_refused(make_model, monkeypatch):
     model = make_model()
     compute = model.compute_hidden_states
 

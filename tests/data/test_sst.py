@@ -78,7 +78,7 @@ def test_phrases_are_distinct_and_in_order_of_first_occurrence(tmp_path):
         ("'s long", 2),
         ("long", 0),
     ]
-    # Evaluation splits hold whole sentences.
+    # Evaluation splits hold complete sentences.
     assert rows(loaded["validation"]) == [("Too long", 1), ("a film", 2)]
     assert rows(loaded["test"]) == [("So good", 4), ("So bad", 0), ("So so", 1)]
     assert loaded["train"].features["label"].names == [
@@ -209,7 +209,7 @@ def test_source_of_a_wrong_kind(tmp_path):
     with pytest.raises(TypeError, match="source must be a path or an address, got int"):
         load_sst(3)
     (tmp_path / "sst.zip").write_bytes(zipped()[:-30])
-    with pytest.raises(ValueError, match=r"sst\.zip is not a whole zip file .*; delete it"):
+    with pytest.raises(ValueError, match=r"sst\.zip is not a complete zip file .*; delete it"):
         load_sst(tmp_path / "sst.zip")
 
 

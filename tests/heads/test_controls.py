@@ -10,12 +10,12 @@ from transformers import BertConfig
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleHeadModel
 from capsule_heads.heads import (
-    get_head,
     AttentivePoolingHead,
     LinearHead,
     ScalarMixHead,
     VectorRouting,
     VectorRoutingHead,
+    get_head,
 )
 
 N_OUT, WIDTH, D_INP = 3, 5, 4

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from configurations import small
 from transformers import AutoConfig, AutoModel, AutoModelForAudioClassification
 
 from capsule_heads import CapsuleHeadForAudioClassification, CapsuleHeadForSequenceClassification, CapsuleHeadModel
@@ -32,7 +33,6 @@ BACKBONES = {
         "decoder_start_token_id": 1,
     },
 }
-HEAD = {"d_inp": 8, "n_parts": 6, "num_labels": 3}
 LABELS = torch.tensor([0, 2])
 
 
@@ -47,7 +47,7 @@ def make_audio_model(tmp_path, shake):
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **BACKBONES[kind])
         shake(AutoModel.from_config(config), scale=0.05).save_pretrained(tmp_path / kind)
-        model = CapsuleHeadForAudioClassification.from_backbone(tmp_path / kind, **{**HEAD, **kwargs})
+        model = CapsuleHeadForAudioClassification.from_backbone(tmp_path / kind, **small(**{"num_labels": 3, **kwargs}))
         shake(model.head)
         return model
 
@@ -145,7 +145,9 @@ def test_one_input_is_expected(make_audio_model):
 
 
 def test_a_text_model_is_no_audio_backbone(backbone_dir, tmp_path):
-    with pytest.raises(ValueError, match="bert takes input_ids; CapsuleHeadForAudioClassification expects"):
+    with pytest.raises(
+        ValueError, match="bert takes input_ids; expected a backbone that takes input_values or input_features"
+    ):
         CapsuleHeadForAudioClassification.from_backbone(backbone_dir("bert"))
     AutoModel.from_config(AutoConfig.for_model("hubert", **WAVES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"hubert takes input_values.*for sound CapsuleHeadForAudioClassification"):

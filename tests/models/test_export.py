@@ -103,7 +103,7 @@ def test_onnx_where_scores_of_parts_are_low(make_kind, tmp_path):
     model, inputs, dimensions = make_kind("text")
     model.head.routings[0].beta_ign += torch.linspace(0.5, 1.0, 6)  # the cost of all that a part ignores
     batch = inputs(2, 40)
-    states, masks = model._hidden_states(None, {"inputs_embeds": None, **batch})
+    states, masks = model.compute_hidden_states(**batch)
     parts, *_ = model.head.routings[0](*model.head.detect(states, masks))
     assert parts.max() > -30 and parts.min() < -60
     program = torch.export.export(model, (), inputs(3, 7), dynamic_shapes=dimensions)
@@ -114,7 +114,7 @@ def test_onnx_where_scores_of_parts_are_low(make_kind, tmp_path):
 
 
 def test_exporting_takes_the_literal_loop_however_many_votes_there_are(make_kind, monkeypatch):
-    monkeypatch.setattr("capsule_heads.ops.SMALL", 0)
+    monkeypatch.setattr("capsule_heads.ops.routing.SMALL", 0)
     model, inputs, _ = make_kind("text")
     program = torch.export.export(model, (), inputs(3, 7))
     assert not any("capsule_heads" in str(node.target) for node in program.graph.nodes)

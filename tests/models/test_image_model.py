@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from configurations import make_config
+from configurations import make_config, small
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -50,7 +50,6 @@ SHAPES = {
     "swin": [(16, 8), (4, 16), (4, 16)],
     "stereo_conv": [(14 * 14, 8), (6 * 6, 12)],
 }
-HEAD = {"d_inp": 8, "n_parts": 6, "num_labels": 3}
 LABELS = torch.tensor([0, 2])
 
 
@@ -80,7 +79,9 @@ def image_backbone_dir(tmp_path_factory, shake):
 def make_image_model(image_backbone_dir, shake):
     def make(kind="vit", **kwargs):
         torch.manual_seed(0)
-        model = CapsuleHeadForImageClassification.from_backbone(image_backbone_dir(kind), **{**HEAD, **kwargs})
+        model = CapsuleHeadForImageClassification.from_backbone(
+            image_backbone_dir(kind), **small(**{"num_labels": 3, **kwargs})
+        )
         shake(model.head)
         return model
 
@@ -189,7 +190,7 @@ def test_of_two_towers_the_vision_tower_is_taken(config, states, images, tmp_pat
     towers = {"text_config": {**SIZES, "vocab_size": 64, "max_position_embeddings": 8}, "vision_config": FLAT}
     whole = shake(AutoModel.from_config(config(**towers)), scale=0.05)
     whole.save_pretrained(tmp_path / "whole")
-    model = CapsuleHeadForImageClassification.from_backbone(tmp_path / "whole", **HEAD)
+    model = CapsuleHeadForImageClassification.from_backbone(tmp_path / "whole", **small(num_labels=3))
     assert model(images, output_hidden_states=True).hidden_states[0].shape == (2, states, 16)
     weights = whole.vision_model.state_dict()
     found = {key: weights[key.removeprefix("vision_model.")] for key in model.backbone.state_dict()}
@@ -203,7 +204,7 @@ def test_of_two_towers_the_vision_tower_is_taken(config, states, images, tmp_pat
 
 
 def test_text_backbones_are_refused(backbone_dir, backbone_config):
-    message = "bert takes input_ids; CapsuleHeadForImageClassification expects a backbone that takes pixel_values"
+    message = "bert takes input_ids; expected a backbone that takes pixel_values"
     with pytest.raises(ValueError, match=message):
         CapsuleHeadForImageClassification.from_backbone(backbone_dir("bert"))
     with pytest.raises(ValueError, match=message):
@@ -220,11 +221,11 @@ def test_wrong_inputs_are_refused(make_image_model, images):
     model = make_image_model("resnet")
     with pytest.raises(ValueError, match=r"Pass one of pixel_values \(or hidden_states"):
         model()
-    with pytest.raises(ValueError, match=r"\[\(2, 16, 4\), \(2, 4, 12\)\]; .* with 3 layers of width \[4, 8, 12\]"):
+    with pytest.raises(ValueError, match=r"\[\(2, 16, 4\), \(2, 4, 12\)\]; .* with 3 layers of size \[4, 8, 12\]"):
         model(hidden_states=[torch.zeros(2, 16, 4), torch.zeros(2, 4, 12)])
     with pytest.raises(ValueError, match=r"pixel_values has shape \(2, 3, 16, 15\); expected \[batch, 3, 16, 16\]"):
         make_image_model("stereo_conv")(images[..., :-1])
-    with pytest.raises(ValueError, match="has no parts; load it as a classifier"):
+    with pytest.raises(ValueError, match="a LinearHead has no parts to stop at; load a classifier"):
         CapsuleHeadModel(make_config(AutoConfig.for_model("vit", **FLAT), head_type="linear"))
 
 

@@ -20,6 +20,7 @@ from capsule_heads.ops import route
 pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 
 from capsule_heads.ops import cuda
+from capsule_heads.ops.strategy import Call
 
 SERVER = """
 import os, pickle, sys, traceback
@@ -539,7 +540,7 @@ def test_kernels_compile_and_fit_into_a_multiprocessor(tmp_path):
 
 def unserved(n_inp, d_cov, d_inp, d_out, n_out, own=False, device="cpu"):
     mu_inp, parameters = arguments_of(n_inp, d_cov, d_inp, d_out, n_out, own, device)
-    return cuda.unserved(mu_inp, parameters, n_out)
+    return cuda.unserved_sizes(Call(mu_inp, parameters, n_out))
 
 
 def arguments_of(n_inp, d_cov, d_inp, d_out, n_out, own, device):
@@ -580,12 +581,12 @@ def test_shapes_that_are_served(sizes):
             "the votes of inputs with weights of their own are 32768 numbers, each size rounded up to a power of two, "
             "and the kernels hold up to 16384",
         ),
-        ((0, 1, 64, 2, 5), "there are no inputs"),
+        ((0, 1, 64, 2, 5), "there are none"),
     ],
     ids=str,
 )
 def test_shapes_that_are_not_served(sizes, clause):
-    assert unserved(*sizes) == clause
+    assert unserved(*sizes) == f"does not serve these inputs: {clause}"
 
 
 @pytest.mark.parametrize("which", range(4), ids=NAMES[2:])
@@ -593,7 +594,8 @@ def test_one_parameter_of_each_inputs_own_counts(which):
     mu_inp, shared = arguments_of(1025, 1, 2, 2, 8, False, "cpu")
     own = arguments_of(1025, 1, 2, 2, 8, True, "cpu")[1]
     parameters = tuple(o if k == which else s for k, (o, s) in enumerate(zip(own, shared, strict=True)))
-    assert cuda.unserved(mu_inp, parameters, 8).startswith("the votes of inputs with weights of their own are 32768")
+    clause = "the votes of inputs with weights of their own are 32768"
+    assert clause in cuda.unserved_sizes(Call(mu_inp, parameters, 8))
 
 
 ON_CPU = """
@@ -606,7 +608,10 @@ route(torch.zeros(3), torch.ones(3, 1, 2), *(torch.ones(1, 1, *s) for s in ((2, 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # an import of it fails
-import capsule_heads.ops.cuda
+import torch
+from capsule_heads.ops import route
+route(torch.zeros(3), torch.ones(3, 1, 2), *(torch.ones(1, 1, *s) for s in ((2, 2), (1, 2), (), ())),
+      n_out=4, n_iters=2, strategy="cuda")
 """
 
 
@@ -615,10 +620,14 @@ import capsule_heads.ops.cuda
     [
         (
             ON_CPU,
-            'ValueError: strategy "cuda" runs on CUDA, and the inputs are on cpu. Move them there, use '
-            'strategy="auto", or set TRITON_INTERPRET=1',
+            'ValueError: strategy "cuda" runs on CUDA, and the inputs are on cpu (its kernels run there, slowly, with '
+            "TRITON_INTERPRET=1 set before Triton is imported)",
         ),
-        (WITHOUT_TRITON, 'ImportError: Triton is not installed, and strategy "cuda" is made of its kernels; on'),
+        (
+            WITHOUT_TRITON,
+            'ImportError: strategy "cuda" is made of kernels that Triton compiles, and Triton is not installed: on '
+            'Linux, `pip install triton`, or use strategy="auto"',
+        ),
     ],
     ids=["on the CPU", "without Triton"],
 )

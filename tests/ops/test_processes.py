@@ -17,7 +17,7 @@ from capsule_heads.ops import route
 
 pytestmark = pytest.mark.slow
 
-STRATEGIES = ("moments", "votes", "numba", "auto")
+STRATEGIES = ("moments", "votes", "cpu", "auto")
 SHARES = {"uneven": (2, 9, 4), "none in one": (7, 0, 8), "all in one": (0, 15, 0)}
 CASES = [*itertools.product(STRATEGIES, P_MODELS, SHARES)]
 BATCH, N_INP, N_OUT = (2,), 15, 5
@@ -118,7 +118,9 @@ def test_mistakes():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = dist.group.WORLD
-        with pytest.raises(ValueError, match=r'split over processes, and "reference" does not.* strategy="auto"'):
+        with pytest.raises(
+            ValueError, match=r'"reference" does not route inputs split over processes.* strategy="auto"'
+        ):
             route(*tensors, n_out=N_OUT, group=group, strategy="reference")
         with pytest.raises(ValueError, match=r"weights that all inputs share.*`Routing` without n_inp"):
             Routing(3, 5, 2, n_inp=N_INP, n_out=N_OUT).double()(*tensors[:2], group=group)

@@ -10,21 +10,12 @@ from oracle import INF, NAMES, OUTPUTS, P_MODELS, as_torch, draw, random_cotange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capsule_heads import ops
 from capsule_heads.layers import Routing
-from capsule_heads.ops import (
-    SMALL,
-    _choose_strategy,
-    autograd,
-    moments,
-    numba,
-    route,
-    streaming,
-    uniform,
-    votes,
-)
+from capsule_heads.ops import STRATEGIES, autograd, cpu, moments, route, streaming, uniform, votes
+from capsule_heads.ops.routing import SMALL, _choose
+from capsule_heads.ops.strategy import Call
 
-FAST = ("moments", "votes", "numba")
+FAST = ("moments", "votes", "cpu")
 SHARED = {"own_inp": False}
 
 
@@ -50,8 +41,8 @@ def small_blocks(monkeypatch):
     """Blocks of four inputs, tiles of five."""
     for module in (uniform, moments, votes):
         monkeypatch.setattr(module, "block_size", lambda tensor, floats_per_input: 4)
-    monkeypatch.setattr(numba, "_MAX_TILE", 5)
-    monkeypatch.setattr(numba, "MAX_KEPT", 0)
+    monkeypatch.setattr(cpu, "_MAX_TILE", 5)
+    monkeypatch.setattr(cpu, "MAX_KEPT", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,12 +222,12 @@ def hostile(kind, seed, batch, n_inp, n_out, d_cov, d_inp, d_out):
         ("votes", ((), 37, 5, 3, 17, 2)),
         ("votes", ((2,), 201, 17, 1, 64, 2)),
         ("votes", ((4,), 1111, 64, 1, 64, 2)),
-        ("numba", ((), 37, 5, 3, 4, 4)),
-        ("numba", ((2,), 201, 17, 4, 4, 4)),
-        ("numba", ((2,), 499, 33, 4, 4, 4)),
-        ("numba", ((), 37, 5, 3, 17, 2)),
-        ("numba", ((2,), 201, 17, 1, 64, 2)),
-        ("numba", ((4,), 1111, 64, 1, 64, 2)),
+        ("cpu", ((), 37, 5, 3, 4, 4)),
+        ("cpu", ((2,), 201, 17, 4, 4, 4)),
+        ("cpu", ((2,), 499, 33, 4, 4, 4)),
+        ("cpu", ((), 37, 5, 3, 17, 2)),
+        ("cpu", ((2,), 201, 17, 1, 64, 2)),
+        ("cpu", ((4,), 1111, 64, 1, 64, 2)),
     ],
     ids=str,
 )
@@ -288,11 +279,11 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("module", [moments, votes, numba])
-def test_nothing_is_larger_than_the_inputs(module, monkeypatch):
+@pytest.mark.parametrize("strategy", FAST)
+def test_nothing_is_larger_than_the_inputs(strategy, monkeypatch):
     for user in (uniform, moments, votes):
         monkeypatch.setattr(user, "block_size", lambda tensor, floats_per_input: 8)
-    monkeypatch.setattr(numba, "MAX_KEPT", 0)
+    monkeypatch.setattr(cpu, "MAX_KEPT", 0)
     n_inp, n_out = 5000, 16
     a_inp, mu_inp, W, B, beta_use, beta_ign = as_torch(
         draw(n_inp=n_inp, n_out=n_out, d_cov=1, d_inp=3, d_out=2, **SHARED), torch.float32
@@ -301,9 +292,11 @@ def test_nothing_is_larger_than_the_inputs(module, monkeypatch):
     options = {"p_model": "gaussian", "eps": 1e-5}
     with LargestResult() as largest:
         *outputs, _, centre, moments_of_x, statistics = streaming.forward(
-            module, *tensors, n_iters=3, return_R=False, **options
+            STRATEGIES[strategy], *tensors, n_iters=3, return_R=False, **options
         )
-        streaming.backward(module, (*outputs, None), *tensors, centre, moments_of_x, statistics, **options)
+        streaming.backward(
+            STRATEGIES[strategy], (*outputs, None), *tensors, centre, moments_of_x, statistics, **options
+        )
     assert mu_inp.numel() <= largest.numel < n_inp * n_out  # one plane of votes would be larger
 
 
@@ -354,28 +347,27 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
     mu_inp = torch.empty(n_inp, d_cov, d_inp, device=device)
     shapes = [(d_inp, d_out), (d_cov, d_out), (), ()]
     parameters = [torch.empty(n_inp if i == own else 1, n_out, *shape) for i, shape in enumerate(shapes)]
-    return _choose_strategy(mu_inp, tuple(parameters), n_out, dtype)
+    return _choose(Call(mu_inp, tuple(parameters), n_out, dtype)).name
 
 
 @pytest.mark.parametrize(
     "sizes, strategy",
     [
-        ({}, "numba"),
-        ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "numba"),
-        ({"dtype": torch.float64}, "numba"),
+        ({}, "cpu"),
+        ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "cpu"),
+        ({"dtype": torch.float64}, "cpu"),
         ({"own": 0}, "reference"),
         ({"n_inp": SMALL // 128}, "reference"),
     ],
     ids=str,
 )
-def test_auto_takes_numba_on_the_cpu(sizes, strategy):
+def test_auto_takes_the_cpus_kernels(sizes, strategy):
     assert choose(**sizes) == strategy
 
 
 @pytest.fixture
 def no_numba(monkeypatch):
-    find_spec = ops.importlib.util.find_spec
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
+    monkeypatch.setattr(cpu, "is_installed", lambda library: library != "numba")
 
 
 @pytest.mark.parametrize(
@@ -399,7 +391,7 @@ def test_auto_takes_the_line_of_the_table(sizes, strategy):
 
 def test_auto_routes_as_the_strategy_that_it_takes():
     tensors = hostile("plain", 0, (), 8000, 16, 4, 4, 4)
-    auto, named, other = (route(*tensors, n_out=16, strategy=s) for s in ("auto", "numba", "votes"))
+    auto, named, other = (route(*tensors, n_out=16, strategy=s) for s in ("auto", "cpu", "votes"))
     assert all(torch.equal(a, b) for a, b in zip(auto, named))
     assert not torch.equal(auto[1], other[1])
 

@@ -27,7 +27,7 @@ def word_tokenizer(**kwargs):
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """Directory of a BERT of width 16 with 2 layers."""
+    """Directory of a BERT of hidden size 16 with 2 layers."""
     folder = str(tmp_path_factory.mktemp("bert"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -38,7 +38,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory):
-    """Directory of a GPT-2 of width 16 with 2 layers, whose tokenizer has no padding token."""
+    """Directory of a GPT-2 of hidden size 16 with 2 layers, whose tokenizer has no padding token."""
     folder = str(tmp_path_factory.mktemp("gpt2"))
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=32, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=3, eos_token_id=3)

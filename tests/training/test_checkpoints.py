@@ -48,9 +48,9 @@ def test_one_that_is_not_whole_is_passed_over_or_refused(tmp_path, caplog, damag
     damage(damaged)
     with caplog.at_level(logging.WARNING):
         assert resolve_checkpoint("last", tmp_path) == str(tmp_path / "checkpoint-5")
-    assert f"{damaged} is not whole, and passed over" in caplog.text
+    assert f"{damaged} is not complete, and passed over" in caplog.text
     with pytest.raises(
-        ValueError, match=rf'checkpoint-10 is not whole: {fault}.*Resume from another, or from "last"\.'
+        ValueError, match=rf'checkpoint-10 is not complete: {fault}.*Resume from another, or from "last"\.'
     ):
         resolve_checkpoint(str(damaged), tmp_path)
 
@@ -65,7 +65,7 @@ def test_one_of_another_trainer_is_taken_by_name_alone(tmp_path):
 def test_none_yet(tmp_path):
     for run in (tmp_path, tmp_path / "none"):
         assert resolve_checkpoint("last", run) is None
-        with pytest.raises(ValueError, match=r'no whole checkpoint in .* to resume from; "last" would begin anew'):
+        with pytest.raises(ValueError, match=r'no complete checkpoint in .* to resume from; "last" starts a new run'):
             resolve_checkpoint(True, run)
     with pytest.raises(ValueError, match=r'is true, which is not a directory; expected a checkpoint\'s, or "last"'):
         resolve_checkpoint("true", tmp_path)

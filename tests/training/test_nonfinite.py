@@ -20,14 +20,14 @@ from capsule_heads import (
 )
 from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 
-N_DEPTHS, WIDTH = 3, 16
+N_LAYERS, HIDDEN_SIZE = 3, 16
 NAN, INF = float("nan"), float("inf")
 
 
 def make_head(**fields):
-    """A head alone, that takes hidden states of 3 layers and width 16."""
+    """A head alone, that takes hidden states of 3 layers and hidden size 16."""
     torch.manual_seed(0)
-    sizes = {"d_inp": 8, "n_parts": 4, "num_labels": 3, "hidden_sizes": [WIDTH] * N_DEPTHS, "layers": [0, 2]}
+    sizes = {"d_inp": 8, "n_parts": 4, "num_labels": 3, "hidden_sizes": [HIDDEN_SIZE] * N_LAYERS, "layers": [0, 2]}
     config = make_config(BertConfig(), head_only=True, **{**sizes, **fields})
     model = CapsuleHeadForSequenceClassification(config, build=False)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def make_head(**fields):
 def make_batch(seed=0, n=4, n_tokens=5, n_layers=2):
     generator = torch.Generator().manual_seed(seed)
     return {
-        "hidden_states": torch.randn(n, n_tokens, n_layers, WIDTH, generator=generator),
+        "hidden_states": torch.randn(n, n_tokens, n_layers, HIDDEN_SIZE, generator=generator),
         "attention_mask": torch.ones(n, n_tokens),
         "labels": torch.randint(3, (n,), generator=generator),
     }
@@ -138,7 +138,7 @@ def test_such_a_step_is_left_out_if_so_configured(train, spoil, caplog):
     assert messages[0].startswith(
         "Step 2: the loss is not finite. Not finite: the hidden state at layer 0 in samples 0, the"
     )
-    assert messages[0].endswith("The step is left out.")
+    assert messages[0].endswith("The step is skipped.")
 
 
 @pytest.mark.parametrize("is_filtered", [True, False])
@@ -380,5 +380,5 @@ def test_ten_thousand_hostile_steps_leave_finite_weights(arguments, head, fields
         optimizer.zero_grad()
         assert torch.nn.utils.parameters_to_vector(model.parameters()).isfinite().all(), index
     assert (torch.nn.utils.parameters_to_vector(model.parameters()) - weights).abs().max() > 0.1
-    n_left_out = sum("The step is left out" in record.getMessage() for record in caplog.records)
-    assert n / 20 < n_spoilt <= n_left_out < n / 3
+    n_skipped = sum("The step is skipped" in record.getMessage() for record in caplog.records)
+    assert n / 20 < n_spoilt <= n_skipped < n / 3

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from capsule_heads import CapsuleHeadConfig, CapsuleTrainer
+from capsule_heads.backbones.processors import load_processor
 from capsule_heads.data.tokenization import tokenize, window_fields
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.training import OneCycle
-from capsule_heads.training.experiment import load_tokenizer
 
 
 class Recorder(TrainerCallback):
@@ -151,6 +151,28 @@ def test_a_learning_rate_for_a_backbone_that_does_not_train(make_model, make_tra
     trainer = make_trainer(make_model(), args=arguments(backbone_learning_rate=1e-5))
     with pytest.raises(ValueError, match=r"backbone_learning_rate is 1e-05, but the optimizer \(radam\) has no param"):
         trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("fields", [{}, {"freeze_backbone": False}], ids=["frozen", "unfrozen"])
+def test_plain_arguments_train_as_in_transformers(make_model, make_trainer, arguments, fields):
+    results = []
+    for cls in CapsuleTrainer, Trainer:
+        common = {"max_steps": 6, "learning_rate": 1e-3, "max_grad_norm": 0.0, "logging_steps": 1}
+        args = arguments(TrainingArguments, **common)
+        trainer = make_trainer(make_model(mixup_alpha=0, **fields), cls, args)
+        trainer.train()
+        results.append((head_of(trainer.model), [x["loss"] for x in trainer.state.log_history if "loss" in x]))
+        assert trainer.evaluate()["eval_loss"] > 0
+    (head, losses), (expected_head, expected_losses) = results
+    assert losses == expected_losses and len(losses) == 6
+    torch.testing.assert_close(head, expected_head, rtol=0, atol=0)
+
+
+def test_no_arguments_at_all(make_model, tokens, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where transformers' default folder is made
+    trainer = CapsuleTrainer(make_model(), train_dataset=tokens["train"])
+    assert type(trainer.args) is TrainingArguments
+    assert type(trainer.create_optimizer()) is not torch.optim.RAdam
 
 
 def test_adapters_train_with_the_head(make_model, make_trainer, arguments, tmp_path):
@@ -311,12 +333,12 @@ def test_early_stopping(make_model, make_trainer, arguments):
 
 def test_a_tokenizer_without_padding_token(make_model, make_trainer, gpt2):
     with pytest.raises(ValueError, match=r"no padding token.*tokenizer\.pad_token = tokenizer\.eos_token"):
-        make_trainer(make_model(gpt2), processing_class=load_tokenizer(gpt2))
+        make_trainer(make_model(gpt2), processing_class=load_processor("text", gpt2))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_decoder_learns(make_model, make_trainer, arguments, gpt2, texts, side):
-    tokenizer = load_tokenizer(gpt2, pad_token="[SEP]")
+    tokenizer = load_processor("text", gpt2, pad_token="[SEP]")
     tokenizer.padding_side = side
     tokens = tokenize(texts, tokenizer)
     trainer = make_trainer(

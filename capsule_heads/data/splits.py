@@ -1,0 +1,64 @@
+"""Splits of a dataset: one for validation where there is none, and columns that are made when they are read."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+VALIDATION_FRACTION = 0.1  # of the training examples, where a dataset has no validation split
+
+
+def with_validation(splits: DatasetDict, source: str, kind: str) -> DatasetDict:
+    """Return splits with a validation split, taken from the training split where there is none.
+
+    A tenth of the training examples of each class are split off, always the same ones, and one per class at least.
+
+    Args:
+        splits: With `train`, and a column `label` of classes.
+        source: Where they are from, for messages.
+        kind: A word for one example, for messages: "image".
+
+    Raises:
+        ValueError: If there is no training split, or a class has too few examples to split.
+    """
+    if "train" not in splits:
+        raise ValueError(f"{source} has the splits {', '.join(splits)}; expected train.")
+    if "validation" in splits:
+        return splits
+    counts = collections.Counter(splits["train"]["label"][:])
+    if min(counts.values()) < 2:
+        raise ValueError(
+            f"A class of {source} has a single training {kind}, and validation needs one of its own; add another, or a "
+            "split named validation."
+        )
+    n_validation = max(math.ceil(VALIDATION_FRACTION * len(splits["train"])), len(counts))
+    parts = splits["train"].train_test_split(n_validation, seed=0, stratify_by_column="label")
+    splits["train"], splits["validation"] = parts["train"], parts["test"]
+    return splits
+
+
+def made_when_read(split: Dataset, column: str, name: str, make: Callable[[list], dict[str, list]]) -> Dataset:
+    """Return a split whose columns are a model's input and `labels`; the input is made when it is read.
+
+    The columns have these names at once, so that `remove_unused_columns` may be on or off.
+
+    Args:
+        split: With the column, and `label`.
+        column: The column that the input is made of.
+        name: The name of the input.
+        make: Makes the input, and what belongs to it, of a batch of the column; a function that can be pickled.
+    """
+    split = split.rename_columns({column: name, "label": "labels"})
+    return split.with_transform(functools.partial(_make, name, make))  # not a closure: workers pickle it
+
+
+def _make(name: str, make: Callable[[list], dict[str, list]], batch: dict[str, Any]) -> dict[str, Any]:
+    if name not in batch:  # a column read by itself
+        return batch
+    return {**batch, **make(batch[name])}

@@ -1,0 +1,272 @@
+"""What inference leaves out of the package: methods, checks, and definitions that a shorter form stands for.
+
+The code that goes along with a checkpoint is the package's own source without these. Modules are named as in the
+package. A name that is no longer there raises an error when code is written, so this list cannot grow stale.
+"""
+
+from __future__ import annotations
+
+from ..ops import STRATEGIES
+from .sources import Rules
+
+# The files that the code is written to: the modules that a name begins are side by side in one of them.
+FILES = {
+    "checks": "backbones",
+    "backbones": "backbones",
+    "ops": "routing",
+    "layers": "routing",
+    "heads": "heads",
+    "models.configuration_capsule_head": "configuration_capsule_head",
+    "models": "modeling_capsule_head",
+    "mixup": "modeling_capsule_head",
+    "weights": "modeling_capsule_head",
+    "paper.configuration_stereo_conv": "modeling_stereo_conv",
+    "paper.modeling_stereo_conv": "modeling_stereo_conv",
+    "paper.image_processing_stereo": "image_processing_stereo",
+}
+# Statements that do nothing but call a function of such a name are left out, with the function. The package checks what
+# users pass; here it is checked whether a checkpoint has all weights.
+CHECKS = r"_?check_(?!weights$)\w+"
+WITHOUT = {
+    "backbones.backbone": ["Backbone.find", "Backbone.candidates", "Backbone.probe", "Backbone.fields"],
+    "heads.base": ["HeadOptions.__post_init__"],
+    "heads.routing": ["RoutingOptions.__post_init__", "RoutingHead.split_by_layer"],
+    "heads.inputs": ["TokenHead.split_by_layer"],
+    "heads.spatial_pose": ["SpatialPoseHead.split_by_layer"],
+    "ops.reference": ["Reference.unserved"],
+    "ops.strategy": ["Strategy.missing", "Strategy.route", "Strategy.unserved"],
+    "layers": ["Routing.credits", "Routing.extra_repr"],
+    "models.base": [
+        "CapsuleHeadPreTrainedModel.register_for_auto_class",
+        "CapsuleHeadPreTrainedModel.resize_token_embeddings",
+    ],
+    "models.checkpoint": [
+        "CheckpointModel.from_backbone",
+        "CheckpointModel.names_of_frozen_backbone",
+        "CheckpointModel.push_to_hub",
+    ],
+    "models.configuration_capsule_head": [
+        "CapsuleHeadConfig.get_config_dict",
+        "CapsuleHeadConfig.register_for_auto_class",
+    ],
+    "models.modeling_capsule_head": [
+        "CapsuleHeadClassifier._draw_mixup",
+        "CapsuleHeadClassifier._mix_inputs",
+        "CapsuleHeadClassifier._targets",
+        "CapsuleHeadForImageClassification._mix_inputs",
+    ],
+    "paper.image_processing_stereo": [
+        "StereoImageProcessor.get_image_processor_dict",
+        "StereoImageProcessor.register_for_auto_class",
+    ],
+}
+# Functions whose tests of their arguments, `if ...: raise ...`, are left out too.
+UNGUARDED = {
+    "backbones.states": ["unpack"],
+    "backbones.windows": ["run_in_windows"],
+    "layers": ["Routing.__init__"],
+    "models.configuration_capsule_head": ["CapsuleHeadConfig.__init__"],
+}
+INSTEAD = {
+    "checks": {
+        "check_hidden_sizes": '''
+def check_hidden_sizes(hidden_sizes: Sequence[int], at_most: int | None = None) -> tuple[int, ...]:
+    """Return the sizes of the hidden states that a head takes as a tuple."""
+    return tuple(hidden_sizes)
+''',
+    },
+    "backbones.running": {
+        "check_hidden_states": '''
+def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], hidden_sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Return the given hidden states, `[batch, tokens, layers, hidden_size]` or one tensor per layer, per layer."""
+    is_stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4
+    return hidden_states.unbind(2) if is_stacked else hidden_states
+''',
+    },
+    "heads.base": {
+        "check_inputs": '''
+def check_inputs(
+    hidden_states: Sequence[Tensor], mask: Tensor | Sequence[Tensor], hidden_sizes: Sequence[int]
+) -> list[Tensor]:
+    """Return one mask per layer."""
+    return [mask] * len(hidden_sizes) if isinstance(mask, Tensor) else list(mask)
+''',
+        "get_head": '''
+def get_head(name: str) -> type[Head]:
+    """Return the head that is registered under a name."""
+    if name not in _HEADS:
+        raise ValueError(f"head_type is {name!r}; expected {', '.join(_HEADS)}, or install the package capsule_heads.")
+    return _HEADS[name]
+''',
+        "Head.make_options": '''
+    @classmethod
+    def make_options(cls, given: Mapping[str, Any]) -> HeadOptions:
+        """Return the head's options, those that are not given at their defaults."""
+        return cls.Options(**given)
+''',
+        "register": '''
+def register(name: str) -> Callable[[AnyHead], AnyHead]:
+    """Return a decorator that puts a head into the registry."""
+
+    def add(cls: AnyHead) -> AnyHead:
+        cls.name = name
+        _HEADS[name] = cls
+        return cls
+
+    return add
+''',
+    },
+    "heads.inputs": {
+        "PartDetector.project": '''
+    def project(self, hidden_states: Sequence[Tensor]) -> list[Tensor]:
+        """Return hidden states with their layer embeddings, through the affine map."""
+        offsets = self.affine(self.depth_emb)
+        weight = self.affine.weight
+        return [F.linear(x.to(weight.dtype), weight) + offset for x, offset in zip(hidden_states, offsets)]
+''',
+        "PartDetector.project_together": '''
+    def project_together(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """Return what `project` returns as one tensor, `[batch, tokens, n_layers, d_inp]`."""
+        return torch.stack(self.project(hidden_states), dim=2)
+''',
+    },
+    "layers": {
+        "Routing.forward": '''
+    def forward(
+        self,
+        a_inp: Tensor,
+        mu_inp: Tensor,
+        n_out: int | None = None,
+        return_R: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Route capsules `mu_inp [...icd]` with the logits `a_inp [...i]`; `n_out` is for a layer without one."""
+        n_out = self.n_out or n_out or mu_inp.shape[-3]
+        return route(
+            a_inp,
+            mu_inp,
+            self.W,
+            self._biases(n_out),
+            self.beta_use,
+            self.beta_use if self.beta_ign is None else self.beta_ign,
+            n_out=n_out,
+            n_iters=self.n_iters,
+            p_model=self.p_model,
+            eps=self.eps,
+            return_R=return_R,
+            strategy=self.strategy,
+            group=group,
+        )
+''',
+    },
+    "models.checkpoint": {
+        "CheckpointModel.save_pretrained": '''
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, head_only: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Save as in transformers; the backbone too, unless its weights are, unchanged, those that the head refers to.
+
+        With `head_only=False` it is saved in any case.
+        """
+        refers = self.config.head_only
+        if refers and self.backbone is not None:
+            refers = same_weights(self.backbone, self._weights_as_loaded)
+        if (head_only and not refers) or (head_only is False and self.backbone is None):
+            raise ValueError(f"head_only is {head_only}, and the weights of the backbone would be lost; leave it out.")
+        self._refer_to_backbone(refers if head_only is None else head_only)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self._refer_to_backbone(refers)
+''',
+    },
+    "models.configuration_capsule_head": {
+        "_resolve_layers": """
+def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]:
+    return sorted(layer % n_hidden_states for layer in (range(n_hidden_states) if layers is None else layers))
+""",
+        "CapsuleHeadConfig._set_options": """
+    def _set_options(self, options: HeadOptions) -> None:
+        for name, value in options.as_dict().items():
+            setattr(self, name, value)
+""",
+    },
+    "models.modeling_capsule_head": {
+        "CapsuleHeadClassifier._classify": '''
+    def _classify(
+        self,
+        inputs: dict[str, Tensor | bool | None],
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        hidden_states: Tensor | Sequence[Tensor] | None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_capsules: bool | None = None,
+        output_routing: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,  # can_return_tuple has read it
+    ) -> CapsuleHeadClassifierOutput:
+        """Compute class scores: what `forward` of every modality does."""
+        if labels is not None or output_attentions:
+            raise ValueError(
+                "labels or output_attentions were passed; expected neither: for a loss, install the package "
+                "capsule_heads, and a capsule head has no attentions."
+            )
+        states, masks = self.compute_hidden_states(hidden_states=hidden_states, attention_mask=attention_mask, **inputs)
+        capsules: HeadOutput = self.head(states, masks, bool(output_routing))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return CapsuleHeadClassifierOutput(
+            logits=self._logits(capsules),
+            hidden_states=tuple(states) if output_hidden_states else None,
+            poses=capsules.mu_out if output_capsules else None,
+            variances=capsules.sig2_out if output_capsules else None,
+            routing_probabilities=capsules.routing_probabilities,
+        )
+''',
+    },
+    "ops.routing": {
+        "STRATEGIES": "# Names in configurations, all of which mean the literal loop here.\n"
+        f"STRATEGIES = ({', '.join(f'{chr(34)}{name}{chr(34)}' for name in STRATEGIES)})",
+        "route": '''
+def route(
+    a_inp: Tensor,
+    mu_inp: Tensor,
+    W: Tensor,
+    B: Tensor,
+    beta_use: Tensor,
+    beta_ign: Tensor,
+    *,
+    n_out: int,
+    n_iters: int = 3,
+    p_model: str = "gaussian",
+    eps: float = 1e-5,
+    return_R: bool = False,
+    strategy: str = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, ...]:
+    """Route by the literal loop, in float32 or wider, whatever the strategy: all compute the same function.
+
+    The fast strategies, and inputs split over a group of processes, need the package capsule_heads.
+    """
+    if group is not None:
+        raise ValueError("A group was passed; expected None: to split inputs, install the package capsule_heads.")
+    tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign)
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    with torch.autocast(a_inp.device.type, enabled=False):
+        a_out, mu_out, sig2_out, R = Reference().route(
+            *(tensor.to(dtype) for tensor in tensors),
+            n_out=n_out,
+            n_iters=n_iters,
+            p_model=p_model,
+            eps=eps,
+            return_R=return_R,
+        )
+    return (a_out, mu_out, sig2_out) if R is None else (a_out, mu_out, sig2_out, R)
+''',
+    },
+}
+
+RULES = Rules(FILES, CHECKS, UNGUARDED, WITHOUT, INSTEAD)
