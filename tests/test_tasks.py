@@ -199,7 +199,7 @@ def test_a_task_of_ones_own(own_tasks):
 
 def test_tasks_that_cannot_be_registered(own_tasks):
     with pytest.raises(
-        ValueError, match="task 'reviews' is there already, loaded by capsule_heads.tasks._load_reviews"
+        ValueError, match="task 'reviews' is there already, loaded by capsule_heads"
     ):
         register_task(Task("reviews", "mine", "text", load_tickets))
     with pytest.raises(ValueError, match="modality is 'smell'; expected one of text, image, audio"):

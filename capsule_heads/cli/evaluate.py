@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
             data_collator=task.data.collator(processor),
             compute_metrics=compute_metrics_for(task.metric),
         )
-        results = {}
+        results: dict[str, float] = {}
         for name, split in prepared.items():
             results |= trainer.evaluate(split, metric_key_prefix=name)
     if trainer.is_world_process_zero():

