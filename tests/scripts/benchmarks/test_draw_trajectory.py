@@ -5,9 +5,9 @@ import types
 import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import ModelOutput
 
 from capsule_heads.paper import smallnorb, trajectory
@@ -76,9 +76,8 @@ def stand_ins(monkeypatch):
         return {"pixel_values": torch.from_numpy(np.stack(images)).float() / 255}
 
     monkeypatch.setattr(smallnorb, "load_smallnorb", load_smallnorb)
-    for name, value in (("AutoModelForImageClassification", Model()), ("AutoImageProcessor", process)):
-        stand_in = types.SimpleNamespace(from_pretrained=lambda path, value=value: value)
-        monkeypatch.setattr(transformers, name, stand_in)
+    monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", lambda path: Model())
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda path: process)
     return sources
 
 
