@@ -57,7 +57,8 @@ tokenizer.push_to_hub("me/backbone")
 head = {"d_inp": 8, "n_parts": 6, "id2label": {0: "poor", 1: "fine"}}
 model = CapsuleHeadForSequenceClassification.from_backbone("me/backbone", **head)
 shake(backbone, 1).push_to_hub("me/backbone")  # the branch moves on
-results = {"task": "sst2", "seed": 3, "steps": 40, "validation_accuracy": 0.75, "validation_loss": 0.5}
+glue = {"name": "GLUE sst2", "repository": "nyu-mll/glue", "config": "sst2"}
+results = {"task": "sst2", "dataset": glue, "seed": 3, "steps": 40, "validation_accuracy": 0.75, "validation_loss": 0.5}
 expected = {}
 
 def push(name, model, **options):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from capsule_heads.hub.model_card import Dataset as CardDataset
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from transformers import AutoTokenizer
@@ -13,7 +14,6 @@ from capsule_heads import CapsuleHeadForSequenceClassification, tasks
 from capsule_heads.data import sst
 from capsule_heads.data.glue import GLUE_TASKS, HUB_REPOSITORY
 from capsule_heads.data.images import IMAGE_DATASETS
-from capsule_heads.hub.model_card import Dataset as CardDataset
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.tasks import (
     MODALITIES,
@@ -198,9 +198,7 @@ def test_a_task_of_ones_own(own_tasks):
 
 
 def test_tasks_that_cannot_be_registered(own_tasks):
-    with pytest.raises(
-        ValueError, match="task 'reviews' is there already, loaded by capsule_heads"
-    ):
+    with pytest.raises(ValueError, match="task 'reviews' is there already, loaded by capsule_heads"):
         register_task(Task("reviews", "mine", "text", load_tickets))
     with pytest.raises(ValueError, match="modality is 'smell'; expected one of text, image, audio"):
         register_task(Task("perfumes", "perfumes", "smell", load_tickets))

@@ -245,7 +245,7 @@ def test_a_run_has_its_results_on_the_card(hub, pushed, tmp_path):
     card = files(hub, "me/reviews")["README.md"].content.decode()
     results = json.loads(files(hub, "me/reviews")["results.json"].content)
     assert f"| test | accuracy | {results['test_accuracy']:.4f} |" in card
-    assert f"- trained parameters: {results['trained_parameters']:,}\n" in card and "| `max_steps` | 2 |" in card
+    assert f"- trainable parameters: {results['trained_parameters']:,}\n" in card and "| `max_steps` | 2 |" in card
     assert {(r.dataset_type, r.dataset_split) for r in ModelCard(card).data.eval_results} == {
         ("reviews", "validation"),
         ("reviews", "test"),
@@ -303,7 +303,7 @@ def test_a_run_is_pushed_and_a_card_that_someone_wrote_is_kept(hub, local_head, 
     assert {path for path in pushed if not path.endswith(".py")} == {*before, "README.md"} - {"training_args.bin"}
     assert "auto_map" in config_of(hub, "me/run") and repository.is_private
     card = pushed["README.md"].content.decode()
-    assert "| test | accuracy | 0.6250 |" in card and "- trained parameters: 123\n" in card
+    assert "| test | accuracy | 0.6250 |" in card and "- trainable parameters: 123\n" in card
 
     repository.files()["README.md"] = File(b"# Mine\n", is_large=False)
     push("--commit_message", "Again")
