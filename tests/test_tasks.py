@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from capsule_heads.hub.model_card import Dataset as CardDataset
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from transformers import AutoTokenizer
@@ -14,6 +13,7 @@ from capsule_heads import CapsuleHeadForSequenceClassification, tasks
 from capsule_heads.data import sst
 from capsule_heads.data.glue import GLUE_TASKS, HUB_REPOSITORY
 from capsule_heads.data.images import IMAGE_DATASETS
+from capsule_heads.hub.card import Dataset as CardDataset
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.tasks import (
     MODALITIES,

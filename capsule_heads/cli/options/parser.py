@@ -112,9 +112,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         *kinds: the exceptions that mistakes raise. Default: those of reading options, data and models.
     """
+    kinds = kinds or (ImportError, OSError, TypeError, ValueError)
     try:
         yield
-    except kinds or (ImportError, OSError, TypeError, ValueError) as error:
+    except kinds as error:
         fail(error)
 
 
