@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..backbones import Backbone, Part, Windowing
+from ..backbones.backbone import Backbone
 from ..backbones.loading import CAPSULE_HEAD, check_model_type
-from ..backbones.parts import check_part, tower_config
+from ..backbones.parts import Part, Windowing, check_part, tower_config
 from ..checks import check_dtype, check_hidden_sizes, check_size
 from ..heads import HeadOptions, get_head, registered_heads
 from ..hub import refuse_auto_class
