@@ -252,7 +252,13 @@ def test_a_run_has_its_results_on_the_card(hub, pushed, tmp_path):
     }
 
 
-# What is refused before anything is sent: these run here, without a hub.
+# What needs no hub: imports, and what is refused before anything is sent.
+
+
+@pytest.mark.parametrize("module", ["backbones", "hub.push", "models.base"])
+def test_a_module_can_be_the_first_that_is_imported(module):
+    """Whoever comes first imports transformers' registry, which imports the configuration of our models."""
+    subprocess.run([sys.executable, "-c", f"import capsule_heads.{module}"], check=True)
 
 
 @pytest.fixture
