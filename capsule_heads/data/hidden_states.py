@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..models.base import CapsuleHeadPreTrainedModel
 from ..weights import plain_weights
 from .state_file import ABOUT, StateFile, gigabytes
 
 if TYPE_CHECKING:
     import datasets
+    from transformers.modeling_utils import PreTrainedModel
+
+    from ..models.base import CapsuleHeadPreTrainedModel
 
 # The fields of a configuration that name the backbone, and change nothing that it computes.
 NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
