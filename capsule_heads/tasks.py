@@ -50,6 +50,7 @@ class Modality(abc.ABC):
         Raises:
             ValueError: If one is something else than this modality reads.
         """
+        return  # `read` says what is wrong with a file
 
     @abc.abstractmethod
     def read(self, given: str, processor: Any) -> Any:
@@ -311,6 +312,22 @@ def get_task(name: str) -> Task:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"task is {name!r}; expected one of {', '.join(_TASKS)}.{hint}")
     return _TASKS[name]
+
+
+def check_task_fits(task: Task, model: CapsuleHeadClassifier) -> None:
+    """Check that a model classifies what a task holds.
+
+    Raises:
+        ValueError: If the task is of texts, say, and the model classifies images.
+    """
+    from .models.processors import modality_of
+
+    modality = MODALITIES[modality_of(model)]
+    if modality is not task.data:
+        raise ValueError(
+            f"{task.name} is of {task.data.noun}, and the model classifies {modality.noun}; expected a task of "
+            f"{modality.noun}."
+        )
 
 
 def source_help() -> str:

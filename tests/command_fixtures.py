@@ -1,4 +1,4 @@
-"""What tests of commands and scripts share: a tiny random backbone with its tokenizer, and an environment for processes."""
+"""What tests of commands and scripts share: a tiny backbone with its tokenizer, and an environment for processes."""
 
 import os
 

@@ -13,7 +13,7 @@ from capsule_heads import CapsuleHeadForSequenceClassification, tasks
 from capsule_heads.data import sst
 from capsule_heads.data.glue import GLUE_TASKS, HUB_REPOSITORY
 from capsule_heads.data.images import IMAGE_DATASETS
-from capsule_heads.hub.model_card import Dataset as CardDataset
+from capsule_heads.hub.card import Dataset as CardDataset
 from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.tasks import (
     MODALITIES,
@@ -105,7 +105,7 @@ def test_every_task_is_complete(task):
     assert task.data is MODALITIES[task.modality]
     assert task.dataset is None or CardDataset(**task.dataset).name == task.title
     assert f"{task.name}" in source_help()
-    assert task.data.model_class().input_modalities == (task.modality,)
+    assert task.modality in task.data.model_class().input_modalities
 
 
 def test_where_the_data_is_on_the_hub():
@@ -198,9 +198,7 @@ def test_a_task_of_ones_own(own_tasks):
 
 
 def test_tasks_that_cannot_be_registered(own_tasks):
-    with pytest.raises(
-        ValueError, match="task 'reviews' is there already, loaded by capsule_heads.tasks._load_reviews"
-    ):
+    with pytest.raises(ValueError, match="task 'reviews' is there already, loaded by capsule_heads"):
         register_task(Task("reviews", "mine", "text", load_tickets))
     with pytest.raises(ValueError, match="modality is 'smell'; expected one of text, image, audio"):
         register_task(Task("perfumes", "perfumes", "smell", load_tickets))

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from .loading import load_backbone_config, reading_weights, reference_of, resolve_backbone
 from .parts import (
@@ -31,6 +30,9 @@ from .parts import (
 from .probe import probe_hidden_sizes, probe_hidden_sizes_without_weights
 from .running import run_backbone
 from .windows import run_in_windows
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 PACKAGE_PREFIX = "package:"
 CAPSULE_HEAD = "capsule_head"  # the model type of models with a head, which are no backbones

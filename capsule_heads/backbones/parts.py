@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from ..checks import check_choice
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 STACKS = ("encoder", "decoder")
 TOWERS = {
@@ -86,6 +88,8 @@ def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
     Raises:
         ValueError: If the model has no such tower.
     """
+    from transformers.modeling_utils import PreTrainedModel  # here: that module itself imports our configuration
+
     if part.tower is not None:
         whole = _tower(whole, part.tower)
     if "add_pooling_layer" in inspect.signature(type(whole).__init__).parameters and hasattr(whole, "pooler"):
@@ -105,6 +109,8 @@ def tower_config(config: PreTrainedConfig, tower: str) -> PreTrainedConfig | Non
 
 
 def _tower(whole: PreTrainedModel, tower: str) -> PreTrainedModel:
+    from transformers.modeling_utils import PreTrainedModel
+
     config = tower_config(whole.config, tower)
     for module in whole.modules():
         if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from .parts import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, TEXT_INPUTS, Part, main_input_name, part_of
 from .running import all_hidden_states
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 N_TOKENS = 4
 MORE_TOKENS = 64  # for backbones that need whole blocks of tokens

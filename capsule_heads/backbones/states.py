@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
 # Feature maps are [batch, channels, rows, columns] where shapes leave a choice, but for these types.
 CHANNELS_LAST = frozenset({"sam_vision_model", "sam_hq_vision_model"})

@@ -81,7 +81,7 @@ def build_demo(model: str) -> gradio.Blocks:
         draw = draw_tokens if explanation.image is None else draw_patches
         return scores, render_words(explanation), draw(explanation), draw_parts([explanation])
 
-    inputs = {
+    inputs: dict[str, Any] = {
         "text": lambda: gradio.Textbox(label="Text", lines=3),
         "image": lambda: gradio.Image(type="pil", label="Image"),
         "audio": lambda: gradio.Audio(type="filepath", label="Audio"),

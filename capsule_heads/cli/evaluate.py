@@ -29,23 +29,17 @@ def run(options: argparse.Namespace) -> None:
     from datasets import DatasetDict
 
     from ..metrics import compute_metrics_for
-    from ..models.processors import modality_of
-    from ..tasks import MODALITIES, get_task, load_classifier
+    from ..tasks import check_task_fits, get_task, load_classifier
     from ..training import CapsuleTrainer, CapsuleTrainingArguments
     from ..training.run import check_labels_match, evaluation_splits
 
     with one_line_errors():
-        task = get_task(options.task)
+        task, model = get_task(options.task), load_classifier(options.model)
+        check_task_fits(task, model)
         found = task.load(options.source, phrases=False)
         splits = evaluation_splits(found, options.split)
         if not splits:
             raise ValueError(f"{task.name} has no labelled split {options.split!r}; it has {', '.join(found)}.")
-        model = load_classifier(options.model)
-        modality = MODALITIES[modality_of(model)]
-        if modality is not task.data:
-            raise ValueError(
-                f"{task.name} is of {task.data.noun}; expected a task of {modality.noun} for {options.model}."
-            )
         check_labels_match(model, next(iter(splits.values())))
         processor = task.load_processor(options.model)
         prepared = task.prepare(DatasetDict(splits), processor, in_windows=model.config.windowing is not None)
@@ -57,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
             data_collator=task.data.collator(processor),
             compute_metrics=compute_metrics_for(task.metric),
         )
-        results = {}
+        results: dict[str, float] = {}
         for name, split in prepared.items():
             results |= trainer.evaluate(split, metric_key_prefix=name)
     if trainer.is_world_process_zero():

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     from ..explain.report import render_report
     from ..files import write_text
     from ..models.processors import modality_of, processor_of
-    from ..tasks import MODALITIES, get_task, load_classifier
+    from ..tasks import MODALITIES, check_task_fits, get_task, load_classifier
 
     with one_line_errors():
         if bool(options.inputs) == bool(options.task):
@@ -54,7 +54,9 @@ def run(options: argparse.Namespace) -> None:
         modality, processor = MODALITIES[modality_of(model)], processor_of(model)
         labels = None
         if options.task:
-            split = get_task(options.task).load(options.source, phrases=False)["test"].shuffle(seed=options.seed)
+            task = get_task(options.task)
+            check_task_fits(task, model)
+            split = task.load(options.source, phrases=False)["test"].shuffle(seed=options.seed)
             split = split.select(range(min(options.max_inputs or len(split), len(split))))
             labels, inputs = split["label"][:], modality.inputs(split, processor)
         else:

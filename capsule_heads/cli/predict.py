@@ -59,7 +59,7 @@ def _classify(
         return _classify_audio(model, inputs, processor, batch_size)
     values = (MODALITIES[modality].read(given, processor) for given in inputs)  # one batch after another
     if modality == "image":
-        classify_images = ImageClassificationPipeline(model=model, image_processor=processor)
+        classify_images: Any = ImageClassificationPipeline(model=model, image_processor=processor)
         return [best[0] for best in classify_images(values, batch_size=batch_size, top_k=1)]
     texts = [dict(zip(("text", "text_pair"), (x,) if isinstance(x, str) else x)) for x in values]
     classify_texts = TextClassificationPipeline(model=model, tokenizer=processor)
@@ -77,7 +77,8 @@ def _classify_audio(
 
     rows = Dataset.from_dict({"audio": list(files), "label": [0] * len(files)})
     rows = prepare_audio(DatasetDict(files=rows), processor)["files"]
-    collate, predictions = AudioCollator(processor), []
+    collate, names = AudioCollator(processor), dict(model.config.id2label or {})
+    predictions = []
     for start in range(0, len(files), batch_size):
         batch = collate([rows[index] for index in range(start, min(start + batch_size, len(files)))])
         del batch["labels"]
@@ -88,7 +89,7 @@ def _classify_audio(
         else:
             scores = logits if model.config.problem_type == "regression" else logits.softmax(-1)
         for score, index in zip(*(x.tolist() for x in scores.max(-1))):
-            predictions.append({"label": model.config.id2label[index], "score": score})
+            predictions.append({"label": names[index], "score": score})
     return predictions
 
 

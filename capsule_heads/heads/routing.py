@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import Routing
-from ..ops import P_MODELS, STRATEGIES, check_routing_options
+from ..ops import P_MODELS, check_routing_options
 from .base import Head, HeadOptions, HeadOutput, Mix, option
 
 
@@ -24,7 +24,7 @@ class RoutingOptions(HeadOptions):
     single_beta: bool = option(False, "One beta for use and ignorance of data, instead of two.")
     eps: float = option(1e-5, "Number added to counts of data and to variances in routing.")
     strategy: str = option(
-        "auto", "Way of computing the routing to the parts.", choices=("auto", *STRATEGIES), describes=False
+        "auto", "Way of computing the routing to the parts: auto, or the name of a strategy.", describes=False
     )
 
     def __post_init__(self) -> None:

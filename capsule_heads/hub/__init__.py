@@ -10,8 +10,8 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .auto_class import refuse_auto_class
-    from .code import write_code
     from .card import model_card, write_model_card
+    from .code import write_code
     from .push import check_backbone_is_shared, push_folder, push_run
 
 __all__ = [

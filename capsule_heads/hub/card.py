@@ -1,10 +1,10 @@
-"""The model card: what is known of a checkpoint and the run it is from, put into the template model_card.md."""
+"""Model cards: what a checkpoint and the results of its run say, put into the template model_card.md."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..backbones.loading import PACKAGE_PREFIX
 from ..files import write_text
-from ..heads import get_head
+from ..heads import Head, RoutingHead, get_head
 from ..version import __version__
 from .config import auto_class_of, read_config
 from .results import SPLITS, is_metric
@@ -20,10 +20,10 @@ from .results import SPLITS, is_metric
 TEMPLATE = Path(__file__).with_name("model_card.md")
 # A card with this line is written anew whenever the model is pushed.
 MARKER = "<!-- Written by capsule_heads, and again at the next push; delete this line to keep your own text. -->"
-# Of each auto class: the task on the Hub, and something to try a pipeline on.
-TASKS = {
+# For each auto class: the task on the Hub, and an input to try a pipeline on.
+TASKS: dict[str, tuple[str, str | None]] = {
     "AutoModel": ("feature-extraction", None),
-    "AutoModelForAudioClassification": ("audio-classification", "sound.wav"),
+    "AutoModelForAudioClassification": ("audio-classification", "audio.wav"),
     "AutoModelForImageClassification": ("image-classification", "picture.png"),
     "AutoModelForSequenceClassification": ("text-classification", "Worth every minute of the queue."),
 }
@@ -32,12 +32,12 @@ METRIC_IDS = {"pearson": "pearsonr"}  # where `evaluate` has another name
 
 
 class Dataset(NamedTuple):
-    """The data that a model was trained on, as `dataset` in results.json has it.
+    """The data that a model was trained on: the key `dataset` of results.json.
 
     Attributes:
         name: a noun phrase.
-        repository: on the Hub, if it is there.
-        config: the configuration there, if there are several.
+        repository: its repository on the Hub; None if it has none.
+        config: its configuration there; None if it has a single one.
     """
 
     name: str
@@ -45,22 +45,24 @@ class Dataset(NamedTuple):
     config: str | None = None
 
 
-def write_model_card(directory: str | os.PathLike, repo_id: str, *args, **kwargs) -> None:
-    """Writes a checkpoint's README.md, unless there is one that this package did not write.
+def write_model_card(
+    directory: str | os.PathLike[str], repo_id: str, results: dict[str, Any] | None = None, **metadata: Any
+) -> None:
+    """Write a checkpoint's README.md, unless there is one that this package did not write.
 
     Args:
-        directory: of the checkpoint.
-        repo_id: where it is on the Hub, or will be.
-        *args: as in `model_card`.
-        **kwargs: as in `model_card`.
+        directory: the checkpoint's.
+        repo_id: the checkpoint's repository on the Hub, or the one that it will have.
+        results: as in `model_card`.
+        **metadata: `license`, `language` and `tags`, as in `model_card`.
     """
     path = Path(directory, "README.md")
     if not path.exists() or MARKER in path.read_text(encoding="utf-8"):
-        write_text(path, str(model_card(directory, repo_id, *args, **kwargs)))
+        write_text(path, str(model_card(directory, repo_id, results, **metadata)))
 
 
 def model_card(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     repo_id: str,
     results: dict[str, Any] | None = None,
     *,
@@ -68,27 +70,29 @@ def model_card(
     language: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """The card of a checkpoint. It holds what the checkpoint's files and the arguments say, and nothing else.
+    """Return the card of a checkpoint. It holds what the checkpoint's files and the arguments say, and nothing else.
 
     Args:
-        directory: of the checkpoint; its configuration, and whether it has code and a tokenizer, are read there.
-        repo_id: where it is on the Hub, or will be.
-        results: of the run it is from, as scripts/train.py writes them; any of its keys may be missing.
+        directory: the checkpoint's, with its configuration and, perhaps, its code and its processor.
+        repo_id: the checkpoint's repository on the Hub, or the one that it will have.
+        results: the results of its run, as `capsule-heads train` writes them; any of the keys may be missing.
         license: identifier of its licence, such as "mit".
         language: ISO 639 code of the language of its texts.
         tags: more tags.
 
     Raises:
-        OSError: if there is no checkpoint in the directory.
-        ValueError: if the configuration is none, or the metadata are not what the Hub takes.
+        OSError: If the directory holds no checkpoint.
+        ValueError: If the configuration is not one that `save_pretrained` wrote, the head is not registered, or the
+            metadata are not what the Hub takes.
     """
     directory, results = Path(directory), results or {}
     config = read_config(directory)
     model_class = config["architectures"][0]
     auto_class = auto_class_of(config)
-    pipeline_tag, pipeline_input = TASKS[auto_class]
+    pipeline_tag, example = TASKS[auto_class]
     name, rows = repo_id.split("/")[-1], list(_metrics(results))
-    dataset = Dataset(**results["dataset"]) if results.get("dataset") else None
+    known = results.get("dataset")
+    dataset = Dataset(known["name"], known.get("repository"), known.get("config")) if known else None
     has_code, head = "auto_map" in config, get_head(config["head_type"])
     measured = _eval_results(rows, results, dataset, pipeline_tag)
     data = ModelCardData(
@@ -110,6 +114,8 @@ def model_card(
         backbone=_backbone(config),
         config=config,
         dataset=dataset and dataset.name,
+        example=example,
+        explains=_explains(head, config) if example else (),
         facts=_training_facts(results),
         fields=["layers", *(field.name for field in dataclasses.fields(head.Options) if field.metadata["describes"])],
         has_code=has_code,
@@ -118,8 +124,8 @@ def model_card(
         labels=_labels(config),
         marker=MARKER,
         model_class=model_class,
+        n_lines=sum(len(path.read_text(encoding="utf-8").splitlines()) for path in directory.glob("*.py")),
         name=name,
-        pipeline_input=pipeline_input,
         repo_id=repo_id,
         results=results,
         rows=rows,
@@ -137,14 +143,20 @@ def _backbone(config: dict[str, Any]) -> str:
     return f"a {kind} model from a local directory" if name else f"a {kind} model that was not pretrained"
 
 
+def _explains(head: type[Head], config: dict[str, Any]) -> tuple[str, ...]:
+    """Return what class scores can be attributed to: values of a regression have no explanations."""
+    is_explained = issubclass(head, RoutingHead) and config.get("problem_type") != "regression"
+    return head.explains if is_explained else ()
+
+
 def _labels(config: dict[str, Any]) -> list[str]:
-    """The names of the classes, if they have any but numbers."""
+    """Return the names of the classes; empty if they have only numbers."""
     names = [name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))]
     return [] if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 
-def _metrics(results: dict[str, Any]):
-    """Yields split, metric and value."""
+def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield split, metric and value."""
     for key, value in results.items():
         split = next((split for split in ("eval", *SPLITS) if key.startswith(f"{split}_")), None)
         if split and is_metric(key) and isinstance(value, int | float) and value == value:
@@ -154,7 +166,9 @@ def _metrics(results: dict[str, Any]):
             yield split.replace("eval", "evaluation"), key.removeprefix(f"{split}_"), float(value)
 
 
-def _eval_results(rows, results: dict[str, Any], dataset: Dataset | None, task: str) -> list[EvalResult]:
+def _eval_results(
+    rows: Sequence[tuple[str, str, float]], results: dict[str, Any], dataset: Dataset | None, task: str
+) -> list[EvalResult]:
     if dataset is None:
         return []  # the Hub takes no value without the data that it was measured on
     return [
@@ -175,10 +189,10 @@ def _eval_results(rows, results: dict[str, Any], dataset: Dataset | None, task: 
 def _training_facts(results: dict[str, Any]) -> dict[str, str]:
     facts = {}
     for key, name, form in (
-        ("trained_parameters", "trained parameters", ",d"),
+        ("trained_parameters", "trainable parameters", ",d"),
         ("steps", "steps", ",d"),
-        ("training_seconds", "seconds", ",.0f"),
-        ("seed", "seed", "d"),
+        ("training_seconds", "wall-clock time in seconds", ",.0f"),
+        ("seed", "random seed", "d"),
     ):
         if key in results:
             facts[name] = format(results[key], form)

@@ -27,8 +27,8 @@ PROCESSORS = "image_processing_stereo"  # a first file of its own: it needs Pill
 BRIEF_NOTICE = "# Part of capsule_heads {version} (MIT licence); see modeling_capsule_head.py.\n"
 NOTICE = """\
 # Part of capsule_heads {version} (MIT licence): the code that its models need for inference, and no more.
-# Routing is the paper's literal loop here. All strategies in a configuration mean it, as they compute the same function.
-# The fast strategies, training and explanations need the package, which runs instead of this code where it is imported.
+# Routing is the paper's literal loop here. All strategies mean it, as they compute the same function.
+# The fast strategies, training and explanations need the package. Where it is imported, it runs instead of this code.
 """
 # A backbone that transformers does not know: its class, and what registers it where the package has not.
 STEREO_CONV = "stereo_conv"
@@ -99,7 +99,7 @@ def carried_files(config: dict[str, Any], has_processor: bool = False) -> dict[s
         selection.add(f"{PACKAGE}.paper.image_processing_stereo", "StereoImageProcessor")
     files = {**selection.files(), **own}
     if registers:
-        files["configuration_capsule_head.py"] += f"\n\n# These register themselves when they are imported.\n{registers}"
+        files["configuration_capsule_head.py"] += f"\n\n# They register themselves when they are imported.\n{registers}"
     if f"modeling_{STEREO_CONV}.py" in files:
         files[f"modeling_{STEREO_CONV}.py"] += REGISTER_STEREO_CONV
     notices = {f"{FIRST}.py": NOTICE}

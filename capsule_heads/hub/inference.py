@@ -33,6 +33,8 @@ WITHOUT = {
     "heads.routing": ["RoutingOptions.__post_init__", "RoutingHead.split_by_layer"],
     "heads.inputs": ["TokenHead.split_by_layer"],
     "heads.spatial_pose": ["SpatialPoseHead.split_by_layer"],
+    "ops.reference": ["Reference.unserved"],
+    "ops.strategy": ["Strategy.missing", "Strategy.route", "Strategy.unserved"],
     "layers": ["Routing.credits", "Routing.extra_repr"],
     "models.base": [
         "CapsuleHeadPreTrainedModel.register_for_auto_class",
@@ -57,6 +59,13 @@ WITHOUT = {
         "StereoImageProcessor.get_image_processor_dict",
         "StereoImageProcessor.register_for_auto_class",
     ],
+}
+# Functions whose tests of their arguments, `if ...: raise ...`, are left out too.
+UNGUARDED = {
+    "backbones.states": ["unpack"],
+    "backbones.windows": ["run_in_windows"],
+    "layers": ["Routing.__init__"],
+    "models.configuration_capsule_head": ["CapsuleHeadConfig.__init__"],
 }
 INSTEAD = {
     "checks": {
@@ -86,7 +95,7 @@ def check_inputs(
 def get_head(name: str) -> type[Head]:
     """Return the head that is registered under a name."""
     if name not in _HEADS:
-        raise ValueError(f"head_type is {name!r}; expected {', '.join(_HEADS)}, or the package capsule_heads for others.")
+        raise ValueError(f"head_type is {name!r}; expected {', '.join(_HEADS)}, or install the package capsule_heads.")
     return _HEADS[name]
 ''',
         "Head.make_options": '''
@@ -172,15 +181,15 @@ def register(name: str) -> Callable[[AnyHead], AnyHead]:
 ''',
     },
     "models.configuration_capsule_head": {
-        "_resolve_layers": '''
+        "_resolve_layers": """
 def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]:
     return sorted(layer % n_hidden_states for layer in (range(n_hidden_states) if layers is None else layers))
-''',
-        "CapsuleHeadConfig._set_options": '''
+""",
+        "CapsuleHeadConfig._set_options": """
     def _set_options(self, options: HeadOptions) -> None:
         for name, value in options.as_dict().items():
             setattr(self, name, value)
-''',
+""",
     },
     "models.modeling_capsule_head": {
         "CapsuleHeadClassifier._classify": '''
@@ -200,8 +209,8 @@ def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]
         """Compute class scores: what `forward` of every modality does."""
         if labels is not None or output_attentions:
             raise ValueError(
-                "labels or output_attentions were passed; expected neither: a loss takes the package capsule_heads, and "
-                "a capsule head has no attentions."
+                "labels or output_attentions were passed; expected neither: for a loss, install the package "
+                "capsule_heads, and a capsule head has no attentions."
             )
         states, masks = self.compute_hidden_states(hidden_states=hidden_states, attention_mask=attention_mask, **inputs)
         capsules: HeadOutput = self.head(states, masks, bool(output_routing))
@@ -216,7 +225,7 @@ def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]
         )
 ''',
     },
-    "ops": {
+    "ops.routing": {
         "STRATEGIES": "# Names in configurations, all of which mean the literal loop here.\n"
         f"STRATEGIES = ({', '.join(f'{chr(34)}{name}{chr(34)}' for name in STRATEGIES)})",
         "route": '''
@@ -241,13 +250,13 @@ def route(
     The fast strategies, and inputs split over a group of processes, need the package capsule_heads.
     """
     if group is not None:
-        raise ValueError("A group was given; expected None, or the package capsule_heads instead of this code.")
+        raise ValueError("A group was passed; expected None: to split inputs, install the package capsule_heads.")
     tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign)
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     with torch.autocast(a_inp.device.type, enabled=False):
-        *outputs, R = route_reference(
+        a_out, mu_out, sig2_out, R = Reference().route(
             *(tensor.to(dtype) for tensor in tensors),
             n_out=n_out,
             n_iters=n_iters,
@@ -255,9 +264,9 @@ def route(
             eps=eps,
             return_R=return_R,
         )
-    return (*outputs, R) if return_R else tuple(outputs)
+    return (a_out, mu_out, sig2_out) if R is None else (a_out, mu_out, sig2_out, R)
 ''',
     },
 }
 
-RULES = Rules(FILES, CHECKS, WITHOUT, INSTEAD)
+RULES = Rules(FILES, CHECKS, UNGUARDED, WITHOUT, INSTEAD)

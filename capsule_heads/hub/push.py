@@ -1,4 +1,4 @@
-"""Pushing a model, or the directory of a run: files, card and code in one commit."""
+"""Push a model, or the directory of a run: files, card and code in one commit."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from .code import write_code
 from .card import MARKER, write_model_card
+from .code import write_code
 from .config import read_config
 from .results import read_runs
 
 LEFT_OUT = ("training_args.bin",)  # of a run: a pickle, which nobody should load
 
 
-def push_run(directory: str | os.PathLike, repo_id: str, **options) -> CommitInfo:
-    """Pushes the directory of a run as `capsule-heads train` leaves it: the model, its tokenizer, results.json, and a card.
+def push_run(directory: str | os.PathLike[str], repo_id: str, **options: Any) -> CommitInfo:
+    """Push the directory of a run as `capsule-heads train` leaves it.
 
-    The directory stays as it is. Checkpoints and other folders in it are not pushed.
+    Model, tokenizer or other processor, results.json and a model card go into one commit. The directory itself does
+    not change. Checkpoints and other folders in it are not pushed.
 
     Args:
-        directory: of the run.
+        directory: the run's.
         repo_id: the repository, "name" or "owner/name"; made if there is none.
         **options: `include_code=True` to push the code that runs the model without this package; `license`,
-            `language` and `tags` for the card; `private`, `token`, and what `HfApi.upload_folder` takes: `revision`,
+            `language` and `tags` for the card; `private`, `token`, and arguments of `HfApi.upload_folder`: `revision`,
             `commit_message`, `commit_description`, `create_pr`.
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: for a head whose backbone others cannot have, or a config.json or results.json that is none.
-        OSError: if there is no model in the directory, or pushing fails; the repository is then as it was.
+        ValueError: If the backbone of a head alone cannot be had by others, or config.json or results.json is not what
+            training writes.
+        OSError: If the directory holds no model, or pushing fails; the repository is then as it was.
     """
     directory = Path(directory).resolve()
     if not (directory / "config.json").is_file():
@@ -83,8 +85,30 @@ def push_folder(
     private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str = "Upload model",
-    **commit_options,
+    **commit_options: Any,
 ) -> CommitInfo:
+    """Push a folder that holds a model, with a card, in one commit.
+
+    Args:
+        folder: with what `save_pretrained` of the model and its processor wrote; card and code are written to it.
+        repo_id: the repository, "name" or "owner/name"; made if there is none.
+        results: the results of the run, for the card.
+        include_code: whether to push the code that runs the model without this package.
+        license: identifier of the model's licence, such as "mit".
+        language: ISO 639 code of the language of its texts.
+        tags: more tags for the card.
+        private: whether to make the repository a private one, if it is made.
+        token: the user's, or whether to use the stored one.
+        commit_message: message of the commit.
+        **commit_options: other arguments of `HfApi.upload_folder`.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: If the configuration is not one that `save_pretrained` wrote, or the head's code cannot go along.
+        OSError: If pushing fails; the repository is then as it was.
+    """
     if include_code:
         write_code(folder)
     api = HfApi(token=token)
@@ -97,7 +121,7 @@ def push_folder(
 
 @contextlib.contextmanager
 def pushing_to(repo_id: str) -> Iterator[None]:
-    """Turns the many errors of pushing into an OSError that names the repository."""
+    """Turn the many errors of pushing into an OSError that names the repository."""
     try:
         yield
     except (TypeError, ValueError):
@@ -113,7 +137,7 @@ def pushing_to(repo_id: str) -> Iterator[None]:
 
 
 def _keep_own_card(api: HfApi, repo_id: str, folder: Path) -> None:
-    """Takes over the card that someone wrote in the repository, which the commit would replace."""
+    """Take over the card that someone wrote in the repository, which the commit would replace."""
     try:
         card = Path(api.hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
     except EntryNotFoundError:

@@ -15,10 +15,10 @@ _RUN_KEYS = {"task": str, "seed": int, "steps": int, "trained_parameters": int, 
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Reads files that capsule-heads train wrote.
+    """Read files that `capsule-heads train` wrote.
 
     Raises:
-        ValueError: if a file is none of these.
+        ValueError: If a file holds something else.
     """
     runs = []
     for path in paths:
@@ -28,14 +28,30 @@ def read_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
         except OSError as error:
             raise ValueError(f"{name}: {error.strerror}.") from None
         metrics = {f"{split}_{name}" for split in SPLITS for name in metrics_of(run)} & run.keys()
-        optional = {"backbone": (str, type(None)), **dict.fromkeys(metrics, (*NUMBER, type(None)))}
+        optional = {
+            "backbone": (str, type(None)),
+            "dataset": (dict, type(None)),
+            **dict.fromkeys(metrics, (*NUMBER, type(None))),
+        }
         keys = _RUN_KEYS | {key: types for key, types in optional.items() if key in run}
         check_record(run, keys, name)
+        if run.get("dataset"):
+            check_record(run["dataset"], {"name": str}, f"{name}: dataset")
         runs.append(run)
     return runs
 
 
 def check_record(record: Any, keys: dict[str, Any], name: str) -> None:
+    """Check what was read from JSON.
+
+    Args:
+        record: what was read.
+        keys: the type of each key that it has to have, or several types.
+        name: what to call it in a message.
+
+    Raises:
+        ValueError: If it is no dictionary, lacks a key, or a value is of another type.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{name}: {record!r} stands where keys and values are expected.")
     missing = keys.keys() - record.keys()
@@ -47,10 +63,11 @@ def check_record(record: Any, keys: dict[str, Any], name: str) -> None:
 
 
 def is_metric(name: str) -> bool:
-    """Whether a key of a run's results, such as "test_accuracy", is a metric, not a loss or a time."""
+    """Return whether a key of a run's results, such as "test_accuracy", is a metric, not a loss or a time."""
     return not name.endswith(_NOT_METRICS)
 
 
 def metrics_of(run: dict[str, Any]) -> list[str]:
+    """Return the names of a run's metrics, such as "accuracy", without the split."""
     names = (name.removeprefix(f"{split}_") for split in SPLITS for name in run if name.startswith(f"{split}_"))
     return [name for name in dict.fromkeys(names) if is_metric(name)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -30,12 +30,14 @@ class Rules:
     Attributes:
         files: the file of the modules that begin with a name, without its suffix.
         checks: a regular expression for names of functions: statements that do nothing but call one are left out.
+        unguarded: functions to copy without their tests of arguments, `if ...: raise ...`, by module.
         without: methods to leave out, as "Class.method", by module.
         instead: source to write instead of definitions, by module and name; "Class.method" for a method.
     """
 
     files: Mapping[str, str]
     checks: str = r"(?!)"
+    unguarded: Mapping[str, Iterable[str]] = field(default_factory=dict)
     without: Mapping[str, Iterable[str]] = field(default_factory=dict)
     instead: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -102,7 +104,9 @@ class Module:
         for name, source in rules.instead.get(place, {}).items():
             text = edited(text, {find(ast.parse(text), name): source.strip("\n").split("\n")})
         text = edited(text, {find(ast.parse(text), name): [] for name in rules.without.get(place, ())})
-        text = edited(text, {statement: [] for statement in bare_calls(ast.parse(text), rules.checks)})
+        text = edited(text, {statement: [] for statement in leaves(ast.parse(text), is_call_of(rules.checks))})
+        for name in rules.unguarded.get(place, ()):
+            text = edited(text, {statement: [] for statement in leaves(find(ast.parse(text), name), is_guard)})
         text = edited(text, {method: [] for method in uncalled(ast.parse(text), rules.checks)})
         text = edited(text, {node: shorter(text, node) for node in docstrings(ast.parse(text))})
         self.lines, self.body = text.split("\n"), ast.parse(text).body
@@ -110,7 +114,7 @@ class Module:
         self.bindings = {binding.name: binding for binding in self._imports(self.body)}
 
     def _imports(self, statements: Iterable[ast.stmt], for_types: bool = False) -> Iterator[Binding]:
-        package = [PACKAGE, *self.place.split(".")][: None if self.is_package else -1]
+        package = [PACKAGE, *filter(None, self.place.split("."))][: None if self.is_package else -1]
         for statement in statements:
             if isinstance(statement, ast.Import):
                 yield from (Binding(x.asname or x.name, x.name, None, for_types) for x in statement.names)
@@ -231,8 +235,8 @@ class Selection:
                     is_for_types = binding.for_types and imported.get(binding.name, binding).for_types
                     imported[binding.name] = Binding(binding.name, source, original, is_for_types)
             title = wrap(f"{module.place.replace('.', '/')}.py: {module.title}", LINE_LENGTH - 2)
-            title = "\n".join(f"# {line}" for line in title)
-            blocks.append("\n\n".join([title, *_statements(module, self._kept(module))]))
+            heading = "\n".join(f"# {line}" for line in title)
+            blocks.append("\n\n".join([heading, *_statements(module, self._kept(module))]))
         return "\n\n".join([FUTURE, *import_blocks(imported.values())]) + "\n\n\n" + "\n\n\n".join(blocks) + "\n"
 
 
@@ -271,7 +275,8 @@ def import_blocks(bindings: Iterable[Binding]) -> list[str]:
 
 def import_lines(bindings: Iterable[Binding], indent: str = "") -> list[str]:
     """Return import statements, sorted, one for each module."""
-    lines, names = [], {}
+    lines: list[str] = []
+    names: dict[str, list[str]] = {}
     for name, source, original, _ in sorted(bindings, key=lambda binding: (binding.source, binding.name)):
         if original is None:
             lines.append(f"{indent}import {source}" + (f" as {name}" if name != source else ""))
@@ -306,32 +311,48 @@ def find(tree: ast.Module, name: str) -> ast.stmt:
     Raises:
         ImportError: If there is none.
     """
-    body = tree.body
-    for part in name.split("."):
-        found = next((statement for statement in body if part in defined(statement)), None)
-        if found is None:
-            raise ImportError(f"There is no {name}.")
-        body = found.body if isinstance(found, ast.ClassDef) else []
-    return found
+    owner, _, method = name.rpartition(".")
+    within = find(tree, owner) if owner else tree
+    for statement in getattr(within, "body", []):
+        if method in defined(statement):
+            return statement
+    raise ImportError(f"There is no {name}.")
 
 
-def bare_calls(node: ast.AST, pattern: str) -> list[ast.stmt]:
-    """Return the statements that do nothing but call a function of some name, or hold nothing but such calls."""
+def leaves(node: ast.AST, is_wanted: Callable[[ast.stmt], bool]) -> list[ast.stmt]:
+    """Return the statements in a node of a kind, and those that hold nothing else."""
     found: list[ast.stmt] = []
     for statement in getattr(node, "body", []):
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-            function = statement.value.func
-            name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-            if re.fullmatch(pattern, name):
-                found.append(statement)
+        if is_wanted(statement):
+            found.append(statement)
         elif isinstance(statement, COMPOUND):
-            inner = bare_calls(statement, pattern)
+            inner = leaves(statement, is_wanted)
             left = [x for x in statement.body if x not in inner and not is_text(x)]
             if inner and not left and not getattr(statement, "orelse", []):
                 found.append(statement)
             elif left:
                 found += inner
     return found
+
+
+def is_call_of(pattern: str) -> Callable[[ast.stmt], bool]:
+    """Return a function that tells statements that do nothing but call a function of some name."""
+
+    def is_call(statement: ast.stmt) -> bool:
+        if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+            return False
+        function = statement.value.func
+        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+        return re.fullmatch(pattern, name) is not None
+
+    return is_call
+
+
+def is_guard(statement: ast.stmt) -> bool:
+    """Return whether a statement does nothing but raise an error under some condition."""
+    if not isinstance(statement, ast.If) or statement.orelse:
+        return False
+    return all(isinstance(inner, ast.Raise) for inner in statement.body)
 
 
 def uncalled(tree: ast.Module, pattern: str) -> list[ast.stmt]:
@@ -366,7 +387,7 @@ def shorter(text: str, docstring: ast.stmt) -> list[str]:
 def extent(lines: list[str], statement: ast.stmt) -> tuple[int, int]:
     """Return the first line of a statement, its decorators and comments above included, and the line after its last."""
     decorators = statement.decorator_list if isinstance(statement, NAMED) else []
-    start = min(node.lineno for node in (statement, *decorators)) - 1
+    start = min([statement.lineno, *(decorator.lineno for decorator in decorators)]) - 1
     while start and lines[start - 1].lstrip().startswith("#"):
         start -= 1
     return start, statement.end_lineno or start

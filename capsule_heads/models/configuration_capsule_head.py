@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..backbones import Backbone, Part, Windowing
+from ..backbones.backbone import Backbone
 from ..backbones.loading import CAPSULE_HEAD, check_model_type
-from ..backbones.parts import check_part, tower_config
+from ..backbones.parts import Part, Windowing, check_part, tower_config
 from ..checks import check_dtype, check_hidden_sizes, check_size
 from ..heads import HeadOptions, get_head, registered_heads
 from ..hub import refuse_auto_class
@@ -125,8 +125,9 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.head_type = head_type
         if hidden_sizes is None:
             raise ValueError(
-                "hidden_sizes is None; expected the size of each hidden state of the backbone. from_backbone finds "
-                "them: CapsuleHeadForSequenceClassification.from_backbone(base_config, num_labels=n)."
+                "hidden_sizes is None; expected the size of each hidden state of the backbone. "
+                "capsule_heads.backbones.Backbone(base_config).probe().hidden_sizes finds them, and from_backbone does "
+                "so by itself."
             )
         self.hidden_sizes = list(check_hidden_sizes(hidden_sizes))
         self.layers = _resolve_layers([-1] if layers is None and head.takes_one_layer else layers, len(hidden_sizes))

@@ -54,9 +54,7 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir
             return str(candidate)
         logger.warning("%s is not complete, and passed over: %s.", candidate, fault)
     if checkpoint is True:
-        raise ValueError(
-            f'There is no complete checkpoint in {run_dir} to resume from; "{LAST}" starts a new run.'
-        )
+        raise ValueError(f'There is no complete checkpoint in {run_dir} to resume from; "{LAST}" starts a new run.')
     return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
+from torch import nn
 from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from ..data.hidden_states import HiddenStateCache
@@ -134,7 +135,8 @@ class TrainingRun:
         if data.early_stopping_patience and not arguments.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end.")
         check_cache_options(data, arguments.dataloader_num_workers)
-        self.checkpoint = resolve_checkpoint(arguments.resume_from_checkpoint, arguments.output_dir)
+        self.output_dir = str(arguments.output_dir)  # __post_init__ of TrainingArguments has set it
+        self.checkpoint = resolve_checkpoint(arguments.resume_from_checkpoint, self.output_dir)
         with arguments.main_process_first():
             splits = self.task.load(data.source, phrases=data.phrases)
             self.processor = self.task.load_processor(model.backbone, model.backbone_revision, data.pad_token)
@@ -148,7 +150,8 @@ class TrainingRun:
         self.tests = {name: self.prepared[name] for name in evaluation_splits(splits, "test")}
         check_best_metric(arguments.metric_for_best_model, self.task.metric, self.validation)
         if data.cache_hidden_states:  # the processes agree among themselves on which one computes
-            self.train_data = HiddenStateCache(self.train_data, self.model.to(arguments.device), self.processor)
+            nn.Module.to(self.model, arguments.device)  # PreTrainedModel.to has no type
+            self.train_data = HiddenStateCache(self.train_data, self.model, self.processor)
             if data.cache_on_device:
                 self.train_data.to(arguments.device)
 
@@ -200,7 +203,7 @@ class TrainingRun:
         for name, split in {**self.validation, **self.tests}.items():
             results |= self.trainer.evaluate(split, metric_key_prefix=name)
         if self.trainer.is_world_process_zero():
-            write_json(Path(self.arguments.output_dir, "results.json"), results)
+            write_json(Path(self.output_dir, "results.json"), results)
         if self.arguments.push_to_hub:  # again: the card now has the results
             self.trainer.push_to_hub(results=results)
         return results
@@ -337,7 +340,7 @@ def check_labels_match(model: CapsuleHeadClassifier, dataset: Dataset) -> None:
     label = dataset.features["label"]
     expected = list(label.names) if isinstance(label, ClassLabel) else None
     regression = model.config.problem_type == "regression"
-    found = None if regression else [model.config.id2label[index] for index in range(model.config.num_labels)]
+    found = None if regression else [name for _, name in sorted(dict(model.config.id2label or {}).items())]
     if found != expected:
         raise ValueError(
             f"The model was trained for {found or 'numbers'}, and the dataset has {expected or 'numbers'}; expected "

@@ -276,7 +276,7 @@ def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path)
     assert f"{tmp_path}/none" in fails("evaluate", tmp_path / "none", "--task", "reviews")
     assert "bert model, not of a capsule-head model" in fails("evaluate", backbone, "--task", "reviews")
     error = fails("evaluate", reviews_model, "--task", "toy_norb")
-    assert error == f"error: toy_norb is of images; expected a task of texts for {reviews_model}."
+    assert error == "error: toy_norb is of images, and the model classifies texts; expected a task of texts."
     assert "--task" in fails("evaluate", reviews_model)
 
 

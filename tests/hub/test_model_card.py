@@ -1,10 +1,14 @@
 """The model card: what it says, and what it does not."""
 
 import json
+import re
+from dataclasses import dataclass
 
 import pytest
+import torch
 from configurations import make_config
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import BertConfig, ViTConfig
 
 from capsule_heads import (
@@ -13,11 +17,13 @@ from capsule_heads import (
     CapsuleTrainer,
     CapsuleTrainingArguments,
 )
-from capsule_heads.hub import model_card, push_run, write_model_card
+from capsule_heads.heads import Head, HeadOptions, HeadOutput, base, option, register
+from capsule_heads.hub import model_card, push_run, write_code, write_model_card
 from capsule_heads.models.configuration_capsule_head import label_fields
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-MNLI = {"task": "mnli", "validation_matched_accuracy": 0.5, "validation_mismatched_accuracy": 0.25}
+GLUE = {"name": "GLUE mnli", "repository": "nyu-mll/glue", "config": "mnli"}
+MNLI = {"task": "mnli", "dataset": GLUE, "validation_matched_accuracy": 0.5, "validation_mismatched_accuracy": 0.25}
 
 
 @pytest.fixture
@@ -25,7 +31,8 @@ def make_checkpoint(tmp_path):
     """make_checkpoint(**fields): the directory of a tiny checkpoint."""
 
     def make(base_config=None, cls=CapsuleHeadForSequenceClassification, **fields):
-        config = make_config(base_config or BertConfig(vocab_size=8, **SIZES), d_inp=4, n_parts=2, **fields)
+        options = {} if "head_type" in fields else {"d_inp": 4, "n_parts": 2}
+        config = make_config(base_config or BertConfig(vocab_size=8, **SIZES), **options, **fields)
         cls(config).save_pretrained(tmp_path / "checkpoint")
         return tmp_path / "checkpoint"
 
@@ -42,6 +49,7 @@ def test_of_a_checkpoint_alone(make_checkpoint):
     }
     assert "on the hidden states of a bert model that was not pretrained, frozen in training." in card
     assert "No results were given" in card and "No licence was given" in card
+    assert "With the Python package capsule_heads, version" in card
     for unknown in ("## Results", "## Training", "Its classes", "None", "nan", "{{", "holds the head alone"):
         assert unknown not in card
     assert 'CapsuleHeadForSequenceClassification.from_pretrained("me/x")' in card
@@ -82,6 +90,13 @@ def test_results_are_metadata_that_the_hub_takes(make_checkpoint):
     assert "loss" not in str(card) and "pearson" not in str(card)
 
 
+def test_results_on_data_that_is_not_on_the_hub(make_checkpoint):
+    card = str(model_card(make_checkpoint(), "me/x", {"task": "sst5", "dataset": {"name": "SST-5"}, "test_f1": 0.5}))
+    (result,) = ModelCard(card).data.eval_results
+    assert (result.dataset_type, result.dataset_name, result.dataset_config) == ("sst5", "SST-5", None)
+    assert ModelCard(card).data.datasets is None and "Data: SST-5. One run." in card
+
+
 def test_results_on_unknown_data_have_no_metadata(make_checkpoint):
     card = str(model_card(make_checkpoint(), "me/x", {"eval_f1": 0.5, "task": "image_folder"}))
     assert ModelCard(card).data.eval_results is None
@@ -94,6 +109,67 @@ def test_of_images(make_checkpoint):
     card = str(model_card(directory, "me/x"))
     assert ModelCard(card).data.pipeline_tag == "image-classification"
     assert 'classify = pipeline("image-classification", model="me/x")\nprint(classify("picture.png"))' in card
+    assert '(explanation,) = explain(model, Image.open("picture.png"))' in card
+
+
+@pytest.mark.parametrize(
+    "fields, is_explained",
+    [({}, True), ({"head_type": "linear"}, False), ({"num_labels": 1}, False)],
+    ids=["capsules", "no capsules", "regression"],
+)
+def test_it_says_what_can_be_explained(make_checkpoint, fields, is_explained):
+    directory = make_checkpoint(**fields)
+    card = str(model_card(directory, "me/x"))
+    assert ("## Explanations" in card) == is_explained
+    if is_explained:
+        assert "attributes the score of each class to parts and to tokens." in card
+        snippet = re.findall("```python\n(.*?)```", card, re.DOTALL)[1].replace('"me/x"', repr(str(directory)))
+        inputs = {"input_ids": torch.arange(4)[None]}
+        names = {}
+        exec(snippet.replace('"Worth every minute of the queue."', "inputs"), {"inputs": inputs}, names)
+        assert names["explanation"].parts.shape == (2, 2)
+
+
+def test_code_is_announced_with_its_length(make_checkpoint):
+    directory = make_checkpoint()
+    write_code(directory)
+    card = str(model_card(directory, "me/x"))
+    n_lines = sum(len(path.read_text().splitlines()) for path in directory.glob("*.py"))
+    assert f"runs the {n_lines} lines of Python in this repository" in card
+    assert "the\nfast strategies need the package" in card
+    assert ModelCard(card).data.library_name == "transformers"
+
+
+@dataclass(frozen=True)
+class MedianOptions(HeadOptions):
+    scale: int = option(3, "Something that tells two heads apart.")
+    way: str = option("quick", "Something that does not.", describes=False)
+
+
+class MedianHead(Head):
+    title = "A head of medians"
+    Options = MedianOptions
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.affine = nn.Linear(self.hidden_sizes[-1], self.n_out)
+
+    def score(self, hidden_states, masks, return_routing_probabilities, mix):
+        return HeadOutput(self.affine(hidden_states[-1].median(1).values))
+
+
+def test_of_a_head_that_is_registered_here_alone(make_checkpoint, monkeypatch):
+    heads = dict(base._HEADS)
+    monkeypatch.setattr(base, "_HEADS", heads)
+    register("median_of_a_test")(MedianHead)
+    directory = make_checkpoint(head_type="median_of_a_test", scale=5)
+    card = str(model_card(directory, "me/x"))
+    assert "A head of medians on the hidden states of a bert model" in card
+    assert "| `scale` | 5 |" in card and "`way`" not in card and "## Explanations" not in card
+    del heads["median_of_a_test"]
+    for call in (model_card, push_run):
+        with pytest.raises(ValueError, match=r"^head_type is 'median_of_a_test'; expected one of token_depth, .*\.$"):
+            call(directory, "me/x")
 
 
 def test_a_card_that_someone_wrote_is_kept(make_checkpoint):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -246,14 +245,20 @@ def test_a_run_has_its_results_on_the_card(hub, pushed, tmp_path):
     card = files(hub, "me/reviews")["README.md"].content.decode()
     results = json.loads(files(hub, "me/reviews")["results.json"].content)
     assert f"| test | accuracy | {results['test_accuracy']:.4f} |" in card
-    assert f"- trained parameters: {results['trained_parameters']:,}\n" in card and "| `max_steps` | 2 |" in card
+    assert f"- trainable parameters: {results['trained_parameters']:,}\n" in card and "| `max_steps` | 2 |" in card
     assert {(r.dataset_type, r.dataset_split) for r in ModelCard(card).data.eval_results} == {
         ("reviews", "validation"),
         ("reviews", "test"),
     }
 
 
-# What is refused before anything is sent: these run here, without a hub.
+# What needs no hub: imports, and what is refused before anything is sent.
+
+
+@pytest.mark.parametrize("module", ["backbones", "hub.push", "models.base"])
+def test_a_module_can_be_the_first_that_is_imported(module):
+    """Whoever comes first imports transformers' registry, which imports the configuration of our models."""
+    subprocess.run([sys.executable, "-c", f"import capsule_heads.{module}"], check=True)
 
 
 @pytest.fixture
@@ -304,7 +309,7 @@ def test_a_run_is_pushed_and_a_card_that_someone_wrote_is_kept(hub, local_head, 
     assert {path for path in pushed if not path.endswith(".py")} == {*before, "README.md"} - {"training_args.bin"}
     assert "auto_map" in config_of(hub, "me/run") and repository.is_private
     card = pushed["README.md"].content.decode()
-    assert "| test | accuracy | 0.6250 |" in card and "- trained parameters: 123\n" in card
+    assert "| test | accuracy | 0.6250 |" in card and "- trainable parameters: 123\n" in card
 
     repository.files()["README.md"] = File(b"# Mine\n", is_large=False)
     push("--commit_message", "Again")

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from configurations import make_config
+from configurations import make_config, small
 from torch.utils.data import Dataset
 from transformers import BertConfig
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
+from capsule_heads.heads import registered_heads
 
 HIDDEN_SIZE = 5
-HEAD_TYPES = {
-    "mean": {"head_type": "linear"},
-    "first": {"head_type": "linear", "pooling": "first"},
-    "last": {"head_type": "linear", "pooling": "last"},
-    "two iterations": {"n_iters": 2},
-    **{name: {"head_type": name} for name in ("token_depth", "scalar_mix", "attentive_pooling", "vector_routing")},
+HEADS = {
+    **{name: {"head_type": name} for name in registered_heads()},
+    "linear, first": {"head_type": "linear", "pooling": "first"},
+    "linear, last": {"head_type": "linear", "pooling": "last"},
+    "token_depth, two iterations": {"n_iters": 2},
 }
 
 
@@ -35,11 +35,11 @@ class Separable(Dataset):
         return {"hidden_states": states, "attention_mask": torch.ones(16, 4), "labels": labels}
 
 
-@pytest.mark.parametrize("name", HEAD_TYPES)
+@pytest.mark.parametrize("name", HEADS)
 def test_every_kind_of_head_learns(name, arguments):
     torch.manual_seed(0)
-    fields = {"hidden_sizes": [HIDDEN_SIZE] * 3, "d_inp": 8, "n_parts": 6, "num_labels": 2, **HEAD_TYPES[name]}
-    config = make_config(BertConfig(), head_only=True, **fields)
+    fields = {"hidden_sizes": [HIDDEN_SIZE] * 3, "num_labels": 2, **HEADS[name]}
+    config = make_config(BertConfig(), head_only=True, **small(**fields))
     model = CapsuleHeadForSequenceClassification(config, build=False)
     data = Separable(len(model.config.layers))
     fields = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "learning_rate": 2e-2}

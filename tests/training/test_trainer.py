@@ -153,6 +153,28 @@ def test_a_learning_rate_for_a_backbone_that_does_not_train(make_model, make_tra
         trainer.create_optimizer()
 
 
+@pytest.mark.parametrize("fields", [{}, {"freeze_backbone": False}], ids=["frozen", "unfrozen"])
+def test_plain_arguments_train_as_in_transformers(make_model, make_trainer, arguments, fields):
+    results = []
+    for cls in CapsuleTrainer, Trainer:
+        common = {"max_steps": 6, "learning_rate": 1e-3, "max_grad_norm": 0.0, "logging_steps": 1}
+        args = arguments(TrainingArguments, **common)
+        trainer = make_trainer(make_model(mixup_alpha=0, **fields), cls, args)
+        trainer.train()
+        results.append((head_of(trainer.model), [x["loss"] for x in trainer.state.log_history if "loss" in x]))
+        assert trainer.evaluate()["eval_loss"] > 0
+    (head, losses), (expected_head, expected_losses) = results
+    assert losses == expected_losses and len(losses) == 6
+    torch.testing.assert_close(head, expected_head, rtol=0, atol=0)
+
+
+def test_no_arguments_at_all(make_model, tokens, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where transformers' default folder is made
+    trainer = CapsuleTrainer(make_model(), train_dataset=tokens["train"])
+    assert type(trainer.args) is TrainingArguments
+    assert type(trainer.create_optimizer()) is not torch.optim.RAdam
+
+
 def test_adapters_train_with_the_head(make_model, make_trainer, arguments, tmp_path):
     config = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["head"])
     model = get_peft_model(make_model(), config)

@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,7 +70,7 @@ class OneLineParser(argparse.ArgumentParser):
             raise
 
 
-def did_you_mean(given: object, known: Collection[Any]) -> str:
+def did_you_mean(given: object, known: Iterable[Any]) -> str:
     """Return "; did you mean X?" for what is almost a known word, else nothing."""
     close = difflib.get_close_matches(str(given), [str(word) for word in known], n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -112,9 +112,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         *kinds: the exceptions that mistakes raise. Default: those of reading options, data and models.
     """
+    kinds = kinds or (ImportError, OSError, TypeError, ValueError)
     try:
         yield
-    except kinds or (ImportError, OSError, TypeError, ValueError) as error:
+    except kinds as error:
         fail(error)
 
 

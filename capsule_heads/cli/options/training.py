@@ -20,7 +20,7 @@ from ...heads import registered_heads
 from ...tasks import registered_tasks, source_help
 from ...training.arguments import CapsuleTrainingArguments
 from ...training.run import DataArguments, ModelArguments
-from .configs import SUFFIXES, describe_config, config_folder, named_configs, read_config
+from .configs import SUFFIXES, config_folder, describe_config, named_configs, read_config
 from .parser import OneLineParser, add_import_option, did_you_mean, fail, import_modules
 
 DESCRIPTION = (
