@@ -15,7 +15,10 @@ from .vector_routing import VectorRouting, VectorRoutingHead  # isort: skip
 from .routing import RoutingHead  # isort: skip
 from .inputs import TokenHead  # isort: skip
 
+DEFAULT_HEAD = TokenDepthHead.name
+
 __all__ = [
+    "DEFAULT_HEAD",
     "AttentivePoolingHead",
     "Head",
     "HeadOptions",

@@ -17,7 +17,7 @@ from ..backbones.backbone import Backbone
 from ..backbones.loading import CAPSULE_HEAD, check_model_type
 from ..backbones.parts import Part, Windowing, check_part, tower_config
 from ..checks import check_dtype, check_hidden_sizes, check_size
-from ..heads import HeadOptions, get_head, registered_heads
+from ..heads import DEFAULT_HEAD, HeadOptions, get_head, registered_heads
 from ..hub import refuse_auto_class
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -86,7 +86,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         window_overlap: int = 0,
         window_special_tokens: Sequence[int] = (0, 0),
         hidden_sizes: list[int] | None = None,
-        head_type: str = "token_depth",
+        head_type: str = DEFAULT_HEAD,
         layers: list[int] | None = None,
         mixup_alpha: float = 0.0,
         class_weights: list[float] | None = None,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerB
 from ..data.hidden_states import HiddenStateCache
 from ..data.tokenization import window_fields
 from ..files import write_json
-from ..heads import get_head
+from ..heads import DEFAULT_HEAD, get_head
 from ..metrics import compute_metrics_for, metric_names
 from ..models.configuration_capsule_head import label_fields
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
@@ -93,7 +93,7 @@ class ModelArguments:
     layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of the hidden states to use; 0 is the embedding output. Default: all."}
     )
-    head_type: str = field(default="token_depth", metadata={"help": "Name of the head."})
+    head_type: str = field(default=DEFAULT_HEAD, metadata={"help": "Name of the head."})
     mixup_alpha: float = field(
         default=0.0,
         metadata={"help": "Parameter of the distribution of mixup's ratios; 0 for no mixup. The paper's: 0.2."},
