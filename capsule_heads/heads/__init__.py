@@ -4,7 +4,7 @@ Each head is one file that registers itself. `TokenDepthHead` and `SpatialPoseHe
 controls without capsules, on the same inputs. `register` adds a head of your own.
 """
 
-from .base import Head, HeadOptions, HeadOutput, get_head, option, register, registered_heads
+from .base import DEFAULT_HEAD, Head, HeadOptions, HeadOutput, get_head, option, register, registered_heads
 from .token_depth import TokenDepthHead  # the order of these imports is that of the registry
 
 from .spatial_pose import SpatialPoseHead  # isort: skip
@@ -14,8 +14,6 @@ from .attentive_pooling import AttentivePoolingHead  # isort: skip
 from .vector_routing import VectorRouting, VectorRoutingHead  # isort: skip
 from .routing import RoutingHead  # isort: skip
 from .inputs import TokenHead  # isort: skip
-
-DEFAULT_HEAD = TokenDepthHead.name
 
 __all__ = [
     "DEFAULT_HEAD",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_hidden_sizes, check_size
 
+DEFAULT_HEAD = "token_depth"  # the paper's
 Mix = Callable[[Tensor], Tensor]  # mixes the samples of a batch, `[batch, ...]` to the same shape
 
 
