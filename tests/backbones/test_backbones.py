@@ -174,7 +174,7 @@ def test_a_model_of_no_known_modality_is_refused():
 
 def test_another_number_of_hidden_states_is_reported(backbone_dir, backbone_config, ids):
     backbone = AutoModel.from_pretrained(backbone_dir("bert"))
-    with pytest.raises(ValueError, match="returned 3 hidden states of widths 16, where the configuration has 4 of 16"):
+    with pytest.raises(ValueError, match="returned 3 hidden states of sizes 16, where the configuration has 4 of 16"):
         run_backbone(backbone, [0], [16] * 4, input_ids=ids[0][None])
 
 

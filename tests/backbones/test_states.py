@@ -60,14 +60,14 @@ def test_states_within_states_are_found_and_none_are_reported():
 
 def test_maps_with_channels_first():
     x = numbers(2, 5, 3, 4)
-    states, mask = arrange_one(x, widths=[5])
+    states, mask = arrange_one(x, hidden_sizes=[5])
     assert states.shape == (2, 12, 5) and torch.equal(mask, torch.ones(2, 12))
     assert torch.equal(states[1, 2 * 4 + 3], x[1, :, 2, 3])
 
 
 def test_maps_with_channels_last():
     x = numbers(2, 3, 4, 5)
-    states, _ = arrange_one(x, widths=[5])
+    states, _ = arrange_one(x, hidden_sizes=[5])
     assert torch.equal(states[1, 2 * 4 + 3], x[1, 2, 3])
 
 
@@ -78,9 +78,9 @@ def test_of_square_maps_the_width_is_found(shape, width):
 
 def test_where_shapes_leave_a_choice_the_type_decides():
     x = numbers(2, 3, 3, 3)
-    assert torch.equal(arrange_one(x, widths=[3])[0][:, 1], x[:, :, 0, 1])
+    assert torch.equal(arrange_one(x, hidden_sizes=[3])[0][:, 1], x[:, :, 0, 1])
     last = SimpleNamespace(config=SimpleNamespace(model_type="sam_vision_model"))
-    assert torch.equal(arrange_one(x, last, widths=[3])[0][:, 1], x[:, 0, 1])
+    assert torch.equal(arrange_one(x, last, hidden_sizes=[3])[0][:, 1], x[:, 0, 1])
 
 
 def test_windows_and_frames_go_to_their_samples():

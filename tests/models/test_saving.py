@@ -305,7 +305,7 @@ def test_a_state_dict_in_the_place_of_a_checkpoint(make_model, pad):
 def test_a_head_that_says_it_is_whole_is_refused(make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**saved_config(tmp_path), "head_only": False}))
-    with pytest.raises(ValueError, match=r"lacks \d\d weights of the backbone, .*; expected a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"lacks \d\d weights of the backbone, .*; expected a complete checkpoint"):
         load(tmp_path)
 
 

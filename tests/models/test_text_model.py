@@ -123,7 +123,7 @@ def test_wrong_inputs_are_refused(make_model, pad):
         model(attention_mask=batch["attention_mask"])
     with pytest.raises(ValueError, match="Pass one of input_ids, inputs_embeds"):
         model(**batch, inputs_embeds=torch.zeros(3, 7, 16))
-    with pytest.raises(ValueError, match=r"hidden_states has shape \(3, 7, 3, 16\); .* with 2 layers of width 16"):
+    with pytest.raises(ValueError, match=r"hidden_states has shape \(3, 7, 3, 16\); .* with 2 layers of size 16"):
         model(hidden_states=torch.zeros(3, 7, 3, 16))
     with pytest.raises(ValueError, match=r"hidden_states has shape \(3, 7, 2, 8\)"):
         model(hidden_states=torch.zeros(3, 7, 2, 8))
