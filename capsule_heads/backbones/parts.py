@@ -80,7 +80,7 @@ class Windowing(NamedTuple):
     n_after: int
 
 
-def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
+def part_of(model: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
     """Return the part of a model that a head needs: one tower, the encoder alone of an encoder-decoder, no pooler.
 
     A head on hidden states never uses a pooler, or a decoder behind them, and DDP stops on weights without a gradient.
@@ -91,15 +91,15 @@ def part_of(whole: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
     from transformers.modeling_utils import PreTrainedModel  # here: that module itself imports our configuration
 
     if part.tower is not None:
-        whole = _tower(whole, part.tower)
-    if "add_pooling_layer" in inspect.signature(type(whole).__init__).parameters and hasattr(whole, "pooler"):
-        whole.pooler = None  # type: ignore[assignment]  # an attribute of some models
-    if not whole.config.is_encoder_decoder or part.stack == "decoder":
-        return whole
-    encoder = whole.get_encoder()
+        model = _tower(model, part.tower)
+    if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters and hasattr(model, "pooler"):
+        model.pooler = None  # type: ignore[assignment]  # an attribute of some models
+    if not model.config.is_encoder_decoder or part.stack == "decoder":
+        return model
+    encoder = model.get_encoder()
     # Some encoders take what a convolutional backbone before them makes of the inputs.
-    takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(whole)
-    return encoder if takes_inputs else whole
+    takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(model)
+    return encoder if takes_inputs else model
 
 
 def tower_config(config: PreTrainedConfig, tower: str) -> PreTrainedConfig | None:
@@ -108,15 +108,15 @@ def tower_config(config: PreTrainedConfig, tower: str) -> PreTrainedConfig | Non
     return next((found for found in configs if isinstance(found, PreTrainedConfig)), None)
 
 
-def _tower(whole: PreTrainedModel, tower: str) -> PreTrainedModel:
+def _tower(model: PreTrainedModel, tower: str) -> PreTrainedModel:
     from transformers.modeling_utils import PreTrainedModel
 
-    config = tower_config(whole.config, tower)
-    for module in whole.modules():
+    config = tower_config(model.config, tower)
+    for module in model.modules():
         if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):
             base: PreTrainedModel = module.base_model  # type: ignore[assignment]  # a language model's without output
             return base
-    raise ValueError(f"{whole.config.model_type} has no {tower} tower; leave tower out, or name another.")
+    raise ValueError(f"{model.config.model_type} has no {tower} tower; leave tower out, or name another.")
 
 
 def main_input_name(backbone: PreTrainedModel) -> str:

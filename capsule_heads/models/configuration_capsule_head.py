@@ -39,10 +39,10 @@ class CapsuleHeadConfig(PreTrainedConfig):
         freeze_backbone: whether the backbone is frozen: no gradients, no dropout. Adapters of PEFT in it train anyway.
         stack: of an encoder-decoder, whose hidden states to use: "encoder" (its decoder is left out), or "decoder".
         tower: of a model of several towers without a class of its own for one, which of them is the backbone: "text",
-            "vision" or "audio"; None for the whole model.
+            "vision" or "audio"; None for the complete model.
         window_length: tokens of a text, special ones included, that the backbone runs on at a time. A longer text is
             cut into overlapping windows, and each of its tokens is routed once, with its hidden states from the window
-            whose middle is nearer. None to run on whole texts, whatever their length. `capsule_heads.data` has
+            whose middle is nearer. None to run on complete texts, whatever their length. `capsule_heads.data` has
             `window_fields`, which gives these three for a tokenizer.
         window_overlap: tokens that neighbouring windows share, special ones aside.
         window_special_tokens: how many special tokens the tokenizer puts before and after every text. Every window has
