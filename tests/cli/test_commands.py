@@ -216,12 +216,12 @@ def test_a_run_is_resumed_from_its_last_whole_checkpoint(call, fails, backbone, 
     state = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:-1])
     error = fails("train", "--config", config, "--resume_from_checkpoint", state.parent)
-    assert error.startswith(f"error: {state.parent} is not whole: optimizer.pt has ")
+    assert error.startswith(f"error: {state.parent} is not complete: optimizer.pt has ")
 
     (tmp_path / "run" / "model.safetensors").unlink()
     status, _, err = call("train", "--config", config, *options)
     assert status == 0, err
-    assert caplog.text.count(f"{state.parent} is not whole, and passed over") == 1
+    assert caplog.text.count(f"{state.parent} is not complete, and passed over") == 1
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 6
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
