@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
@@ -175,18 +175,27 @@ class Head(nn.Module, abc.ABC):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters again: those of each module in the head that knows how."""
-        for module in self.children():
-            reset(module)
+        reset(*self.children())
 
 
-def reset(module: nn.Module) -> None:
-    """Initialise the parameters of a module again: by its own method, or by those of the modules in it."""
-    method = getattr(module, "reset_parameters", None)
-    if callable(method):
-        method()
+def reset(*modules: nn.Module) -> None:
+    """Initialise the parameters of modules again."""
+    for module in modules:
+        for initialised in self_initialised(module):
+            initialised.reset_parameters()
+
+
+def self_initialised(module: nn.Module) -> Iterator[Any]:
+    """Yield the outermost modules in a module, or itself, that initialise their own parameters.
+
+    The method of `Head` only passes on to the modules in a head, and does not count.
+    """
+    method = getattr(type(module), "reset_parameters", None)
+    if method is not None and method is not Head.reset_parameters:
+        yield module
     else:
         for child in module.children():
-            reset(child)
+            yield from self_initialised(child)
 
 
 _HEADS: dict[str, type[Head]] = {}

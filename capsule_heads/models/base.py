@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.running import check_hidden_states, token_masks
-from ..heads import Head
+from ..heads.base import reset, self_initialised
 from ..hub import refuse_auto_class
 from .checkpoint import CheckpointModel
 
@@ -58,13 +58,11 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for every module of ours, also for those of a checkpoint that lacks some weights; the
-        # functions of nn.init leave loaded tensors alone meanwhile. A module comes after those in it.
+        # functions of nn.init leave loaded tensors alone meanwhile.
         if isinstance(module, nn.BatchNorm1d):
             super()._init_weights(module)  # which leaves loaded running statistics alone too
-        else:
-            reset = getattr(type(module), "reset_parameters", None)
-            if reset is not None and reset is not Head.reset_parameters:  # which is that of the modules in the head
-                reset(module)
+        elif any(module is initialised for initialised in self_initialised(self.head)):
+            reset(module)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: object = None) -> NoReturn:

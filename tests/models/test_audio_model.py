@@ -150,5 +150,7 @@ def test_a_text_model_is_no_audio_backbone(backbone_dir, tmp_path):
     ):
         CapsuleHeadForAudioClassification.from_backbone(backbone_dir("bert"))
     AutoModel.from_config(AutoConfig.for_model("hubert", **WAVES)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"hubert takes input_values.*for sound CapsuleHeadForAudioClassification"):
+    with pytest.raises(
+        ValueError, match=r"hubert takes input_values.*for audio there is CapsuleHeadForAudioClassification"
+    ):
         CapsuleHeadForSequenceClassification.from_backbone(tmp_path)
