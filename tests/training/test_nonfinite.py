@@ -252,7 +252,7 @@ def test_weights_in_bfloat16(train, spoil):
 
 PROGRAM = """
 import json, os, sys, time
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]  # this module, and what it shares with others
 import torch
 from test_nonfinite import Batches, NAN, make_batch, make_head
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
