@@ -53,7 +53,7 @@ def trained(wav2vec2, tones, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("audio") / "run"
     keys = {"task": "audio_folder", "source": tones, "backbone": wav2vec2, "output_dir": folder, "save_strategy": "no"}
-    keys |= {"num_train_epochs": 20, "learning_rate": 0.02, "d_inp": 8, "n_parts": 4, "use_cpu": True}
+    keys |= {"num_train_epochs": 20, "learning_rate": 0.3, "d_inp": 8, "n_parts": 4, "use_cpu": True}
     main(["train", *(str(x) for name, value in keys.items() for x in (f"--{name}", value))])
     return folder
 
