@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from .data.glue import GLUE_TASKS, HUB_REPOSITORY
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
@@ -305,7 +307,7 @@ def get_task(name: str) -> Task:
     """Return the task that is registered under a name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no task has the name.
     """
     if name not in _TASKS:
         close = difflib.get_close_matches(str(name), _TASKS, n=1)
@@ -437,7 +439,7 @@ def _register_own_tasks() -> None:
                 metric=name,
             )
         )
-    for name in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"):
+    for name in GLUE_TASKS:
         register_task(
             Task(
                 name,
@@ -446,7 +448,7 @@ def _register_own_tasks() -> None:
                 _glue_loader(name),
                 source_help="a directory of GLUE's TSV files (default: the Hub)",
                 metric=name,
-                repository="nyu-mll/glue",
+                repository=HUB_REPOSITORY,
                 config=name,
             )
         )

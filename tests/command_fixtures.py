@@ -34,3 +34,56 @@ def environment(tmp_path_factory):
     """Offline, with a cache of its own, and one thread: more do not help so small a model."""
     home = str(tmp_path_factory.mktemp("hf_home"))
     return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def classifier(backbone, tmp_path_factory):
+    """An untrained classifier of texts with its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from capsule_heads import CapsuleHeadForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    fields = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=6, **fields)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stereo_model(tmp_path_factory):
+    """The smallNORB network with random weights, none of them zero."""
+    import torch
+
+    from capsule_heads.paper.checkpoints import build_network
+    from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
+
+    folder = tmp_path_factory.mktemp("stereo")
+    torch.manual_seed(0)
+    model = build_network("smallnorb")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    StereoImageProcessor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fails(call):
+    """fails(command or script, *arguments): the line that it ends with, where the user made a mistake."""
+
+    def call_failing(*arguments):
+        status, out, err = call(*arguments)
+        assert (status, out) == (2, "")
+        line = err.rstrip("\n").splitlines()[-1]
+        assert line.startswith("error: ")
+        return line
+
+    return call_failing

@@ -60,7 +60,7 @@ def build_demo(model: str) -> gradio.Blocks:
     except ImportError as error:
         raise ImportError('The page needs Gradio: pip install "capsule-heads[demo]".') from error
     from ..explain import explain
-    from ..explain.pictures import draw_parts, draw_patches, draw_tokens
+    from ..explain.pictures import draw_explanation, draw_parts
     from ..explain.report import render_words
     from ..models.processors import modality_of, processor_of
     from ..tasks import MODALITIES, load_classifier
@@ -78,8 +78,7 @@ def build_demo(model: str) -> gradio.Blocks:
         except (ImportError, OSError, TypeError, ValueError) as error:
             raise gradio.Error(str(error)) from error
         scores = dict(zip(explanation.labels, explanation.probabilities.tolist()))
-        draw = draw_tokens if explanation.image is None else draw_patches
-        return scores, render_words(explanation), draw(explanation), draw_parts([explanation])
+        return scores, render_words(explanation), draw_explanation(explanation), draw_parts([explanation])
 
     inputs: dict[str, Any] = {
         "text": lambda: gradio.Textbox(label="Text", lines=3),

@@ -41,7 +41,7 @@ def make_parser(prog: str) -> OneLineParser:
 def run(options: argparse.Namespace) -> None:
     """Explain the inputs, and print the path of the page."""
     from ..explain import explain
-    from ..explain.pictures import draw_parts, draw_patches, draw_tokens
+    from ..explain.pictures import draw_explanation, draw_parts
     from ..explain.report import render_report
     from ..files import write_text
     from ..models.processors import modality_of, processor_of
@@ -68,8 +68,7 @@ def run(options: argparse.Namespace) -> None:
         write_text(folder / "report.html", render_report(explanations, labels, f"Explanations of {options.model}"))
         draw_parts(explanations).savefig(folder / "parts.png")
         for n, explanation in enumerate(explanations, 1):
-            draw = draw_tokens if explanation.image is None else draw_patches
-            draw(explanation).savefig(folder / f"{n:03}.png")
+            draw_explanation(explanation).savefig(folder / f"{n:03}.png")
     print(folder / "report.html")
 
 

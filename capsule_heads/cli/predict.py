@@ -71,17 +71,14 @@ def _classify_audio(
 ) -> list[dict[str, Any]]:
     """Return the label and score of each file, prepared as in training; transformers' pipeline passes no mask."""
     import torch
-    from datasets import Dataset, DatasetDict
 
-    from ..data.audio import AudioCollator, prepare_audio
+    from ..data.audio import AudioCollator, audio_features, open_audio
 
-    rows = Dataset.from_dict({"audio": list(files), "label": [0] * len(files)})
-    rows = prepare_audio(DatasetDict(files=rows), processor)["files"]
     collate, names = AudioCollator(processor), dict(model.config.id2label or {})
     predictions = []
     for start in range(0, len(files), batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(files)))])
-        del batch["labels"]
+        recordings = (open_audio(file, processor.sampling_rate) for file in files[start : start + batch_size])
+        batch = collate([audio_features(samples, processor) for samples in recordings])
         with torch.no_grad():
             logits = model(**batch).logits
         if model.config.problem_type == "multi_label_classification":

@@ -16,7 +16,7 @@ def make_parser(prog: str) -> OneLineParser:
     """Return the parser of options."""
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("directory", help="output_dir of capsule-heads train, or another directory with a model.")
-    parser.add_argument("repo_id", help='Name of the repository, "name" or "owner/name"; made if there is none.')
+    parser.add_argument("repo_id", help='Name of the repository, "name" or "owner/name"; created if it does not exist.')
     parser.add_argument(
         "--include_code", action="store_true", help="Push code too, so that the model runs without this package."
     )

@@ -1,4 +1,4 @@
-"""Splits of a dataset: one for validation where there is none, and columns that are made when they are read."""
+"""Splits of a dataset: a validation split where it is missing, and columns that are made when they are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VALIDATION_FRACTION = 0.1  # of the training examples, where a dataset has no va
 
 
 def with_validation(splits: DatasetDict, source: str, kind: str) -> DatasetDict:
-    """Return splits with a validation split, taken from the training split where there is none.
+    """Return splits with a validation split. Where it is missing, a part of the training split becomes it.
 
     A tenth of the training examples of each class are split off, always the same ones, and one per class at least.
 

@@ -34,6 +34,11 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
     return figure
 
 
+def draw_explanation(explanation: Explanation) -> Figure:
+    """Draw an explanation of the predicted class: patches over an image, or tokens by layers; errors as in both."""
+    return draw_tokens(explanation) if explanation.image is None else draw_patches(explanation)
+
+
 def draw_tokens(explanation: Explanation, target: int | None = None) -> Figure:
     """Draw a heat map of tokens at all layers, with the sums over layers above it.
 

@@ -77,9 +77,14 @@ class HeadOptions:
             elif int in kinds:
                 check_size(field.name, value)
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the options."""
+        return [field.name for field in dataclasses.fields(cls)]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the options by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in self.names()}
 
 
 class Head(nn.Module, abc.ABC):
@@ -129,7 +134,7 @@ class Head(nn.Module, abc.ABC):
             TypeError: If an option is unknown.
             ValueError: If a value is not what its option expects.
         """
-        names = [field.name for field in dataclasses.fields(cls.Options)]
+        names = cls.Options.names()
         for name in given:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1)
@@ -252,7 +257,7 @@ def get_head(name: str) -> type[Head]:
     """Return the head that is registered under a name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no head has the name.
     """
     if not isinstance(name, str) or name not in _HEADS:
         close = difflib.get_close_matches(str(name), _HEADS, n=1)

@@ -64,7 +64,7 @@ WITHOUT = {
 UNGUARDED = {
     "backbones.states": ["unpack"],
     "backbones.windows": ["run_in_windows"],
-    "layers": ["Routing.__init__"],
+    "layers": ["Routing.__init__", "Routing.forward"],
     "models.configuration_capsule_head": ["CapsuleHeadConfig.__init__"],
 }
 INSTEAD = {
@@ -128,35 +128,6 @@ def register(name: str) -> Callable[[AnyHead], AnyHead]:
     def project_together(self, hidden_states: Sequence[Tensor]) -> Tensor:
         """Return what `project` returns as one tensor, `[batch, tokens, n_layers, d_inp]`."""
         return torch.stack(self.project(hidden_states), dim=2)
-''',
-    },
-    "layers": {
-        "Routing.forward": '''
-    def forward(
-        self,
-        a_inp: Tensor,
-        mu_inp: Tensor,
-        n_out: int | None = None,
-        return_R: bool = False,
-        group: dist.ProcessGroup | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Route capsules `mu_inp [...icd]` with the logits `a_inp [...i]`; `n_out` is for a layer without one."""
-        n_out = self.n_out or n_out or mu_inp.shape[-3]
-        return route(
-            a_inp,
-            mu_inp,
-            self.W,
-            self._biases(n_out),
-            self.beta_use,
-            self.beta_use if self.beta_ign is None else self.beta_ign,
-            n_out=n_out,
-            n_iters=self.n_iters,
-            p_model=self.p_model,
-            eps=self.eps,
-            return_R=return_R,
-            strategy=self.strategy,
-            group=group,
-        )
 ''',
     },
     "models.checkpoint": {

@@ -28,7 +28,7 @@ def push_run(directory: str | os.PathLike[str], repo_id: str, **options: Any) ->
 
     Args:
         directory: the run's.
-        repo_id: the repository, "name" or "owner/name"; made if there is none.
+        repo_id: the repository, "name" or "owner/name"; created if it does not exist.
         **options: `include_code=True` to push the code that runs the model without this package; `license`,
             `language` and `tags` for the card; `private`, `token`, and arguments of `HfApi.upload_folder`: `revision`,
             `commit_message`, `commit_description`, `create_pr`.
@@ -91,7 +91,7 @@ def push_folder(
 
     Args:
         folder: with what `save_pretrained` of the model and its processor wrote; card and code are written to it.
-        repo_id: the repository, "name" or "owner/name"; made if there is none.
+        repo_id: the repository, "name" or "owner/name"; created if it does not exist.
         results: the results of the run, for the card.
         include_code: whether to push the code that runs the model without this package.
         license: identifier of the model's licence, such as "mit".

@@ -309,7 +309,7 @@ def find(tree: ast.Module, name: str) -> ast.stmt:
     """Return the statement that defines a name, or "Class.method".
 
     Raises:
-        ImportError: If there is none.
+        ImportError: If nothing defines the name.
     """
     owner, _, method = name.rpartition(".")
     within = find(tree, owner) if owner else tree

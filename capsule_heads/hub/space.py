@@ -46,7 +46,7 @@ def write_space(model: str, directory: str | Path) -> None:
 
 
 def push_space(model: str, repo_id: str) -> str:
-    """Push the page as a Space, in one commit, and return its address; the Space is made if there is none.
+    """Push the page as a Space, in one commit, and return its address; the Space is created if it does not exist.
 
     Args:
         model: as in `write_space`.

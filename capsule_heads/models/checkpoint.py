@@ -332,7 +332,7 @@ class CheckpointModel(PreTrainedModel):
         """Push the model with a model card, in one commit.
 
         Args:
-            repo_id: the repository, "name" or "owner/name"; made if there is none.
+            repo_id: the repository, "name" or "owner/name"; created if it does not exist.
             processor: the model's tokenizer, image processor or feature extractor, to push with it.
             head_only: as in `save_pretrained`.
             max_shard_size: as in transformers.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 import math
@@ -95,9 +94,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         head = get_head(head_type)
-        given = {
-            field.name: kwargs.pop(field.name) for field in dataclasses.fields(head.Options) if field.name in kwargs
-        }
+        given = {name: kwargs.pop(name) for name in head.Options.names() if name in kwargs}
         _check_keys(kwargs, head_type)
         check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
         self.base_config = _as_config(base_config)
@@ -164,7 +161,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
     def head_options(self) -> HeadOptions:
         """The options of the head."""
         head = get_head(self.head_type)
-        return head.make_options({field.name: getattr(self, field.name) for field in dataclasses.fields(head.Options)})
+        return head.make_options({name: getattr(self, name) for name in head.Options.names()})
 
     def _check_windows(self) -> None:
         length, n_special, overlap = self.window_length, sum(self.window_special_tokens), self.window_overlap
@@ -284,7 +281,7 @@ def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig 
 
 def option_names() -> set[str]:
     """Return the names of the options of all registered heads."""
-    return {field.name for head in registered_heads().values() for field in dataclasses.fields(head.Options)}
+    return {name for head in registered_heads().values() for name in head.Options.names()}
 
 
 def _check_keys(kwargs: Mapping[str, Any], head_type: str) -> None:
@@ -292,7 +289,7 @@ def _check_keys(kwargs: Mapping[str, Any], head_type: str) -> None:
 
     All other keys transformers keeps, and has to: its Trainer and others add keys.
     """
-    own = [field.name for field in dataclasses.fields(get_head(head_type).Options)]
+    own = get_head(head_type).Options.names()
     fields = [*inspect.signature(CapsuleHeadConfig.__init__).parameters, *own]
     for name in kwargs:
         if name in option_names():

@@ -20,7 +20,7 @@ def processor_of(model: CapsuleHeadClassifier) -> Any:
     """Load the processor that is saved with a model, or with its backbone.
 
     Raises:
-        OSError: If there is none.
+        OSError: If neither has a processor.
     """
     config = model.config
     revisions = {config.name_or_path: None, config.base_model_name_or_path: config.base_model_revision}

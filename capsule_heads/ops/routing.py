@@ -140,8 +140,7 @@ def route(
             "process has all inputs."
         )
     call = Call(mu_inp, tensors[2:], n_out, dtype, is_split=group is not None)
-    chosen = _choose(call) if strategy == "auto" else STRATEGIES[strategy]
-    _check_served(chosen, call)
+    chosen = _choose(call) if strategy == "auto" else _named(strategy, call)
     with torch.autocast(a_inp.device.type, enabled=False):
         a_out, mu_out, sig2_out, R = chosen.route(
             *(tensor.to(dtype) for tensor in tensors),
@@ -156,10 +155,16 @@ def route(
 
 
 def _choose(call: Call) -> Strategy:
-    """Return the strategy that "auto" takes; the last line of `AUTO` where none serves the call."""
+    """Return the strategy that "auto" takes; where none serves the call, the last line of `AUTO` says why."""
     for name, holds in AUTO:
         if holds(call) and STRATEGIES[name].unserved(call) is None:
-            break
+            return STRATEGIES[name]
+    return _named(AUTO[-1][0], call)
+
+
+def _named(name: str, call: Call) -> Strategy:
+    """Return the strategy of a name, which has to serve the call."""
+    _check_served(STRATEGIES[name], call)
     return STRATEGIES[name]
 
 

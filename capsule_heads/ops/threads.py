@@ -49,7 +49,7 @@ def run_on_threads(function: Callable[[int], None], n_threads: int) -> None:
 
 @functools.cache
 def _openmp_parallel() -> Callable[..., None] | None:
-    """Return `GOMP_parallel` of the OpenMP that torch uses, GNU's or LLVM's; None if there is none."""
+    """Return `GOMP_parallel` of the OpenMP that torch uses, GNU's or LLVM's; None if torch uses no OpenMP."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         parallel = ctypes.CDLL(str(library)).GOMP_parallel  # also looks through what the library was linked to

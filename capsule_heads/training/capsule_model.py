@@ -12,7 +12,7 @@ def find_capsule_model(model: nn.Module | None) -> CapsuleHeadPreTrainedModel:
     """Return the capsule-head model that a model is or wraps, as PEFT's and DistributedDataParallel do.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If the model neither is nor wraps a capsule-head model.
     """
     for module in model.modules() if model is not None else ():
         if isinstance(module, CapsuleHeadPreTrainedModel):

@@ -42,17 +42,3 @@ def call(monkeypatch, capfd):
         return status, *capfd.readouterr()
 
     return call_command
-
-
-@pytest.fixture
-def fails(call):
-    """fails(command, *arguments): the line that a command ends with, where the user made a mistake."""
-
-    def call_failing(*arguments):
-        status, out, err = call(*arguments)
-        assert (status, out) == (2, "")
-        line = err.rstrip("\n").splitlines()[-1]
-        assert line.startswith("error: ")
-        return line
-
-    return call_failing

@@ -1,26 +1,10 @@
 """`capsule-heads explain`, as a user runs it."""
 
-import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor
+from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
-from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
-
-
-@pytest.fixture(scope="module")
-def classifier(backbone, tmp_path_factory):
-    """An untrained classifier of texts with its tokenizer."""
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    fields = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
-    model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=6, **fields)
-    with torch.no_grad():
-        for parameter in model.head.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
-    return folder
+from capsule_heads import CapsuleHeadForImageClassification
 
 
 def test_texts(call, classifier, tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
 from capsule_heads import CapsuleHeadForImageClassification
 from capsule_heads.paper.checkpoints import build_network
-from capsule_heads.paper.image_processing_stereo import StereoImageProcessor, side_by_side
+from capsule_heads.paper.image_processing_stereo import side_by_side
 from capsule_heads.paper.toy_norb import build_toy, render_view
 
 
@@ -61,20 +61,6 @@ def test_a_folder_of_images_from_training_to_predictions(call, vit, pictures, tm
     model, processor = CapsuleHeadForImageClassification.from_pretrained(folder), ViTImageProcessor.from_pretrained(vit)
     logits = model(**processor([Image.open(file) for file in files], return_tensors="pt")).logits
     assert [answer["score"] for answer in answers] == pytest.approx(logits.softmax(-1).amax(-1).tolist(), rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def stereo_model(tmp_path_factory):
-    """The smallNORB network with random weights, none of them zero."""
-    folder = tmp_path_factory.mktemp("stereo")
-    torch.manual_seed(0)
-    model = build_network("smallnorb")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    StereoImageProcessor().save_pretrained(folder)
-    return folder
 
 
 def test_stereo_pairs_are_classified(call, fails, stereo_model, tmp_path):

@@ -49,17 +49,3 @@ def call(monkeypatch, capfd):
         return status, *capfd.readouterr()
 
     return call_script
-
-
-@pytest.fixture
-def fails(call):
-    """fails(script, *arguments): the line that a script ends with, where the user made a mistake."""
-
-    def call_failing(script, *arguments):
-        status, out, err = call(script, *arguments)
-        assert (status, out) == (2, "")
-        line = err.rstrip("\n").splitlines()[-1]
-        assert line.startswith("error: ")
-        return line
-
-    return call_failing

@@ -11,22 +11,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import ModelOutput
 
 from capsule_heads.paper import smallnorb, trajectory
-from capsule_heads.paper.checkpoints import build_network
-from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
-
-
-@pytest.fixture(scope="module")
-def stereo_model(tmp_path_factory):
-    """The smallNORB network with random weights, none of them zero."""
-    folder = tmp_path_factory.mktemp("stereo")
-    torch.manual_seed(0)
-    model = build_network("smallnorb")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    StereoImageProcessor().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow

@@ -2,27 +2,6 @@
 
 import json
 
-import pytest
-import torch
-from transformers import AutoTokenizer
-
-from capsule_heads import CapsuleHeadForSequenceClassification
-
-
-@pytest.fixture(scope="module")
-def classifier(backbone, tmp_path_factory):
-    """An untrained classifier of texts with its tokenizer."""
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    fields = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
-    model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=6, **fields)
-    with torch.no_grad():
-        for parameter in model.head.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
-    return folder
-
 
 def test_faithfulness(call, classifier, tmp_path):
     options = ("--task", "reviews", "--max_texts", 3, "--json", tmp_path / "f.json", "--picture", tmp_path / "f.png")
