@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+MOST_SHOWN = 200  # characters of a value in a message
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -14,6 +17,23 @@ def is_readable(tensor: Tensor) -> bool:
     On another device than the CPU that would wait for the device. While compiling it would break the graph.
     """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def plain(value: Any) -> Any:
+    """Return numbers as Python's own, whatever holds them: NumPy, torch, pandas, ranges, lists and dicts of these."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, range):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: as Python writes it or, where that is long, its kind."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN and "\n" not in text else f"a {type(value).__name__}"
 
 
 def check_size(name: str, size: object, or_none: str | None = None) -> None:
@@ -31,7 +51,7 @@ def check_size(name: str, size: object, or_none: str | None = None) -> None:
         return
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         alternative = "" if or_none is None else f" or None ({or_none})"
-        raise ValueError(f"{name} is {size!r}; expected a positive whole number{alternative}.")
+        raise ValueError(f"{name} is {shown(size)}; expected a positive whole number{alternative}.")
 
 
 def check_hidden_sizes(hidden_sizes: object, at_most: int | None = None) -> tuple[int, ...]:
@@ -42,7 +62,7 @@ def check_hidden_sizes(hidden_sizes: object, at_most: int | None = None) -> tupl
     """
     if isinstance(hidden_sizes, str) or not isinstance(hidden_sizes, Sequence) or not hidden_sizes:
         raise ValueError(
-            f"hidden_sizes is {hidden_sizes!r}; expected the size of each hidden state, such as [768] * 13."
+            f"hidden_sizes is {shown(hidden_sizes)}; expected the size of each hidden state, such as [768] * 13."
         )
     if at_most is not None and len(hidden_sizes) > at_most:
         raise ValueError(f"hidden_sizes has {len(hidden_sizes)} sizes; this head takes {at_most} hidden state.")
@@ -58,7 +78,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         ValueError: If it is another word.
     """
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        raise ValueError(f"{name} is {shown(value)}; expected one of {', '.join(choices)}.")
 
 
 def check_dtype(dtype: object) -> None:
@@ -69,4 +89,4 @@ def check_dtype(dtype: object) -> None:
     """
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in (None, "auto") and not isinstance(named, torch.dtype):
-        raise ValueError(f'dtype is {dtype!r}; expected a torch.dtype or the name of one, such as "bfloat16".')
+        raise ValueError(f'dtype is {shown(dtype)}; expected a torch.dtype or the name of one, such as "bfloat16".')

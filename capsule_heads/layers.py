@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import check_size
+from .checks import check_size, plain, shown
 from .ops import check_routing_options, route
 
 
@@ -53,12 +53,13 @@ class Routing(nn.Module):
         strategy: str = "auto",
     ) -> None:
         super().__init__()
+        d_cov, d_inp, d_out, n_inp, n_out, n_iters, eps = map(plain, (d_cov, d_inp, d_out, n_inp, n_out, n_iters, eps))
         for name, size in (("d_cov", d_cov), ("d_inp", d_inp), ("d_out", d_out)):
             check_size(name, size)
         for name, number in (("n_inp", n_inp), ("n_out", n_out)):
             check_size(name, number, or_none="variable")
         if not isinstance(single_beta, bool):
-            raise ValueError(f"single_beta is {single_beta!r}; expected True or False.")
+            raise ValueError(f"single_beta is {shown(single_beta)}; expected True or False.")
         check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
         self.d_cov, self.d_inp, self.d_out = d_cov, d_inp, d_out
         self.n_inp, self.n_out = n_inp, n_out
@@ -143,9 +144,9 @@ class Routing(nn.Module):
                 "n_out is None; expected the number of outputs, as no process has all the inputs that it would be the "
                 "number of by default."
             )
-        n_out = self.n_out or (n_inp if n_out is None else n_out)
+        n_out = self.n_out or (n_inp if n_out is None else plain(n_out))
         if isinstance(n_out, bool) or not isinstance(n_out, (int, torch.SymInt)) or n_out < 1:
-            raise ValueError(f"n_out is {n_out!r}; expected a whole number, at least 1.")
+            raise ValueError(f"n_out is {shown(n_out)}; expected a whole number, at least 1.")
         return route(
             a_inp,
             mu_inp,

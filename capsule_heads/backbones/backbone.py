@@ -65,7 +65,7 @@ class Backbone:
     @classmethod
     def find(
         cls,
-        name_or_path: str | os.PathLike[str] | PreTrainedConfig,
+        name_or_path: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
         main_inputs: Sequence[str],
         *,
         revision: str | None = None,
@@ -78,7 +78,8 @@ class Backbone:
         Of a model of several towers it is the first of `candidates` that runs on these inputs alone.
 
         Args:
-            name_or_path: as the attribute; or a configuration, for a backbone with random weights.
+            name_or_path: as the attribute; or a configuration, for a backbone with random weights; or a loaded model,
+                whose weights are then known under no name.
             main_inputs: the inputs that the backbone has to take, one of which it takes alone.
             revision: branch, tag or commit.
             part: the part to use; a tower of None chooses one.
@@ -91,16 +92,28 @@ class Backbone:
         Raises:
             ValueError: If no part of the model runs on these inputs, or its hidden states have an unknown layout.
             OSError: If there is no such checkpoint.
+            TypeError: If arguments of loading come with a model that is loaded.
         """
+        from transformers.modeling_utils import PreTrainedModel  # here: see candidates
+
+        loaded: Any = None
         if isinstance(name_or_path, PreTrainedConfig):
             backbone = cls(name_or_path, part=part)
+        elif isinstance(name_or_path, PreTrainedModel):
+            if loading or revision is not None:
+                given = ", ".join([*loading, *(["revision"] if revision is not None else [])])
+                raise TypeError(f"{given} given with a loaded {type(name_or_path).__name__}; expected a name to load.")
+            loaded = name_or_path.base_model  # without the head that it may have
+            backbone = cls(loaded.config, part=part)
         else:
             config, commit = load_backbone_config(name_or_path, revision, **loading)
             backbone = cls(config, reference_of(name_or_path), commit, part)
         first_error: ValueError | None = None
         for choice in backbone.candidates(main_inputs):
             try:
-                if choice.name_or_path is None:
+                if loaded is not None:
+                    module = part_of(loaded, choice.part)
+                elif choice.name_or_path is None:
                     module = choice.build(trust_remote_code=loading.get("trust_remote_code", False))
                 else:
                     choice, module = choice.load(**loading)

@@ -17,6 +17,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from ..checks import shown
+
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
@@ -62,7 +64,10 @@ def resolve_backbone(name_or_path: str | os.PathLike[str]) -> str:
         TypeError: If something else than a name or a path is given.
     """
     if not isinstance(name_or_path, str | os.PathLike):
-        raise TypeError(f"The backbone is {name_or_path!r}; expected a name on the Hub, a directory, or a model.")
+        raise TypeError(
+            f"The backbone is {shown(name_or_path)}; expected a name on the Hub, a directory, a configuration, or a "
+            "loaded model of transformers."
+        )
     name_or_path = os.fspath(name_or_path)
     if not name_or_path.startswith(PACKAGE_PREFIX):
         # Only a path begins so. Asked for it, the Hub's client would speak of the letters that a name may have.

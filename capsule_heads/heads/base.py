@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
 
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_hidden_sizes, check_size
+from ..checks import check_choice, check_hidden_sizes, check_size, plain, shown
 
 DEFAULT_HEAD = "token_depth"  # the paper's
 Mix = Callable[[Tensor], Tensor]  # mixes the samples of a batch, `[batch, ...]` to the same shape
@@ -66,14 +66,15 @@ class HeadOptions:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), get_args(hints[field.name]) or (hints[field.name],)
+            value, kinds = plain(getattr(self, field.name)), get_args(hints[field.name]) or (hints[field.name],)
+            object.__setattr__(self, field.name, value)  # the class is frozen
             if value is None and type(None) in kinds:
                 continue
             if "choices" in field.metadata:
                 check_choice(field.name, value, field.metadata["choices"])
             elif bool in kinds:
                 if not isinstance(value, bool):
-                    raise ValueError(f"{field.name} is {value!r}; expected True or False.")
+                    raise ValueError(f"{field.name} is {shown(value)}; expected True or False.")
             elif int in kinds:
                 check_size(field.name, value)
 
@@ -119,7 +120,8 @@ class Head(nn.Module, abc.ABC):
 
     def __init__(self, *, hidden_sizes: Sequence[int], n_out: int | None, **options: Any) -> None:
         super().__init__()
-        self.hidden_sizes = check_hidden_sizes(hidden_sizes, at_most=1 if self.takes_one_layer else None)
+        n_out = plain(n_out)
+        self.hidden_sizes = check_hidden_sizes(plain(hidden_sizes), at_most=1 if self.takes_one_layer else None)
         if n_out is None and not self.has_parts:
             raise ValueError(f"n_out is None, and a {type(self).__name__} has no parts to stop at; load a classifier.")
         check_size("n_out", n_out, or_none="stop at the parts")
@@ -263,7 +265,7 @@ def get_head(name: str) -> type[Head]:
         close = difflib.get_close_matches(str(name), _HEADS, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
         raise ValueError(
-            f"head_type is {name!r}; expected one of {', '.join(_HEADS)}. {hint}A head of your own has to be "
+            f"head_type is {shown(name)}; expected one of {', '.join(_HEADS)}. {hint}A head of your own has to be "
             "registered in every process that uses it: import the module that calls capsule_heads.heads.register."
         )
     return _HEADS[name]

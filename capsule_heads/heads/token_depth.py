@@ -18,6 +18,14 @@ class TokenDepthOptions(RoutingOptions):
     d_inp: int = option(64, "Size of the capsules that hidden states become.")
     d_cap: int = option(2, "Columns of the pose of part and class capsules.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_iters < 2:  # the first iteration weights all votes alike, and scores are of the mask alone
+            raise ValueError(
+                f"n_iters is {self.n_iters}; expected 2 or more (the paper uses 3): after one iteration the scores do "
+                "not depend on the hidden states yet."
+            )
+
 
 @register("token_depth")
 class TokenDepthHead(TokenHead, RoutingHead):

@@ -30,6 +30,7 @@ CHECKS = r"_?check_(?!weights$)\w+"
 WITHOUT = {
     "backbones.backbone": ["Backbone.find", "Backbone.candidates", "Backbone.probe", "Backbone.fields"],
     "heads.base": ["HeadOptions.__post_init__"],
+    "heads.token_depth": ["TokenDepthOptions.__post_init__"],
     "heads.routing": ["RoutingOptions.__post_init__", "RoutingHead.split_by_layer"],
     "heads.inputs": ["TokenHead.split_by_layer"],
     "heads.spatial_pose": ["SpatialPoseHead.split_by_layer"],

@@ -35,24 +35,22 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
 
     @property
     def backbone_trains(self) -> bool:
-        """Whether anything in the backbone trains: its own weights, or adapters in a frozen one."""
-        if not self.config.freeze_backbone:
-            return True
-        return (
-            self.has_adapters and self.backbone is not None and any(x.requires_grad for x in self.backbone.parameters())
-        )
+        """Whether anything in the backbone trains: weights that are not frozen, or adapters among those that are."""
+        if self.backbone is None:
+            return False
+        return not self.config.freeze_backbone or any(x.requires_grad for x in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode. A frozen backbone stays in evaluation mode, without dropout, unless it has adapters."""
-        if self.backbone is None or not self.config.freeze_backbone or self.has_adapters:  # PEFT froze all else
+        """Set training mode. A frozen backbone, of which nothing trains, stays in evaluation mode, without dropout."""
+        if self.backbone is None or self.backbone_trains:
             return super().train(mode)
         # Not to training mode and back: Trainer calls this in every step, and a backbone has hundreds of modules.
         self.training = mode
         for module in self.children():
             if module is not self.backbone:
                 module.train(mode)
-        if self.backbone.training or any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.freeze()
+        if self.backbone.training:
+            self.backbone.eval()
         return self
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ class CheckpointModel(PreTrainedModel):
     @classmethod
     def from_backbone(
         cls,
-        name_or_path: str | os.PathLike[str] | PreTrainedConfig,
+        name_or_path: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
         *,
         num_labels: int | None = None,
         revision: str | None = None,
@@ -118,7 +118,8 @@ class CheckpointModel(PreTrainedModel):
 
         Args:
             name_or_path: the backbone: a model on the Hub, a local directory, or `package:NAME/FOLDER` for one that
-                comes inside an installed Python package; or a configuration, for one with random weights.
+                comes inside an installed Python package; or a configuration, for one with random weights; or a loaded
+                model of transformers, which is used as it is (without its head and pooler) and saved with the head.
             num_labels: number of classes; default 2, or that of `id2label`.
             revision: the backbone's branch, tag or commit.
             **kwargs: fields of `CapsuleHeadConfig`, such as `layers` or `freeze_backbone`, options of the head, and

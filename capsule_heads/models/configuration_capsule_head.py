@@ -15,10 +15,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..backbones.backbone import Backbone
 from ..backbones.loading import CAPSULE_HEAD, check_model_type
 from ..backbones.parts import Part, Windowing, check_part, tower_config
-from ..checks import check_dtype, check_hidden_sizes, check_size
+from ..checks import check_dtype, check_hidden_sizes, check_size, plain, shown
 from ..heads import DEFAULT_HEAD, HeadOptions, get_head, registered_heads
 from ..hub import refuse_auto_class
 
+NAMES_OF_CLASSES = ("id2label", "label2id")
+BALANCED = "balanced"  # class weights in inverse proportion to the classes' numbers
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -57,7 +59,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
             None for all, or for the last where the head takes one. They are kept resolved: ascending, not negative.
         mixup_alpha: of the Beta distribution of mixup's ratios in training; 0 for none. The paper's is 0.2, with which
             this package measured less accuracy: docs/results.md. `PAPER` has it by name.
-        class_weights: weight of each class in the loss; None for equal ones. Not for regression.
+        class_weights: weight of each class in the loss; "balanced" for weights that `CapsuleTrainer` makes of the
+            training labels, in inverse proportion to the classes' numbers; None for equal ones. Not for regression.
         label_mean: of the labels in a regression's training set: the value that the head starts from.
         label_std: of those labels: the unit of the head's own output, and of the loss. Regression only.
         **kwargs: the options of the head, such as `n_parts=64` (`get_head(head_type).Options` has them all, each is
@@ -88,12 +91,13 @@ class CapsuleHeadConfig(PreTrainedConfig):
         head_type: str = DEFAULT_HEAD,
         layers: list[int] | None = None,
         mixup_alpha: float = 0.0,
-        class_weights: list[float] | None = None,
+        class_weights: Sequence[float] | str | None = None,
         label_mean: float = 0.0,
         label_std: float = 1.0,
         **kwargs: Any,
     ) -> None:
         head = get_head(head_type)
+        kwargs = plain(kwargs)
         given = {name: kwargs.pop(name) for name in head.Options.names() if name in kwargs}
         _check_keys(kwargs, head_type)
         check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
@@ -103,21 +107,21 @@ class CapsuleHeadConfig(PreTrainedConfig):
             ("base_model_revision", base_model_revision),
         ):
             if not isinstance(value, str | None):
-                raise ValueError(f"{name} is {value!r}; expected a string, or None.")
+                raise ValueError(f"{name} is {shown(value)}; expected a string, or None.")
         for name, flag in (
             ("head_only", head_only),
             ("freeze_backbone", freeze_backbone),
         ):
             if not isinstance(flag, bool):
-                raise ValueError(f"{name} is {flag!r}; expected True or False.")
+                raise ValueError(f"{name} is {shown(flag)}; expected True or False.")
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.head_only = head_only
         self.freeze_backbone = freeze_backbone
         check_part(Part(stack, tower), self.base_config)
         self.stack, self.tower = stack, tower
-        self.window_length, self.window_overlap = window_length, window_overlap
-        self.window_special_tokens = list(window_special_tokens)
+        self.window_length, self.window_overlap = plain(window_length), plain(window_overlap)
+        self.window_special_tokens = list(plain(window_special_tokens))
         self._check_windows()
         self.head_type = head_type
         if hidden_sizes is None:
@@ -126,17 +130,18 @@ class CapsuleHeadConfig(PreTrainedConfig):
                 "capsule_heads.backbones.Backbone(base_config).probe().hidden_sizes finds them, and from_backbone does "
                 "so by itself."
             )
-        self.hidden_sizes = list(check_hidden_sizes(hidden_sizes))
+        self.hidden_sizes = list(check_hidden_sizes(plain(hidden_sizes)))
+        layers = plain(layers)
         self.layers = _resolve_layers([-1] if layers is None and head.takes_one_layer else layers, len(hidden_sizes))
         if head.takes_one_layer and len(self.layers) > 1:
             raise ValueError(f'layers is {layers}; head_type="{head_type}" takes one hidden state.')
         self._set_options(head.make_options(given))
-        if not _is_number(mixup_alpha) or mixup_alpha < 0:
-            raise ValueError(f"mixup_alpha is {mixup_alpha!r}; expected a number, 0 (no mixup) or more.")
-        self.mixup_alpha = mixup_alpha
-        self.class_weights = class_weights
-        self.label_mean, self.label_std = label_mean, label_std
-        _check_classes(kwargs.get("num_labels"), kwargs.get("id2label"))
+        self.mixup_alpha = plain(mixup_alpha)
+        if not _is_number(self.mixup_alpha) or self.mixup_alpha < 0:
+            raise ValueError(f"mixup_alpha is {shown(mixup_alpha)}; expected a number, 0 (no mixup) or more.")
+        self.class_weights = plain(class_weights)
+        self.label_mean, self.label_std = plain(label_mean), plain(label_std)
+        kwargs |= _named_classes(kwargs)
         # transformers hands these down to the backbone's configuration: where none is given, keep what it has.
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or self.base_config._attn_implementation
         kwargs["experts_implementation"] = kwargs.get("experts_implementation") or {}
@@ -144,7 +149,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if self.problem_type is None and self.num_labels == 1:
             self.problem_type = "regression"
         if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.")
+            raise ValueError(f"problem_type is {shown(self.problem_type)}; expected one of {', '.join(PROBLEM_TYPES)}.")
         self._check_labels()
 
     def _set_options(self, options: HeadOptions) -> None:
@@ -173,20 +178,28 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
     def _check_labels(self) -> None:
         if not _is_number(self.label_mean):
-            raise ValueError(f"label_mean is {self.label_mean!r}; expected a number.")
+            raise ValueError(f"label_mean is {shown(self.label_mean)}; expected a number.")
         if not _is_number(self.label_std) or self.label_std <= 0:
-            raise ValueError(f"label_std is {self.label_std!r}; expected a positive number.")
+            raise ValueError(f"label_std is {shown(self.label_std)}; expected a positive number.")
         weights = self.class_weights
         if weights is None:
             return
         if self.problem_type == "regression":
             raise ValueError("class_weights were given for a regression, which has no classes; leave them out.")
+        if weights == BALANCED:
+            if self.problem_type == "multi_label_classification":
+                raise ValueError(
+                    f'class_weights is "{BALANCED}", which is for classes of which an input has one; expected a number '
+                    "for each label of a multi-label problem."
+                )
+            return
         are_weights = isinstance(weights, list | tuple) and all(
             _is_number(weight) and weight >= 0 for weight in weights
         )
         if not are_weights or len(weights) != self.num_labels or sum(weights) == 0:
             raise ValueError(
-                f"class_weights is {weights}; expected {self.num_labels} numbers, one per label, 0 or more, not all 0."
+                f"class_weights is {shown(weights)}; expected {self.num_labels} numbers, one per label, 0 or more, not "
+                f'all 0, or "{BALANCED}".'
             )
 
     @classmethod
@@ -224,7 +237,11 @@ class CapsuleHeadConfig(PreTrainedConfig):
             config_dict = {**config_dict, "base_config": _with_code_of_the_backbone(config_dict)}
         # transformers would set them on the finished configuration, past the checks, and layers unresolved.
         fields = inspect.signature(cls.__init__).parameters.keys() - {"base_config"} | {"problem_type"} | option_names()
+        fields |= {"num_labels", *NAMES_OF_CLASSES}
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        other_number = overrides.get("num_labels") not in (None, len(config_dict.get("id2label") or {}))
+        if other_number or overrides.keys() & {*NAMES_OF_CLASSES}:  # the names in the file are of other classes
+            config_dict = {name: value for name, value in config_dict.items() if name not in NAMES_OF_CLASSES}
         if overrides.get("head_type") not in (None, config_dict.get("head_type")):  # its options are of another head
             config_dict = {name: value for name, value in config_dict.items() if name not in option_names()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -294,7 +311,7 @@ def _check_keys(kwargs: Mapping[str, Any], head_type: str) -> None:
     for name in kwargs:
         if name in option_names():
             raise ValueError(
-                f'{name} is {kwargs[name]!r}, and head_type="{head_type}" has no such option; expected one of '
+                f'{name} is {shown(kwargs[name])}, and head_type="{head_type}" has no such option; expected one of '
                 f"{', '.join(own) or 'no options'}, or another head_type."
             )
         for field in difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
@@ -306,12 +323,36 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_classes(num_labels: object, id2label: object) -> None:
+def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `id2label` and `label2id` where one of them was given: each has the names of the other.
+
+    Raises:
+        ValueError: If names are missing, stand twice, or differ between the two, or their number is not `num_labels`.
+    """
+    num_labels, id2label, label2id = (given.get(name) for name in ("num_labels", *NAMES_OF_CLASSES))
     if num_labels is not None:
         check_size("num_labels", num_labels)
-    indices = {str(index) for index in id2label} if isinstance(id2label, dict) else set()  # as JSON has them
-    if id2label is not None and (not indices or indices != {str(index) for index in range(len(indices))}):
-        raise ValueError(f"id2label is {id2label!r}; expected the name of each class by its index, from 0 on.")
+    if id2label is None and label2id is None:
+        return {}
+    for name, classes in (("id2label", id2label), ("label2id", label2id)):
+        indices = classes.keys() if name == "id2label" and isinstance(classes, dict) else dict(classes or {}).values()
+        if classes is not None and {str(index) for index in indices} != {str(index) for index in range(len(classes))}:
+            raise ValueError(f"{name} is {shown(classes)}; expected each class by its name and index, from 0 on.")
+    by_index = {int(index): str(name) for index, name in (id2label or {}).items()}
+    by_name = {str(name): int(index) for name, index in (label2id or {}).items()}
+    by_index = by_index or {index: name for name, index in by_name.items()}
+    expected = {name: index for index, name in by_index.items()}
+    if by_name not in ({}, expected) or len(expected) != len(by_index):
+        raise ValueError(
+            f"id2label is {shown(id2label)} and label2id is {shown(label2id)}; expected the same names with the same "
+            "indices in both, no name twice: give one of them, and the other follows."
+        )
+    if num_labels not in (None, len(by_index)):
+        raise ValueError(
+            f"num_labels is {num_labels}, and {len(by_index)} classes have names; expected as many, or leave "
+            "num_labels out."
+        )
+    return {"id2label": dict(sorted(by_index.items())), "label2id": dict(sorted(expected.items(), key=lambda x: x[1]))}
 
 
 def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
@@ -319,7 +360,7 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
         return base_config
     if not isinstance(base_config, dict) or "model_type" not in base_config:
         raise ValueError(
-            f"base_config is {base_config!r}; expected the backbone's configuration, an object such as "
+            f"base_config is {shown(base_config)}; expected the backbone's configuration, an object such as "
             "AutoConfig.from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
             ".from_backbone(name, num_labels=n) builds it for you."
         )
@@ -341,7 +382,7 @@ def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]
         or not layers
         or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers)
     ):
-        raise ValueError(f"layers is {layers!r}; expected a list of whole numbers, or None for all hidden states.")
+        raise ValueError(f"layers is {shown(layers)}; expected a list of whole numbers, or None for all hidden states.")
     if any(not -n_hidden_states <= layer < n_hidden_states for layer in layers):
         raise ValueError(
             f"layers is {layers}; the backbone has {n_hidden_states} hidden states, so expected numbers from "

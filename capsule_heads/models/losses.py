@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import is_readable
-from .configuration_capsule_head import CapsuleHeadConfig
+from .configuration_capsule_head import BALANCED, CapsuleHeadConfig
 
 
 def infer_problem_type(config: CapsuleHeadConfig, labels: Tensor) -> str:
@@ -17,6 +18,20 @@ def infer_problem_type(config: CapsuleHeadConfig, labels: Tensor) -> str:
     if config.problem_type is not None:
         return config.problem_type
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def balanced_weights(labels: Sequence[int], num_labels: int) -> list[float]:
+    """Return a weight for each class in inverse proportion to its number of labels, 1 on average over the labels.
+
+    A class without labels has weight 0.
+
+    Args:
+        labels: class indices.
+        num_labels: number of classes.
+    """
+    counts = torch.bincount(torch.as_tensor(labels), minlength=num_labels)
+    n_present = int(counts.count_nonzero())
+    return [len(labels) / (n_present * n) if n else 0.0 for n in counts.tolist()]
 
 
 def check_labels(problem_type: str, num_labels: int, labels: Tensor) -> None:
@@ -59,28 +74,50 @@ def problem_targets(config: CapsuleHeadConfig, problem_type: str, labels: Tensor
     return (targets - config.label_mean) / config.label_std if problem_type == "regression" else targets
 
 
-def problem_loss(config: CapsuleHeadConfig, problem_type: str, logits: Tensor, targets: Tensor) -> Tensor:
+def problem_loss(
+    config: CapsuleHeadConfig, problem_type: str, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
     """Return the mean loss over a batch: cross-entropy, binary cross-entropy or mean squared error.
 
     Class weights weight each target in the cross-entropy, and divide its mean, as in `torch.nn.CrossEntropyLoss`; in
-    the binary cross-entropy they weight each label. The squared error is in units of `config.label_std`.
+    the binary cross-entropy they weight each label. A batch whose targets all have weight 0 has a loss of 0. The
+    squared error is in units of `config.label_std`.
 
     Args:
         config: the model's configuration.
         problem_type: one of `PROBLEM_TYPES`, which chooses the loss.
         logits: `[batch, num_labels]`.
         targets: `[batch, num_labels]`, from `problem_targets`, mixed or not.
+        label_smoothing: fraction of each target that goes to all classes alike; of a label's, to 0 and 1 alike.
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: If class weights are still to be balanced, or labels of a regression to be smoothed.
     """
     if problem_type == "regression":
+        if label_smoothing:
+            raise ValueError(
+                f"label_smoothing_factor is {label_smoothing}, and a regression has no classes to smooth; leave it out."
+            )
         return F.mse_loss((logits - config.label_mean) / config.label_std, targets)
     weights = None
+    if config.class_weights == BALANCED:
+        raise ValueError(
+            f'class_weights is "{BALANCED}", of which CapsuleTrainer makes numbers when training starts; expected '
+            "numbers for a loss outside of it, such as those of sklearn's compute_class_weight."
+        )
     if config.class_weights is not None:  # a copy that waited for the device would stop the step
         weights = torch.tensor(config.class_weights).to(logits.device, non_blocking=True)
     if problem_type == "multi_label_classification":
+        targets = targets * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, targets, weight=weights)
     if weights is not None:
         targets = targets * weights
-    return -(targets * logits.log_softmax(-1)).sum() / targets.sum()
+    total = targets.sum()
+    if label_smoothing:
+        alike = torch.ones_like(logits) if weights is None else weights
+        targets = targets * (1 - label_smoothing) + alike * (label_smoothing / logits.shape[-1])
+    loss = -(targets * logits.log_softmax(-1)).sum()
+    return loss * (total > 0) / total.clamp_min(torch.finfo(total.dtype).tiny)

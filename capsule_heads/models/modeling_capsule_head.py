@@ -143,9 +143,13 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
     Where the configuration has no `problem_type`, the dtype of the labels says it in each forward pass, as in
     transformers: floating-point labels are multi-label. `CapsuleTrainer` writes what it finds to the configuration.
 
+    `label_smoothing` smooths the targets of the loss. `CapsuleTrainer` sets it for its `label_smoothing_factor`.
+
     In training, with `config.mixup_alpha` above 0, samples and targets are mixed within the batch here, in the forward
     pass, so that mixup is right in any trainer and under DDP.
     """
+
+    label_smoothing = 0.0
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building: Any) -> None:
         from_poses = config.problem_type == "regression" and issubclass(get_head(config.head_type), RoutingHead)
@@ -188,7 +192,8 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         logits = self._logits(capsules)
         loss = None
         if targets is not None and problem_type is not None:
-            loss = problem_loss(self.config, problem_type, logits, targets.to(logits.device))
+            targets = targets.to(logits.device)
+            loss = problem_loss(self.config, problem_type, logits, targets, self.label_smoothing)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return CapsuleHeadClassifierOutput(

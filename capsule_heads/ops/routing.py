@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import plain, shown
 from .cpu import Cpu
 from .cuda import Cuda
 from .moments import Moments
@@ -60,14 +61,16 @@ def check_routing_options(*, n_iters: int, p_model: str, eps: float, strategy: s
     """
     if isinstance(n_iters, bool) or not isinstance(n_iters, int) or n_iters < 1:
         raise ValueError(
-            f"n_iters is {n_iters!r}; expected a whole number of iterations, 1 or more (the paper uses 3)."
+            f"n_iters is {shown(n_iters)}; expected a whole number of iterations, 1 or more (the paper uses 3)."
         )
     if p_model not in P_MODELS:
-        raise ValueError(f'p_model is {p_model!r}; expected "gaussian" or "skm" (soft k-means).')
+        raise ValueError(f'p_model is {shown(p_model)}; expected "gaussian" or "skm" (soft k-means).')
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
-        raise ValueError(f"eps is {eps!r}; expected a positive number, such as 1e-5: it keeps variances above zero.")
+        raise ValueError(
+            f"eps is {shown(eps)}; expected a positive number, such as 1e-5: it keeps variances above zero."
+        )
     if strategy not in ("auto", *STRATEGIES):
-        raise ValueError(f"strategy is {strategy!r}; expected one of {', '.join(['auto', *STRATEGIES])}.")
+        raise ValueError(f"strategy is {shown(strategy)}; expected one of {', '.join(['auto', *STRATEGIES])}.")
 
 
 def route(
@@ -123,6 +126,7 @@ def route(
         TypeError: If a tensor is complex, or `group` is not a process group.
         ImportError: If a strategy asked for by name needs a library that is not installed.
     """
+    n_out, n_iters, eps = plain(n_out), plain(n_iters), plain(eps)
     check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
     _check_shapes(a_inp, mu_inp, W, B, beta_use, beta_ign, n_out)
     tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign)
@@ -136,8 +140,8 @@ def route(
         raise TypeError(f"Routing is of real numbers, and one of its tensors is {dtype}.")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"group is {group!r}; expected a process group, such as torch.distributed.group.WORLD, or None where this "
-            "process has all inputs."
+            f"group is {shown(group)}; expected a process group, such as torch.distributed.group.WORLD, or None where "
+            "this process has all inputs."
         )
     call = Call(mu_inp, tensors[2:], n_out, dtype, is_split=group is not None)
     chosen = _choose(call) if strategy == "auto" else _named(strategy, call)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..checks import plain
+
 # Names of ours for two of transformers' fields, which only admit the names it knows.
 RADAM = "radam"
 ONE_CYCLE = "one_cycle"
@@ -131,6 +133,8 @@ class CapsuleTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, plain(value))
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f'on_nonfinite is {self.on_nonfinite!r}; expected "stop" or "skip".')
         for name, value in vars(self).items():  # max_grad_norm, for one, would carry it into the weights
@@ -154,8 +158,30 @@ class CapsuleTrainingArguments(TrainingArguments):
             if value is not None and not least <= value < below:
                 expected = f"{least} or more" if below == math.inf else f"{least} or more, and less than {below}"
                 raise ValueError(f"{name} is {value}; expected a number, {expected}.")
-        if hasattr(TrainingArguments, "group_by_length"):  # before transformers 5.2
-            self.group_by_length = self.train_sampling_strategy == "group_by_length"
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Refuse what would have no effect, or turn the cycle upside down."""
+        if self.optim == RADAM and self.optim_args:
+            raise ValueError(f'optim_args is {self.optim_args!r}, and optim="{RADAM}" takes none; leave it out.')
+        if self.lr_scheduler_type != ONE_CYCLE:
+            for name in ("min_learning_rate", "min_adam_beta1"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, and lr_scheduler_type is {str(self.lr_scheduler_type)!r}; "
+                        f'expected lr_scheduler_type="{ONE_CYCLE}", or leave {name} out.'
+                    )
+            return
+        if self.lr_scheduler_kwargs:
+            raise ValueError(
+                f'lr_scheduler_kwargs is {self.lr_scheduler_kwargs}, and lr_scheduler_type="{ONE_CYCLE}" takes none; '
+                "expected min_learning_rate, min_adam_beta1 and warmup_steps instead."
+            )
+        if 0 < self.learning_rate < self.min_learning_rate:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, the peak of the cycle, and min_learning_rate, its ends, is "
+                f"{self.min_learning_rate}; expected a lower one."
+            )
 
 
 def describe_arguments(arguments: TrainingArguments) -> dict[str, int | float | str | bool]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from ..models.base import CapsuleHeadPreTrainedModel
 from ..models.losses import infer_problem_type
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def find_capsule_model(model: nn.Module | None) -> CapsuleHeadPreTrainedModel:
@@ -21,6 +26,35 @@ def find_capsule_model(model: nn.Module | None) -> CapsuleHeadPreTrainedModel:
         f"model is a {type(model).__name__}; CapsuleTrainer expects a capsule-head model, wrapped or not: use "
         "transformers' Trainer for others."
     )
+
+
+def check_trains(model: CapsuleHeadPreTrainedModel, args: TrainingArguments, compute_loss_func: object) -> None:
+    """Check that the head trains, and that what a user set of its training has an effect.
+
+    Raises:
+        ValueError: If the head is frozen, as PEFT leaves it without `modules_to_save`; if a loss of the user's own
+            would leave out class weights, mixup or label smoothing; if noise is for a frozen backbone's embeddings.
+    """
+    if not any(x.requires_grad for x in model.head.parameters()):
+        remedy = 'pass modules_to_save=["head"] to the configuration of PEFT' if model.has_adapters else "unfreeze it"
+        raise ValueError(f"No parameter of the head requires a gradient, so that the head would not train; {remedy}.")
+    config = model.config
+    own = {
+        "class_weights": config.class_weights is not None,
+        "mixup_alpha": config.mixup_alpha > 0,
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+    }
+    unused = [name for name, is_set in own.items() if is_set]
+    if compute_loss_func is not None and unused:
+        raise ValueError(
+            f"compute_loss_func replaces the model's loss, which {' and '.join(unused)} would change; leave "
+            f"{'it' if len(unused) == 1 else 'them'} out."
+        )
+    if args.neftune_noise_alpha and not model.backbone_trains:
+        raise ValueError(
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}, and the backbone is frozen: its embeddings get no "
+            "noise; leave it out, or train the backbone (freeze_backbone=False)."
+        )
 
 
 def settle_problem_type(model: CapsuleHeadPreTrainedModel, labels: object) -> None:

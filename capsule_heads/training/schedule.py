@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -59,6 +60,21 @@ class OneCycle(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Advance by one step, as in torch, and set beta1 too."""
         super().step(epoch)
+        self._set_beta1()
+
+    def apply(self) -> None:
+        """Set the learning rates and beta1 of the current step."""
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+        self._set_beta1()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the step that another cycle was at, and go on from there along this one."""
+        super().load_state_dict({name: state_dict[name] for name in ("last_epoch", "_step_count")})
+        self.apply()
+
+    def _set_beta1(self) -> None:
         for group in self.optimizer.param_groups:
             if "initial_beta1" in group:
                 beta1 = group["initial_beta1"] + (self.min_beta1 - group["initial_beta1"]) * self.height()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
+from ..files import write_json
 from ..hub import check_backbone_is_shared, write_model_card
 from ..models.base import CapsuleHeadPreTrainedModel
 from ..models.checkpoint import replacing
+from ..models.configuration_capsule_head import BALANCED
+from ..models.losses import balanced_weights
+from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
-from .capsule_model import find_capsule_model, settle_problem_type
+from .capsule_model import check_trains, find_capsule_model, settle_problem_type
 from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
 from .host_checks import CheckedCollator
+from .metrics import default_metrics
 from .nonfinite import StepCheck
+from .resume import RUN, apply_arguments, check_resumable, describe_run
 from .schedule import OneCycle
 
 # The inputs of `[batch, tokens, ...]`; other inputs differ in batch size alone.
@@ -48,8 +56,10 @@ class CapsuleTrainer(Trainer):
     Its checkpoints are complete whenever the run is killed: see `resolve_checkpoint` for what to resume from. Its
     weights never become NaN: a loss or gradients that are not finite end the training, or skip the step, as
     `on_nonfinite` says. Where the model's configuration has no problem type, the dtype of the first labels settles it,
-    for the rest of the run and for the saved model. All else is transformers' own: callbacks, early stopping, best
-    model, several devices. Mixup happens in the model's forward pass.
+    for the rest of the run and for the saved model. Without `compute_metrics`, a classifier is evaluated by the metrics
+    of its problem type. A run that is resumed may have other epochs, learning rates and the like: its schedule covers
+    the new number of steps; see `check_resumable` for what has to stay. All else is transformers' own: callbacks, early
+    stopping, best model, several devices. Mixup and label smoothing happen in the model's forward pass.
 
     The arguments may be plain `TrainingArguments`; what `CapsuleTrainingArguments` add to these is then off.
 
@@ -60,11 +70,17 @@ class CapsuleTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        find_capsule_model(self.model)  # refuses others
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible")  # here it is: see compute_loss
+            super().__init__(*args, **kwargs)
+        model = find_capsule_model(self.model)  # refuses others
+        self.label_smoother = None  # transformers' own would leave the model's loss out, with its weights and mixup
+        is_classifier = isinstance(model, CapsuleHeadClassifier)
+        if self.compute_metrics is None and is_classifier and not self.args.batch_eval_metrics:
+            self.compute_metrics = partial(default_metrics, model.config)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             check_pad_token(self.processing_class)
-        self.add_callback(_SetEpoch)
+        self.add_callback(_Resuming)
         self._checkpoint: Path | None = None  # the one that is being written
         self._step_check = StepCheck(self)
         self._filters_losses = False
@@ -84,10 +100,15 @@ class CapsuleTrainer(Trainer):
         """Train as in transformers; `resolve_checkpoint` finds the checkpoint to resume from.
 
         Raises:
-            ValueError: If the checkpoint is not there, or not complete.
+            ValueError: If the checkpoint is not there, not complete, or of another run; if the head does not train; or
+                if something that was set would have no effect.
             OSError: If a checkpoint could not be written; the earlier ones are as they were.
         """
+        check_trains(self.capsule_model, self.args, self.compute_loss_func)
         resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.run_dir)
+        if resume_from_checkpoint is not None:
+            check_resumable(resume_from_checkpoint, describe_run(self, self.capsule_model), self.args)
+        self._balance_classes()
         if isinstance(self.model, CapsuleHeadPreTrainedModel):
             # Every process has loaded the same; DDP would send its buffers at each step.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -100,6 +121,43 @@ class CapsuleTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
+
+    def _balance_classes(self) -> None:
+        """Make numbers of balanced class weights, from the labels of the training data."""
+        config = self.capsule_model.config
+        if config.class_weights != BALANCED:
+            return
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        name = next((name for name in (*self.label_names, "label") if name in columns), None)
+        if name is None:
+            raise ValueError(
+                f'class_weights is "{BALANCED}", and the training data has no column of labels to count; expected one '
+                "number for each class."
+            )
+        dataset: Any = self.train_dataset
+        labels = (dataset.with_format(None) if hasattr(dataset, "with_format") else dataset)[name][:]
+        config.class_weights = balanced_weights(labels, config.num_labels or 2)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        before = [{**group} for group in self.optimizer.param_groups] if self.optimizer is not None else []
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            apply_arguments(self, before)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Compute the loss as in transformers, but let the model smooth labels, whose loss knows weights and mixup."""
+        classifier: Any = self.capsule_model
+        classifier.label_smoothing = self.args.label_smoothing_factor
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            classifier.label_smoothing = 0.0
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -118,6 +176,8 @@ class CapsuleTrainer(Trainer):
         try:
             with writing(checkpoint):
                 super()._save_checkpoint(model, trial)
+                if args.should_save:
+                    write_json(unfinished / RUN, describe_run(self, self.capsule_model))
                 if state.best_model_checkpoint == str(unfinished):
                     state.best_model_checkpoint = str(checkpoint)
                     if args.should_save:
@@ -332,12 +392,18 @@ def _mark_dynamic_sizes(inputs: Mapping[str, Any]) -> None:
                 torch._dynamo.maybe_mark_dynamic(value, dimension)
 
 
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch.
+class _Resuming(TrainerCallback):
+    """Mends what transformers and accelerate leave of a run that is resumed.
 
-    accelerate does not where several processes resume within an epoch: it looks for the sampler inside two others, and
-    there are three. The run would continue in the order of its first epoch.
+    The steps between logs, evaluations and checkpoints are those of this run's arguments, not of the checkpoint's. And
+    the sampler is told its epoch: accelerate does not where several processes resume within an epoch, as it looks for
+    the sampler inside two others, and there are three. The run would continue in the order of its first epoch.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(
         self,

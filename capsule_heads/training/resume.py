@@ -1,0 +1,149 @@
+"""What a run that is resumed shares with the run that wrote the checkpoint, and what it may change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+
+from ..checks import shown
+from ..files import read_json
+from ..models.base import CapsuleHeadPreTrainedModel
+from ..weights import sample_weights
+from .schedule import OneCycle
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+RUN = "run.json"  # in a checkpoint: what `describe_run` returned
+ADAPTIVE = "of a schedule that goes by results"
+
+
+def describe_run(trainer: Trainer, model: CapsuleHeadPreTrainedModel) -> dict[str, Any]:
+    """Return what a run has in common with every run that resumes it, by the names that a user knows."""
+    config, args = model.config, trainer.args
+    options = config.head_options
+    assert trainer.model is not None  # CapsuleTrainer refuses to be made without one
+    trained = [(name, list(x.shape)) for name, x in trainer.model.named_parameters() if x.requires_grad]
+    described = {
+        "head_type": config.head_type,
+        **{x.name: getattr(options, x.name) for x in fields(options) if x.metadata["describes"]},
+        "layers": list(config.layers),
+        "classes": [name for _, name in sorted((config.id2label or {}).items())],
+        "windows": None if config.windowing is None else list(config.windowing),
+        "backbone": _digest_of_backbone(model),
+        "trainable parameters": f"{len(trained)} tensors, {_digest(trained)}",
+        "training data": _describe_data(trainer.train_dataset, args.length_column_name),
+        "examples in a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "train_sampling_strategy": args.train_sampling_strategy,
+        "optim": _word(args.optim),
+        "lr_scheduler_type": _word(args.lr_scheduler_type),
+    }
+    return {**described, **({} if _has_closed_form(args) else {f"learning_rate {ADAPTIVE}": args.learning_rate})}
+
+
+def check_resumable(checkpoint: str, described: Mapping[str, Any], args: TrainingArguments) -> None:
+    """Check that a run can go on from a checkpoint.
+
+    Epochs, learning rates and the like may be others than before: the schedule then covers the new number of steps.
+
+    Args:
+        checkpoint: its folder. One of transformers' own Trainer has no description, and is taken as it is.
+        described: what `describe_run` returns for this run.
+        args: of this run.
+
+    Raises:
+        ValueError: If the run that wrote the checkpoint was another one, the checkpoint has no optimizer state, or it
+            is beyond the end of this run.
+    """
+    folder = Path(checkpoint)
+    if not (folder / RUN).is_file():
+        return
+    before = read_json(folder / RUN)
+    for name in (name for name in {**before, **described} if before.get(name) != described.get(name)):
+        raise ValueError(
+            f"{checkpoint} was written with other settings: its {name} is {shown(before.get(name))}, and this run has "
+            f"{shown(described.get(name))}; resume with what it was written with, or start a new run in another "
+            "output_dir."
+        )
+    if not any(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
+        raise ValueError(
+            f"{checkpoint} has no optimizer state, as it was saved with save_only_model; expected a checkpoint to "
+            "resume from: load its model instead, and start a new run."
+        )
+    state = read_json(folder / TRAINER_STATE_NAME)
+    name, field = ("max_steps", "global_step") if args.max_steps > 0 else ("num_train_epochs", "epoch")
+    done, end = state[field], getattr(args, name)
+    if done > end:
+        raise ValueError(
+            f"{name} is {end}, and {checkpoint} is of {done:g} already; expected at least as many, or an earlier "
+            "checkpoint."
+        )
+
+
+def apply_arguments(trainer: Trainer, before: Iterable[Mapping[str, Any]]) -> None:
+    """Set an optimizer and its schedule, whose states a checkpoint restored, to the arguments of this run.
+
+    Args:
+        trainer: with both.
+        before: the options of each parameter group as this run's arguments made them.
+    """
+    optimizer, schedule = trainer.optimizer, trainer.lr_scheduler
+    if optimizer is None or not _has_closed_form(trainer.args):
+        return
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        group.update({name: value for name, value in own.items() if name not in ("params", "lr")})
+    peaks = [group["initial_lr"] for group in optimizer.param_groups]
+    if isinstance(schedule, OneCycle):
+        schedule.base_lrs = list(peaks)
+        schedule.apply()
+    elif isinstance(schedule, LambdaLR):
+        schedule.base_lrs = list(peaks)
+        lrs = [peak * factor(schedule.last_epoch) for peak, factor in zip(peaks, schedule.lr_lambdas, strict=True)]
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        schedule._last_lr = list(lrs)
+
+
+def _has_closed_form(args: TrainingArguments) -> bool:
+    """Return whether a schedule is a function of the step alone."""
+    return _word(args.lr_scheduler_type) not in ("reduce_lr_on_plateau", "greedy")
+
+
+def _word(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _digest_of_backbone(model: CapsuleHeadPreTrainedModel) -> str | None:
+    """Return a digest of some of a frozen backbone's weights, which a checkpoint of the head does not hold."""
+    if model.backbone is None or not model.config.head_only or model.backbone_trains:
+        return None
+    digest = hashlib.sha256()
+    for name, x in sample_weights(model.backbone).items():
+        digest.update(name.encode() + x.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _describe_data(dataset: Any, length_column: str) -> str | None:
+    """Return the number of training examples, and a digest of their labels and lengths where these can be read."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    columns = getattr(dataset, "column_names", None) or ()
+    names = [name for name in ("label", "labels", length_column) if name in columns]
+    if hasattr(dataset, "with_format"):  # else a HiddenStateCache
+        dataset = dataset.with_format(None)
+    return f"{len(dataset):,} examples, {_digest([dataset[name][:] for name in names])}"
