@@ -46,7 +46,7 @@ def test_sizes(base, scalar, tmp_path):
 @pytest.mark.parametrize("as_list", LISTS.values(), ids=LISTS)
 def test_lists(base, as_list):
     config = make_config(base, num_labels=3, class_weights=as_list([1.0, 0.5, 2.0]))
-    assert config.class_weights == [1.0, 0.5, 2.0] and json.dumps(config.to_dict())
+    assert list(config.class_weights) == [1.0, 0.5, 2.0] and json.dumps(config.to_dict())
 
 
 def test_numbers_with_a_point_and_classes(base):
@@ -115,8 +115,8 @@ def test_what_is_no_backbone_is_refused_in_a_line(what):
     [
         ({"id2label": {0: "a", 1: "b"}, "label2id": {"a": 1, "b": 0}}, "expected the same names with the same indices"),
         ({"id2label": {0: "a", 1: "a"}}, "no name twice"),
-        ({"label2id": {"a": 0, "b": 2}}, "label2id is .* expected each class by its name and index, from 0 on"),
-        ({"id2label": {1: "a", 2: "b"}}, "id2label is .* expected each class by its name and index, from 0 on"),
+        ({"label2id": {"a": 0, "b": 2}}, "label2id is .* expected the name of each class by its index, from 0 on"),
+        ({"id2label": {1: "a", 2: "b"}}, "id2label is .* expected the name of each class by its index, from 0 on"),
         ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, "num_labels is 3, and 2 classes have names"),
     ],
 )

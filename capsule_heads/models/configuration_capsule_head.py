@@ -335,9 +335,9 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     if id2label is None and label2id is None:
         return {}
     for name, classes in (("id2label", id2label), ("label2id", label2id)):
-        indices = classes.keys() if name == "id2label" and isinstance(classes, dict) else dict(classes or {}).values()
-        if classes is not None and {str(index) for index in indices} != {str(index) for index in range(len(classes))}:
-            raise ValueError(f"{name} is {shown(classes)}; expected each class by its name and index, from 0 on.")
+        indices = [] if not isinstance(classes, dict) else classes if name == "id2label" else classes.values()
+        if classes is not None and (not indices or {str(x) for x in indices} != {str(x) for x in range(len(indices))}):
+            raise ValueError(f"{name} is {shown(classes)}; expected the name of each class by its index, from 0 on.")
     by_index = {int(index): str(name) for index, name in (id2label or {}).items()}
     by_name = {str(name): int(index) for name, index in (label2id or {}).items()}
     by_index = by_index or {index: name for name, index in by_name.items()}

@@ -266,7 +266,7 @@ def test_unknown_dtypes_are_refused(base, backbone_dir, tmp_path, name):
 def test_labels_follow_transformers_rules(base):
     config = make_config(base)
     assert (config.num_labels, config.problem_type) == (2, None)
-    config = make_config(base, id2label={0: "neg", 1: "neutral", 2: "pos"}, label2id={"neg": 0})
+    config = make_config(base, id2label={0: "neg", 1: "neutral", 2: "pos"})
     assert (config.num_labels, config.id2label[2], config.problem_type) == (3, "pos", None)
     assert make_config(base, num_labels=4).id2label == {n: f"LABEL_{n}" for n in range(4)}
 
