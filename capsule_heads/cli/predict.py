@@ -176,7 +176,7 @@ def _classify_audio(
     from ..data.audio import AudioCollator, audio_features, open_audio
 
     collate = AudioCollator(processor)
-    names: dict[int, str] = dict(model.config.id2label or {})
+    names: dict[Any, str] = dict(model.config.id2label or {})
     predictions = []
     for start in range(0, len(files), batch_size):
         recordings = (open_audio(file, processor.sampling_rate) for file in files[start : start + batch_size])

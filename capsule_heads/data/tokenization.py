@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,7 +65,7 @@ def window_fields(
                 f"{type(tokenizer).__name__} does not say how many tokens its backbone takes, so give the length of a "
                 "window: window_fields(tokenizer, overlap, length=...), or window_length in a YAML file."
             )
-    elif isinstance(most, int) and length > most:
+    elif most is not None and length > most:
         raise ValueError(
             f"The length of a window is {length}, and the backbone takes {most} tokens; expected {most} or less, or "
             "None for as many as it takes."
@@ -81,15 +82,15 @@ def token_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.model_max_length if tokenizer.model_max_length < LARGE_INTEGER else None
 
 
-def _limit_of_backbone(tokenizer: PreTrainedTokenizerBase) -> int | bool:
+def _limit_of_backbone(tokenizer: PreTrainedTokenizerBase) -> float | None:
     """Return the number of tokens that a tokenizer's backbone takes, which the tokenizer then knows too.
 
-    True for any number; False if there is no configuration of the backbone on this machine.
+    Infinity for any number; None if the backbone's configuration is not on this machine.
     """
     if tokenizer.name_or_path:
         with contextlib.suppress(OSError, ValueError):
-            return limit_tokens(tokenizer, tokenizer.name_or_path, local_files_only=True) or True
-    return False
+            return limit_tokens(tokenizer, tokenizer.name_or_path, local_files_only=True) or math.inf
+    return None
 
 
 def tokenize(
@@ -136,9 +137,9 @@ def tokenize(
         )
     most = max_length
     if most is None and not in_windows:
-        is_known = _limit_of_backbone(tokenizer)
+        of_backbone = _limit_of_backbone(tokenizer)
         most = token_limit(tokenizer)
-        if most is None and not is_known:
+        if most is None and of_backbone is None:
             logger.warning(
                 "No text is cut: %s does not say how many tokens its backbone takes, and the backbone's configuration "
                 "is not on this machine; max_length cuts texts.",
