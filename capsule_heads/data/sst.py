@@ -227,7 +227,9 @@ def _read_zip(payload: bytes, where: str) -> dict[str, tuple[str, bytes]]:
             names = [name for name in archive.namelist() if name.removeprefix(_FOLDER) in _SPLIT_FILES.values()]
             contents = {name: archive.read(name) for name in names}
     except _DAMAGE as error:
-        raise ValueError(f"{where} is not a complete zip file or is damaged ({error}); delete it and fetch it again.") from error
+        raise ValueError(
+            f"{where} is not a complete zip file or is damaged ({error}); delete it and fetch it again."
+        ) from error
     files = _locate(lambda name: name in contents, where)
     return {split: (f"{name} in {where}", contents[name]) for split, name in files.items()}
 
