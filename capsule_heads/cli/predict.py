@@ -163,7 +163,8 @@ def _classify_texts(
     if cut:
         print(cut, file=sys.stderr)
     classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
-    found = classify(given, batch_size=batch_size, truncation=most is not None, top_k=None)
+    # verbose: it would warn of texts that run in windows.
+    found = classify(given, batch_size=batch_size, truncation=most is not None, verbose=False, top_k=None)
     return [_describe(model, scores) for scores in found]
 
 
