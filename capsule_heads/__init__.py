@@ -10,6 +10,7 @@ from .lazy import import_after, lazy_names
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .backbones.processors import load_processor
     from .layers import Routing
     from .models import (
         CapsuleHeadConfig,
@@ -30,12 +31,14 @@ __all__ = [
     "CapsuleTrainingArguments",
     "Routing",
     "__version__",
+    "load_processor",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Routing": "layers",
+        "load_processor": "backbones.processors",
         "CapsuleTrainer": "training",
         "CapsuleTrainingArguments": "training",
         **{name: "models" for name in __all__ if name.startswith("CapsuleHead")},

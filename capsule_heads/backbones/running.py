@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..checks import is_readable
+from .limits import check_positions, check_token_types
 from .parts import INVERTED_MASKS, Inputs, name_in
 from .states import Layout, arrange, hidden_states_of
 
@@ -96,7 +97,9 @@ def all_hidden_states(
         _check_tokens(given["input_ids"], backbone)
     tokens = tensors.get("input_ids", tensors.get("inputs_embeds"))
     if tokens is not None:
-        _check_positions(tokens, tensors.get("position_ids"), backbone)
+        check_positions(tokens, tensors.get("position_ids"), backbone)
+    if "token_type_ids" in tensors:
+        check_token_types(tensors["token_type_ids"], backbone)
     if tokens is not None and "attention_mask" in given:
         check_mask(given["attention_mask"], tokens.shape[:2])
     arguments = call_arguments(backbone, stack, given)
@@ -179,27 +182,6 @@ def check_ids(input_ids: Tensor, n_embeddings: int | None, model_type: str) -> N
         raise ValueError(
             f"input_ids go from {low} to {high}, and the {model_type} backbone has embeddings for 0 to "
             f"{n_embeddings - 1}; use its own tokenizer, or resize_token_embeddings."
-        )
-
-
-def _check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreTrainedModel) -> None:
-    """Check that there is a position embedding for every token, where they are a table."""
-    most = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
-    if torch.compiler.is_compiling() or most is None or (tokens.shape[1] <= most and position_ids is None):
-        return
-    names = (name.rpartition(".")[2] for name, x in backbone.named_modules() if isinstance(x, nn.Embedding))
-    if not any("position" in name or name == "wpe" for name in names):  # positions that are computed have no end
-        return
-    if tokens.shape[1] > most:
-        raise ValueError(
-            f"The texts have {tokens.shape[1]} tokens, and the {backbone.config.model_type} backbone has "
-            f"positions for {most}; cut them (tokenizer(..., truncation=True)), or set window_length "
-            "(capsule_heads.data.window_fields)."
-        )
-    if position_ids is not None and position_ids.device.type == "cpu" and position_ids.max() >= most:
-        raise ValueError(
-            f"position_ids go up to {position_ids.max()}, and the {backbone.config.model_type} backbone has "
-            f"positions 0 to {most - 1}; leave position_ids out to have tokens counted."
         )
 
 
@@ -296,4 +278,6 @@ def _positions(backbone: nn.Module, mask: Tensor) -> Tensor:
         # offset (XGLM's) add it themselves.
         if "position" in name and padding_idx is not None and not hasattr(module, "offset"):
             return mask.cumsum(-1) * mask + padding_idx
-    return (mask.cumsum(-1) - 1).clamp_min(0)
+    # Nystromformer and its like count from 2, as their own positions say.
+    own = (x for name, x in backbone.named_buffers() if name.endswith("position_ids") and x.ndim == 2)
+    return (mask.cumsum(-1) - 1).clamp_min(0) + next((x[:, :1] for x in own), 0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .options import Command, OneLineParser, at_least, one_line_errors
@@ -14,10 +17,14 @@ if TYPE_CHECKING:
     from ..models import CapsuleHeadClassifier
 
 DESCRIPTION = (
-    "Classify texts, or files of images or audio, and print one JSON object per input: its label and score. Without "
-    "inputs the lines of standard input are read. A tab in a text separates the two texts of a pair. A stereo pair is "
-    "one image, the two views side by side."
+    "Classify texts, or files of images or audio, and print one JSON object per input: its label and score; the labels "
+    "whose score is above 0.5, and the scores of all, where a model gives several; the value of a regression. Without "
+    "inputs, standard input is read: UTF-8, one input a line, of which a blank one is an empty text. A tab in a text "
+    "separates the two texts of a pair. A stereo pair is one image, the two views side by side."
 )
+# A first line of nothing but names, one of them known, is the header of a table.
+HEADER = re.compile(r"""["']?\w+["']?([,;\t]["']?\w+["']?)+""")
+NAMES_IN_HEADERS = {"text", "sentence", "sentence1", "label", "labels"}
 
 
 def make_parser(prog: str) -> OneLineParser:
@@ -31,50 +38,146 @@ def make_parser(prog: str) -> OneLineParser:
 
 def run(options: argparse.Namespace) -> None:
     """Classify the inputs, and print a line for each."""
-    from ..backbones.processors import load_processor
-    from ..models.processors import modality_of
+    from ..models.processors import modality_of, processor_of
     from ..tasks import MODALITIES, load_classifier
 
-    with one_line_errors():
+    with one_line_errors(), _without_progress_bars():
+        _check_arguments(options.inputs)
         model = load_classifier(options.model)
         name = modality_of(model)
         MODALITIES[name].check_arguments(options.inputs)
-        inputs = options.inputs or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        inputs = options.inputs or read_lines(sys.stdin.buffer.read(), is_text=name == "text")
         if not inputs:
             raise ValueError("There is nothing to classify; expected texts or files, or lines to read.")
-        predictions = _classify(model, name, inputs, load_processor(name, options.model), options.batch_size)
+        where = "input" if options.inputs else "standard input, line"
+        predictions = _classify(model, name, inputs, processor_of(model), options.batch_size, where)
     for value, prediction in zip(inputs, predictions):
         print(json.dumps({name: value, **prediction}, ensure_ascii=False))
 
 
+def _check_arguments(inputs: Sequence[str]) -> None:
+    for number, given in enumerate(inputs, start=1):
+        try:
+            given.encode("utf-8")
+        except UnicodeEncodeError:  # Python keeps other bytes as surrogates
+            raise ValueError(
+                f"Input {number} is not UTF-8 text: {given!r}; expected UTF-8, which iconv -t UTF-8 makes of others."
+            ) from None
+
+
+def read_lines(content: bytes, is_text: bool) -> list[str]:
+    """Return the lines of standard input, without their ends.
+
+    Args:
+        content: all of it.
+        is_text: whether a line is a text, and not the name of a file.
+
+    Raises:
+        ValueError: If a line is not UTF-8, or blank where a file is expected, or the first is that of a table.
+    """
+    lines = []
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            lines.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"Standard input, line {number}, is not UTF-8 text ({error}); expected UTF-8, which iconv -t UTF-8 "
+                "makes of others."
+            ) from None
+        if not is_text and not lines[-1].strip():
+            raise ValueError(f"Standard input, line {number}, is blank; expected the name of a file.")
+    if not content:
+        return []
+    if is_text:
+        _check_first_line(lines[0].strip())
+    return lines
+
+
+def _check_first_line(line: str) -> None:
+    if _is_json(line):
+        raise ValueError("Standard input begins with JSON; expected one text a line, and nothing else in the line.")
+    if HEADER.fullmatch(line) and NAMES_IN_HEADERS & set(re.findall(r"\w+", line.lower())):
+        raise ValueError(
+            f"Standard input begins with the header of a table, {line!r}; expected one text a line, without a header "
+            "and other columns."
+        )
+
+
+def _is_json(line: str) -> bool:
+    """Return whether a line is an object or a list of JSON, or begins one."""
+    try:
+        return line in ("{", "[") or isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide transformers' bars, of loading weights, which are longer than what is printed."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
 def _classify(
-    model: CapsuleHeadClassifier, modality: str, inputs: Sequence[str], processor: Any, batch_size: int
+    model: CapsuleHeadClassifier, modality: str, inputs: Sequence[str], processor: Any, batch_size: int, where: str
 ) -> list[dict[str, Any]]:
-    """Return the label and score of each input."""
-    from transformers import ImageClassificationPipeline, TextClassificationPipeline
+    """Return what is printed of each input."""
+    from transformers import ImageClassificationPipeline
 
     from ..tasks import MODALITIES
 
     if modality == "audio":
         return _classify_audio(model, inputs, processor, batch_size)
     values = (MODALITIES[modality].read(given, processor) for given in inputs)  # one batch after another
-    if modality == "image":
-        classify_images: Any = ImageClassificationPipeline(model=model, image_processor=processor)
-        return [best[0] for best in classify_images(values, batch_size=batch_size, top_k=1)]
-    texts = [dict(zip(("text", "text_pair"), (x,) if isinstance(x, str) else x)) for x in values]
-    classify_texts = TextClassificationPipeline(model=model, tokenizer=processor)
-    return classify_texts(texts, batch_size=batch_size, truncation=model.config.windowing is None)
+    if modality == "text":
+        return _classify_texts(model, list(values), processor, batch_size, where)
+    classify_images: Any = ImageClassificationPipeline(model=model, image_processor=processor)
+    found: Any = classify_images(values, batch_size=batch_size, top_k=model.config.num_labels)
+    return [_describe(model, scores) for scores in found]
+
+
+def _classify_texts(
+    model: CapsuleHeadClassifier, texts: Sequence[Any], tokenizer: Any, batch_size: int, where: str
+) -> list[dict[str, Any]]:
+    """Return what is printed of each text, or pair of texts; say how many were cut."""
+    from transformers import TextClassificationPipeline
+
+    from ..data.tokenization import describe_cuts, token_limit
+
+    given = [dict(zip(("text", "text_pair"), (x,) if isinstance(x, str) else x)) for x in texts]
+    lengths = [len(tokenizer(**x, verbose=False)["input_ids"]) for x in given]
+    if 0 in lengths:
+        raise ValueError(
+            f"The text of {where} {lengths.index(0) + 1} is {texts[lengths.index(0)]!r}, of which the tokenizer makes "
+            "no token; leave it out."
+        )
+    most = token_limit(tokenizer) if model.config.windowing is None else None
+    cut = describe_cuts({"": lengths}, most)
+    if cut:
+        print(cut, file=sys.stderr)
+    classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
+    # verbose: it would warn of texts that run in windows.
+    found = classify(given, batch_size=batch_size, truncation=most is not None, verbose=False, top_k=None)
+    return [_describe(model, scores) for scores in found]
 
 
 def _classify_audio(
     model: CapsuleHeadClassifier, files: Sequence[str], processor: Any, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Return the label and score of each file, prepared as in training; transformers' pipeline passes no mask."""
+    """Return what is printed of each file, prepared as in training; transformers' pipeline passes no mask."""
     import torch
 
     from ..data.audio import AudioCollator, audio_features, open_audio
 
-    collate, names = AudioCollator(processor), dict(model.config.id2label or {})
+    collate = AudioCollator(processor)
+    names: dict[Any, str] = dict(model.config.id2label or {})
     predictions = []
     for start in range(0, len(files), batch_size):
         recordings = (open_audio(file, processor.sampling_rate) for file in files[start : start + batch_size])
@@ -85,9 +188,20 @@ def _classify_audio(
             scores = logits.sigmoid()
         else:
             scores = logits if model.config.problem_type == "regression" else logits.softmax(-1)
-        for score, index in zip(*(x.tolist() for x in scores.max(-1))):
-            predictions.append({"label": names[index], "score": score})
+        for row in scores.tolist():
+            predictions.append(_describe(model, [{"label": names[i], "score": score} for i, score in enumerate(row)]))
     return predictions
+
+
+def _describe(model: CapsuleHeadClassifier, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is printed of an input, from the label and score of each class."""
+    by_label = {x["label"]: x["score"] for x in sorted(scores, key=lambda x: x["score"], reverse=True)}
+    if model.config.problem_type == "regression":
+        return {"value": scores[0]["score"]} if len(scores) == 1 else {"values": by_label}
+    if model.config.problem_type == "multi_label_classification":
+        return {"labels": [label for label, score in by_label.items() if score > 0.5], "scores": by_label}
+    label, score = next(iter(by_label.items()))
+    return {"label": label, "score": score}
 
 
 COMMAND = Command("Classify texts, images or audio.", make_parser, run)

@@ -253,6 +253,8 @@ def _read_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
         raise ValueError(f"{path} is empty; expected one example a line.")
     for number, line in enumerate(payload.removesuffix(b"\n").split(b"\n"), start=1):
         where = f"{path}, line {number}"
+        if b"\0" in line:
+            raise ValueError(f"{where}: a NUL byte, as in UTF-16 or a damaged file; save the file as UTF-8.")
         try:
             yield where, line.decode("utf-8").removesuffix("\r").split("\t")
         except UnicodeDecodeError as error:

@@ -17,6 +17,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..weights import plain_weights
+from .splits import check_dataset
 from .state_file import ABOUT, StateFile, gigabytes
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class HiddenStateCache(Dataset):
     Raises:
         ValueError: If the backbone is not frozen; if its states exceed half precision, or differ in hidden size or
             tokens by layer; or if a cache was cut short, or is of something else.
+        TypeError: If the dataset is a stream, or something else than a `Dataset`.
         OSError: If there is not enough disk.
 
     Example:
@@ -137,6 +139,7 @@ class HiddenStateCache(Dataset):
         cache_dir: str | os.PathLike[str] | None = None,
         batch_tokens: int = 2048,
     ) -> None:
+        check_dataset("dataset", dataset, "Dataset")
         backbone = _frozen_backbone(model, tokenizer)
         names = _input_names(dataset, tokenizer)
         texts = _find_texts(dataset, names)

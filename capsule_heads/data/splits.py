@@ -14,6 +14,38 @@ if TYPE_CHECKING:
 VALIDATION_FRACTION = 0.1  # of the training examples, where a dataset has no validation split
 
 
+def check_dataset(name: str, given: object, *kinds: str) -> None:
+    """Check that data is in memory or on disk, where it can be read again and its rows are counted.
+
+    Args:
+        name: the argument's.
+        given: its value.
+        *kinds: the classes of `datasets` that are expected.
+
+    Raises:
+        TypeError: If it is a stream, or something else.
+    """
+    import datasets
+
+    if isinstance(given, tuple(getattr(datasets, kind) for kind in kinds)):
+        return
+    expected, found = " or a ".join(kinds), type(given).__name__
+    if isinstance(given, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise TypeError(
+            f"{name} is an {found}, whose rows are streamed and not counted; expected a {expected}: load it without "
+            "streaming=True, or keep a part of it with Dataset.from_list(list(stream.take(n)))."
+        )
+    raise TypeError(
+        f"{name} is a {found}; expected a {expected} of the package datasets, as Dataset.from_dict, from_list and "
+        "from_pandas make it."
+    )
+
+
+def row_of(split: str, row: int) -> str:
+    """Return the name of a row for a message; `split` is "" for a dataset without splits."""
+    return f"row {row}{f' of {split}' if split else ''} (counted from 0)"
+
+
 def with_validation(splits: DatasetDict, source: str, kind: str) -> DatasetDict:
     """Return splits with a validation split. Where it is missing, a part of the training split becomes it.
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
+import lzma
 import os
 import re
+import struct
 import urllib.request
 import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import datasets
@@ -23,6 +25,9 @@ FINE_GRAINED_NAMES = ["very negative", "negative", "neutral", "positive", "very 
 BINARY_NAMES = ["negative", "positive"]
 
 _SPLIT_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+_FOLDER = "trees/"  # in it, or beside it
+# What zipfile raises of bytes that are lost or changed: wrong offsets, sizes, methods and flags among them.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError, struct.error)
 _STANFORD_TREES = {"train": 8_544, "validation": 1_101, "test": 2_210}
 _LABELS = {name: int(name) for name in "01234"}
 _NEUTRAL = 2
@@ -118,6 +123,8 @@ def _parse_file(name: str, payload: bytes) -> Iterator[list[tuple[str, int]]]:
         raise ValueError(f"{name} is empty; expected one tree a line, such as (3 (2 A) (4 delight)).")
     # Not splitlines(), which also splits at characters that may stand inside a sentence.
     for number, line in enumerate(payload.rstrip().split(b"\n"), start=1):
+        if b"\0" in line:
+            raise ValueError(f"{name}, line {number}: a NUL byte, as in UTF-16 or a damaged file; save it as UTF-8.")
         try:
             yield _parse_tree(line.decode("utf-8").strip("\r\t "))
         except UnicodeDecodeError as error:
@@ -189,7 +196,7 @@ def _read_source(
         files = _locate(lambda name: (path / name).is_file(), str(path))
         return {split: (str(path / name), (path / name).read_bytes()) for split, name in files.items()}
     if path.is_file():
-        return _read_zip(path, str(path))
+        return _read_zip(path.read_bytes(), str(path))
     raise FileNotFoundError(
         f"No SST at {path}: give a directory with {_file_names()}, a zip file with them, or an http(s) address of one."
     )
@@ -201,7 +208,7 @@ def _file_names() -> str:
 
 def _locate(exists: Callable[[str], bool], where: str) -> dict[str, str]:
     """Return the name of each split's file, all in one folder."""
-    for folder in ("", "trees/"):
+    for folder in ("", _FOLDER):
         found = {split: folder + file for split, file in _SPLIT_FILES.items() if exists(folder + file)}
         if found:
             break
@@ -214,14 +221,17 @@ def _locate(exists: Callable[[str], bool], where: str) -> dict[str, str]:
     return found
 
 
-def _read_zip(file: str | os.PathLike[str] | IO[bytes], where: str) -> dict[str, tuple[str, bytes]]:
+def _read_zip(payload: bytes, where: str) -> dict[str, tuple[str, bytes]]:
     try:
-        with zipfile.ZipFile(file) as archive:
-            names = set(archive.namelist())
-            files = _locate(lambda name: name in names, where)
-            return {split: (f"{name} in {where}", archive.read(name)) for split, name in files.items()}
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{where} is not a complete zip file ({error}); delete it and fetch it again.") from error
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            names = [name for name in archive.namelist() if name.removeprefix(_FOLDER) in _SPLIT_FILES.values()]
+            contents = {name: archive.read(name) for name in names}
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{where} is not a complete zip file or is damaged ({error}); delete it and fetch it again."
+        ) from error
+    files = _locate(lambda name: name in contents, where)
+    return {split: (f"{name} in {where}", contents[name]) for split, name in files.items()}
 
 
 def _download(url: str, cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -239,7 +249,7 @@ def _download(url: str, cache_dir: str | os.PathLike[str] | None) -> Path:
         with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT) as response:
             payload = response.read()
         _check_download(payload, url)
-    except (OSError, http.client.HTTPException, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise ConnectionError(
             f"Could not download SST from {url} ({error}); fetch it in another way and give source= a local directory "
             f"with {_file_names()}, or a zip file with them."
@@ -256,11 +266,7 @@ def _download(url: str, cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _check_download(payload: bytes, url: str) -> None:
-    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise ValueError(f"{broken} in the downloaded file is damaged")
-    files = _read_zip(io.BytesIO(payload), "the downloaded file")
+    files = _read_zip(payload, "the downloaded file")
     if url == STANFORD_URL:
         n_trees = {split: len(content.rstrip().split(b"\n")) for split, (_, content) in files.items()}
         if n_trees != _STANFORD_TREES:

@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, PushToHubMixin
 
 from ..backbones import Backbone, Part
+from ..backbones.limits import check_windows
 from ..backbones.loading import BACKBONE_KWARGS, HUB_KWARGS, check_model_type, is_quantised, reading_weights
 from ..backbones.parts import TEXT_INPUTS, check_main_input
 from ..checks import check_dtype
@@ -84,6 +85,7 @@ class CheckpointModel(PreTrainedModel):
     def _set_backbone(self, backbone: PreTrainedModel | None) -> None:
         if backbone is not None:
             check_main_input(backbone, self.backbone_inputs)
+            check_windows(self.config.windowing, backbone)
             if is_quantised(backbone) and not self.config.freeze_backbone:
                 raise ValueError(
                     "A quantised backbone cannot be trained: leave it frozen (freeze_backbone=True), with or without "

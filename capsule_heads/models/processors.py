@@ -27,7 +27,7 @@ def processor_of(model: CapsuleHeadClassifier) -> Any:
     names = [name for name in revisions if name]
     for name in names:
         with contextlib.suppress(OSError, ValueError):
-            processor = load_processor(modality_of(model), name, revisions[name])
+            processor = load_processor(name, modality_of(model), revisions[name])
             # Where there are no files of a tokenizer, transformers makes one that knows no words.
             if not isinstance(processor, PreTrainedTokenizerBase) or len(processor) > len(processor.all_special_ids):
                 return processor

@@ -123,7 +123,7 @@ def load_states(
     task: str, source: str | None, backbone: str, max_phrases: int
 ) -> tuple[dict[str, HiddenStateCache], list[str], PreTrainedTokenizerBase]:
     """Return the cached hidden states of each split, at all layers; the classes' names; and the tokenizer."""
-    tokenizer = load_processor("text", backbone)
+    tokenizer = load_processor(backbone)
     splits = get_task(task).load(source)
     for name, split in splits.items():
         limit = max_phrases if name == "train" else 0

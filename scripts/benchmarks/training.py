@@ -125,7 +125,7 @@ class StackedHead(TokenDepthHead):
 def train_once(kind: str, seed: int, arguments: argparse.Namespace, data: datasets.DatasetDict) -> dict[str, object]:
     """Train once, and return the seconds and the accuracy on each of the other splits."""
     set_seed(seed)
-    tokenizer = load_processor("text", arguments.backbone)
+    tokenizer = load_processor(arguments.backbone)
     backbone = resolve_backbone(arguments.backbone)
     model = CapsuleHeadForSequenceClassification.from_backbone(backbone, num_labels=5, **PAPER)
     if kind == "straightforward":
@@ -410,7 +410,7 @@ def table_of_steps(rows: list[dict[str, object]]) -> str:
 def report_steps(arguments: argparse.Namespace) -> None:
     """Print the table of training steps on CUDA."""
     try:
-        tokenizer = load_processor("text", arguments.backbone)
+        tokenizer = load_processor(arguments.backbone)
         phrases = arguments.source and load_sst(arguments.source, fine_grained=True, phrases=True)
     except (ImportError, OSError, ValueError) as error:
         fail(error)
@@ -505,7 +505,7 @@ def main() -> None:
 
     try:
         data = load_sst(arguments.source, fine_grained=True, phrases=True)
-        tokenizer = load_processor("text", arguments.backbone)
+        tokenizer = load_processor(arguments.backbone)
     except (ImportError, OSError, ValueError) as error:
         fail(error)
     STRATEGIES["original"] = Original()

@@ -32,7 +32,8 @@ def call(monkeypatch, capfd):
     """call(command, *arguments): status, output and errors of a command, in this process: it spares it the imports."""
 
     def call_command(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        given = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         capfd.readouterr()
         status = 0
         try:

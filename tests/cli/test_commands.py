@@ -131,7 +131,7 @@ def test_predict(run, call, reviews_model):
     assert [line["score"] for line in lines] == pytest.approx(scores, rel=1e-5)
     assert {line["label"] for line in lines} <= {"negative", "positive"}
 
-    done = run("predict", reviews_model, "--batch_size", 2, stdin="\n\n".join(texts) + "\n")
+    done = run("predict", reviews_model, "--batch_size", 2, stdin="\n".join(texts) + "\n")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["text"] for line in lines] == texts

@@ -169,6 +169,7 @@ def test_columns_may_come_in_any_order_with_any_line_ends(tmp_path):
         ("stsb", "0\tn\tf\t2012\t1\tx\ty\tA\tB\thigh", r"the score 'high' is not a finite number"),
         ("stsb", "0\tn\tf\t2012\t1\tx\ty\tA\tB\tnan", r"the score 'nan' is not a finite number"),
         ("sst2", b"caf\xe9\t1", r"not UTF-8 text .*; save the file as UTF-8"),
+        ("sst2", b"ca\0fe\t1", "a NUL byte, as in UTF-16 or a damaged file; save the file as UTF-8"),
     ],
 )
 def test_malformed_row_names_file_and_line(tmp_path, task, row, complaint):

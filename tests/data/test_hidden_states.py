@@ -99,6 +99,13 @@ def count(monkeypatch):
     return counting
 
 
+def test_a_stream_is_refused():
+    with pytest.raises(TypeError, match=r"dataset is an IterableDataset, .*; .* without streaming=T"):
+        HiddenStateCache(texts().to_iterable_dataset(), None, make_tokenizer())
+    with pytest.raises(TypeError, match="dataset is a DatasetDict; expected a Dataset of the package datasets"):
+        HiddenStateCache(DatasetDict(train=texts()), None, make_tokenizer())
+
+
 def folders_in(folder):
     return sorted(folder.iterdir()) if folder.exists() else []
 

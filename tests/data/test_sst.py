@@ -165,6 +165,7 @@ def test_deep_trees_need_no_recursion(tmp_path):
         ("(3 (4 treat) A)", r"'A' stands beside another word or node"),
         ("", r"the line is blank"),
         (b"(2 caf\xe9)", r"not UTF-8 text .*; save the file as UTF-8"),
+        (b"(2 ca\0fe)", "a NUL byte, as in UTF-16 or a damaged file"),
     ],
 )
 def test_malformed_tree_names_file_and_line(tmp_path, line, complaint):
@@ -213,6 +214,24 @@ def test_source_of_a_wrong_kind(tmp_path):
         load_sst(tmp_path / "sst.zip")
 
 
+def test_zip_files_that_lost_bytes_are_named(tmp_path):
+    whole = zipped()
+    lost = [whole[:-n] for n in (1, 3, 30, len(whole) - 5)]  # at the end
+    lost += [whole[:start] + whole[start + n :] for start in (0, 40, 200, len(whole) - 100) for n in (1, 3, 20)]
+    changed = [bytearray(whole) for _ in range(0, len(whole), 7)]
+    for n, payload in enumerate(changed):
+        payload[7 * n] ^= 0x20
+    for payload in [*lost, *map(bytes, changed)]:
+        (tmp_path / "sst.zip").write_bytes(payload)
+        try:
+            found = rows(load_sst(tmp_path / "sst.zip", phrases=False)["test"])
+        except (ValueError, FileNotFoundError) as error:  # a changed name: the file is missing
+            assert f"{tmp_path}/sst.zip" in str(error)
+        else:  # what changed is of no account: a time, say
+            assert found == [("So good", 4), ("So bad", 0), ("So so", 1)]
+            assert payload not in lost
+
+
 def test_malformed_tree_in_a_zip_file_names_both(tmp_path, monkeypatch):
     monkeypatch.setitem(FILES, "dev.txt", "(9 bad)\n")
     (tmp_path / "sst.zip").write_bytes(zipped())
@@ -252,6 +271,7 @@ def damaged():
         (damaged(), "damaged|invalid|[Ee]rror"),
         (zipped(names=("train.txt",)), r"missing dev\.txt, test\.txt"),
     ],
+    ids=["nothing", "page", "cut short", "damaged", "two files short"],
 )
 def test_failed_download_leaves_nothing_behind(tmp_path, serve, payload, complaint):
     url, _ = serve("other.zip", b"") if payload is None else serve("sst.zip", payload)

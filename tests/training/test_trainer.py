@@ -333,12 +333,12 @@ def test_early_stopping(make_model, make_trainer, arguments):
 
 def test_a_tokenizer_without_padding_token(make_model, make_trainer, gpt2):
     with pytest.raises(ValueError, match=r"no padding token.*tokenizer\.pad_token = tokenizer\.eos_token"):
-        make_trainer(make_model(gpt2), processing_class=load_processor("text", gpt2))
+        make_trainer(make_model(gpt2), processing_class=load_processor(gpt2))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_decoder_learns(make_model, make_trainer, arguments, gpt2, texts, side):
-    tokenizer = load_processor("text", gpt2, pad_token="[SEP]")
+    tokenizer = load_processor(gpt2, pad_token="[SEP]")
     tokenizer.padding_side = side
     tokens = tokenize(texts, tokenizer)
     trainer = make_trainer(
