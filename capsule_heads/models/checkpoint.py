@@ -395,6 +395,8 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _replace(directory: Path, names: list[Path]) -> None:
+    for name in names:  # while there may yet be no room for a folder
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
     if Path(CONFIG_NAME) in names:
         (directory / CONFIG_NAME).unlink(missing_ok=True)
     weights = {_weights_name(path.name) for path in names if path.suffix == ".safetensors"}
@@ -402,7 +404,6 @@ def _replace(directory: Path, names: list[Path]) -> None:
         if path.is_file() and _weights_name(path.name) in weights and Path(path.name) not in names:
             path.unlink()
     for name in sorted(names, key=lambda name: name == Path(CONFIG_NAME)):
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / UNFINISHED / name).replace(directory / name)
 
 

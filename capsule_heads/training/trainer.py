@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
@@ -33,7 +34,7 @@ from ..models.base import CapsuleHeadPreTrainedModel
 from ..models.checkpoint import replacing
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
 from .capsule_model import find_capsule_model, settle_problem_type
-from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
+from .checkpoints import UNFINISHED, finish, locked, resolve_checkpoint, rotate, writing
 from .host_checks import CheckedCollator
 from .nonfinite import StepCheck
 from .schedule import OneCycle
@@ -85,9 +86,14 @@ class CapsuleTrainer(Trainer):
 
         Raises:
             ValueError: If the checkpoint is not there, or not complete.
-            OSError: If a checkpoint could not be written; the earlier ones are as they were.
+            OSError: If a checkpoint could not be written; the earlier ones are as they were. If another process trains
+                in the same output_dir.
         """
-        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.run_dir)
+        is_saved = self.args.save_strategy != SaveStrategy.NO
+        with locked(self.run_dir) if is_saved and self.is_world_process_zero() else contextlib.nullcontext():
+            return self._train(resolve_checkpoint(resume_from_checkpoint, self.run_dir), *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
         if isinstance(self.model, CapsuleHeadPreTrainedModel):
             # Every process has loaded the same; DDP would send its buffers at each step.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -126,7 +132,7 @@ class CapsuleTrainer(Trainer):
             with args.main_process_first(local=False), writing(checkpoint):
                 if is_first and unfinished.exists():
                     finish(unfinished, checkpoint)
-        except OSError:
+        except BaseException:  # also Ctrl-C
             shutil.rmtree(unfinished.parent, ignore_errors=True)
             raise
         finally:
