@@ -17,7 +17,7 @@ def read_json(path: str | Path, kind: type[dict | list] = dict) -> Any:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
-        raise ValueError(f"{path} is not JSON that can be read: {error}.") from None
+        raise ValueError(f"{path} is not JSON: {error}.") from None
     if not isinstance(content, kind):
         expected = {dict: "keys and values", list: "a list"}[kind]
         raise ValueError(f"{path}: expected {expected}, found {type(content).__name__}.")

@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME, PushToHubMixin
 from ..backbones import Backbone, Part
 from ..backbones.loading import BACKBONE_KWARGS, HUB_KWARGS, check_model_type, is_quantised, reading_weights
 from ..backbones.parts import TEXT_INPUTS, check_main_input
-from ..checks import check_dtype
+from ..checks import check_dtype, check_memory
 from ..heads import Head, get_head
 from ..hub import check_backbone_is_shared, push_folder
 from ..weights import same_weights, sample_weights
@@ -73,7 +73,9 @@ class CheckpointModel(PreTrainedModel):
         super().__init__(config)
         # The head comes first: a model's dtype and device are those of its first parameter, and the head's are saved.
         hidden_sizes = [config.hidden_sizes[layer] for layer in config.layers]
-        self.head = get_head(config.head_type)(hidden_sizes=hidden_sizes, n_out=n_out, **config.head_options.as_dict())
+        make_head, options = get_head(config.head_type), config.head_options.as_dict()
+        check_memory(lambda: make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options), options)
+        self.head = make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options)
         if backbone is None and build:
             config.head_only = False  # the backbone made here is random, not the one that the reference names
             backbone = config.backbone.build(backbone_dtype, trust_remote_code=trust_backbone_code)

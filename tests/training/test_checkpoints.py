@@ -76,11 +76,11 @@ def change_list(**records):
         ),
         (
             lambda checkpoint: (checkpoint / "files.json").write_text("[" * 10**5),
-            r"no list of its files \(.*not JSON that can be read",
+            r"no list of its files \(.*is not JSON",
         ),
         (
             lambda checkpoint: (checkpoint / "files.json").write_bytes(b'{"\xff'),
-            r"no list of its files \(.*not JSON that",
+            r"no list of its files \(.*is not JSON",
         ),
         *(
             (change_list(**{"part/0": record}), r"files\.json does not say the size and SHA-256 of part/0")
