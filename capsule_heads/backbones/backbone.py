@@ -151,7 +151,7 @@ class Backbone:
         try:
             complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])  # a trace of torch's follows
             raise ValueError(
                 f"A backbone of type {self.config.model_type} cannot be built from its configuration ({reason})."
             ) from error
