@@ -319,7 +319,7 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
         return base_config
     if not isinstance(base_config, dict) or not isinstance(base_config.get("model_type"), str):
         raise ValueError(
-            f"base_config is {base_config!r}; expected the backbone's configuration, an object such as "
+            f"base_config is {base_config!r:.200}; expected the backbone's configuration, an object such as "
             "AutoConfig.from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
             ".from_backbone(name, num_labels=n) builds it for you."
         )
