@@ -46,7 +46,7 @@ def write_text(path: str | Path, text: str) -> None:
         part.replace(path)
     except OSError as error:  # that of a full disk names no file
         raise OSError(
-            f"{path} could not be written: {error.strerror or error}; make room, or choose a place that can be written to."
+            f"{path} could not be written: {error.strerror or error}; make room, or choose another place."
         ) from error
     finally:
         with contextlib.suppress(OSError):
