@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MOST_SHOWN = 200  # characters of a value in a message
 
@@ -69,6 +70,30 @@ def check_hidden_sizes(hidden_sizes: object, at_most: int | None = None) -> tupl
     for index, size in enumerate(hidden_sizes):
         check_size(f"hidden_sizes[{index}]", size)
     return tuple(hidden_sizes)
+
+
+def check_memory(make: Callable[[], nn.Module], options: Mapping[str, object]) -> None:
+    """Check that there is memory for a module's parameters, before the system ends the process for want of it.
+
+    Args:
+        make: returns the module; called on the meta device.
+        options: what its size follows from, for the message.
+
+    Raises:
+        ValueError: If its parameters take more than is free.
+    """
+    free = psutil.virtual_memory().available
+    try:
+        with torch.device("meta"):
+            n_bytes = sum(x.numel() * x.element_size() for x in make().parameters())
+    except (RuntimeError, TypeError):  # of sizes beyond 64 bits
+        n_bytes = 1 << 63
+    if n_bytes > free:
+        sizes = ", ".join(f"{name}={value}" for name, value in options.items() if type(value) is int)
+        raise ValueError(
+            f"The head's parameters take {n_bytes / 1e9:,.0f} GB, and {free / 1e9:,.1f} GB of memory are free; "
+            f"expected smaller options ({sizes}), or fewer layers."
+        )
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

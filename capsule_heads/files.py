@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ def read_json(path: str | Path, kind: type[dict | list] = dict) -> Any:
     """Read a JSON file that holds keys and values, or a list.
 
     Raises:
-        ValueError: If it is not JSON, or holds something else.
+        ValueError: If it is not JSON, is nested too deeply to read, or holds something else.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
         raise ValueError(f"{path} is not JSON: {error}.") from None
     if not isinstance(content, kind):
         expected = {dict: "keys and values", list: "a list"}[kind]
@@ -24,13 +25,29 @@ def read_json(path: str | Path, kind: type[dict | list] = dict) -> Any:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file, completely or not at all."""
+    """Write a JSON file, completely or not at all.
+
+    Raises:
+        OSError: If it cannot be written; an earlier file is as it was.
+    """
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, completely or not at all: under another name first."""
+    """Write a text file, completely or not at all: under another name first.
+
+    Raises:
+        OSError: If it cannot be written; an earlier file is as it was.
+    """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}; make room, or choose another place."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()

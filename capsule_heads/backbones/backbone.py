@@ -151,6 +151,9 @@ class Backbone:
         Args:
             dtype: of its weights; None for that of its configuration.
             trust_remote_code: whether to run code that its configuration names, from the repository of its weights.
+
+        Raises:
+            ValueError: If no model can have the configuration's values.
         """
         from transformers import MODEL_MAPPING, AutoModel
 
@@ -158,7 +161,13 @@ class Backbone:
             self.config.dtype = dtype
         is_known = type(self.config) in MODEL_MAPPING  # then no code is loaded, and from_config passes the keyword on
         code_kwargs = {"code_revision": self.revision} if trust_remote_code and not is_known else {}
-        complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
+        try:
+            complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])  # a trace of torch's follows
+            raise ValueError(
+                f"A backbone of type {self.config.model_type} cannot be built from its configuration ({reason})."
+            ) from error
         return part_of(complete, self.part)
 
     def load(self, **loading: Any) -> tuple[Backbone, PreTrainedModel]:

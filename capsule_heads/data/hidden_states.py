@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # The fields of a configuration that name the backbone, and change nothing that it computes.
 NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
 
-TOKENS_AT_ONCE = 10_000  # that are copied to a device
-
 
 class CapsuleCollator(DataCollatorWithPadding):
     """Pads a batch of texts, or of cached hidden states, to its longest.
@@ -103,6 +101,8 @@ class HiddenStateCache(Dataset):
     memory. `CapsuleTrainer` groups them by length. transformers' own Trainer does that with its own datasets only, and
     needs `train_sampling_strategy="random"` here.
 
+    Each text's states have a checksum beside them, which is compared when a process first reads them.
+
     `to(device)` keeps them on a GPU, or in memory. Batches are then made there: no states are read or copied in a step.
 
     It takes `2 * layers * hidden_size` bytes of disk a token: see `estimate`. To have a cache of several datasets at
@@ -122,7 +122,7 @@ class HiddenStateCache(Dataset):
 
     Raises:
         ValueError: If the backbone is not frozen; if its states exceed half precision, or differ in hidden size or
-            tokens by layer; or if a cache was cut short, or is of something else.
+            tokens by layer; or if a cache was cut short, is damaged, or is of something else.
         TypeError: If the dataset is a stream, or something else than a `Dataset`.
         OSError: If there is not enough disk.
 
@@ -155,7 +155,9 @@ class HiddenStateCache(Dataset):
         self.folder, self.n_bytes, self.n_unique = file.folder, file.n_bytes, len(texts.rows)
         self._file = file
         self._states: np.ndarray | Tensor | None = None  # opened when a row is read
-        self._ends, self._lengths = texts.ends[texts.indices], texts.lengths
+        self._checksums = np.zeros(0, np.uint32)
+        self._is_checked = np.zeros(len(texts.rows), bool)
+        self._texts, self._ends, self._lengths = texts.indices, texts.ends[texts.indices], texts.lengths
         self._labels = dataset.with_format("numpy")["labels"][:] if "labels" in dataset.column_names else None
 
     @staticmethod
@@ -182,7 +184,7 @@ class HiddenStateCache(Dataset):
             The cache itself.
 
         Raises:
-            ValueError: If the device has less memory free than they take.
+            ValueError: If the device has less memory free than they take, or they are damaged.
         """
         device = torch.device(device)
         free = _free_memory(device)
@@ -191,12 +193,12 @@ class HiddenStateCache(Dataset):
                 f"The hidden states take {gigabytes(self.n_bytes)}, and {device} has {gigabytes(free)} of memory free; "
                 "leave them on disk (cache_on_device=False), or use fewer layers."
             )
-        source = self._file.open()
+        source, checksums = self._file.open()
         states = torch.empty(source.shape, dtype=torch.float16, device=device)
-        for start in range(0, len(source), TOKENS_AT_ONCE):
-            part = np.array(source[start : start + TOKENS_AT_ONCE])  # a copy: torch warns of memory it may not write
-            states[start : start + len(part)] = torch.from_numpy(part)
+        for start, piece in self._file.pieces(source, checksums):
+            states[start : start + len(piece)] = torch.from_numpy(piece)
         self._states = states
+        self._is_checked[:] = True
         return self
 
     @property
@@ -215,15 +217,20 @@ class HiddenStateCache(Dataset):
                 raise KeyError(f"No column {index!r} in memory; there are {', '.join(self.column_names[1:])}.")
             return column.tolist()
         if self._states is None:
-            self._states = self._file.open()
-        end, length = self._ends[index], self._lengths[index]
-        row = {"hidden_states": self._states[end - length : end], "length": int(length)}
+            self._states, self._checksums = self._file.open()
+        text, end, length = self._texts[index], self._ends[index], self._lengths[index]
+        states = self._states[end - length : end]
+        if not self._is_checked[text]:
+            self._file.check(text, np.asarray(states), self._checksums)
+            self._is_checked[text] = True
+        row = {"hidden_states": states, "length": int(length)}
         if self._labels is not None:
             row["labels"] = self._labels[index]
         return row
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_states": None}  # the process that gets it maps the file anew
+        # The process that gets it maps the file anew.
+        return {**self.__dict__, "_states": None, "_is_checked": np.zeros_like(self._is_checked)}
 
 
 def _free_memory(device: torch.device) -> int | None:
@@ -359,7 +366,7 @@ def _compute(
     with file.writing() as unfinished:
         if unfinished is None:
             return
-        target, start = unfinished
+        start = unfinished.n_texts
         lengths = np.diff(file.ends, prepend=0)
         with transformers_logging.tqdm(
             desc="Computing hidden states",
@@ -377,10 +384,9 @@ def _compute(
                 try:
                     states = _half_states(model, inputs, int(lengths[start:stop].sum()))
                 except ValueError:
-                    target.truncate(0)  # nobody will ever finish it
+                    unfinished.discard()  # nobody will ever finish it
                     raise
-                target.write(states.data.cast("B"))
-                target.flush()  # to the system, which keeps it when this process is killed
+                unfinished.append(states, lengths[start:stop])
                 progress.update(len(states))
                 start = stop
 

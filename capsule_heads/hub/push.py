@@ -17,7 +17,8 @@ from .code import write_code
 from .config import read_config
 from .results import read_runs
 
-LEFT_OUT = ("training_args.bin",)  # of a run: a pickle, which nobody should load
+RUN_LOCK = "_lock"  # the process that trains in a folder holds it; Trainer pushes no name that begins like this
+LEFT_OUT = ("training_args.bin", RUN_LOCK)  # of a run; the first is a pickle, which nobody should load
 
 
 def push_run(directory: str | os.PathLike[str], repo_id: str, **options: Any) -> CommitInfo:

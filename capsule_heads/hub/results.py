@@ -11,6 +11,7 @@ from ..files import read_json
 SPLITS = ("validation", "test")
 _NOT_METRICS = ("loss", "runtime", "per_second", "preparation_time")
 NUMBER = (int, float)
+LARGEST = 1e15  # beyond it there is no count, no time and no metric
 _RUN_KEYS = {"task": str, "seed": int, "steps": int, "trained_parameters": int, "training_seconds": NUMBER}
 
 
@@ -30,6 +31,10 @@ def read_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
         metrics = {f"{split}_{name}" for split in SPLITS for name in metrics_of(run)} & run.keys()
         optional = {
             "backbone": (str, type(None)),
+            "freeze_backbone": bool,
+            "head_type": str,
+            "head_options": str,
+            "training_arguments": dict,
             "dataset": (dict, type(None)),
             **dict.fromkeys(metrics, (*NUMBER, type(None))),
         }
@@ -58,8 +63,11 @@ def check_record(record: Any, keys: dict[str, Any], name: str) -> None:
     if missing:
         raise ValueError(f"{name}: {', '.join(sorted(missing))} missing.")
     for key, types in keys.items():
-        if not isinstance(record[key], types):
-            raise ValueError(f"{name}: {key} is {record[key]!r}, of the wrong type.")
+        value = record[key]
+        if not (types is bool if isinstance(value, bool) else isinstance(value, types)):
+            raise ValueError(f"{name}: {key} is {value!r}, of the wrong type.")
+        if isinstance(value, NUMBER) and not abs(value) < LARGEST:  # nor is NaN
+            raise ValueError(f"{name}: {key} is {str(value)[:20]}; expected a finite number below {LARGEST:g}.")
 
 
 def is_metric(name: str) -> bool:

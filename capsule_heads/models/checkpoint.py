@@ -24,7 +24,7 @@ from ..backbones import Backbone, Part
 from ..backbones.limits import check_windows
 from ..backbones.loading import BACKBONE_KWARGS, HUB_KWARGS, check_model_type, is_quantised, reading_weights
 from ..backbones.parts import TEXT_INPUTS, check_main_input
-from ..checks import check_dtype
+from ..checks import check_dtype, check_memory
 from ..heads import Head, get_head
 from ..hub import check_backbone_is_shared, push_folder
 from ..weights import same_weights, sample_weights
@@ -74,7 +74,9 @@ class CheckpointModel(PreTrainedModel):
         super().__init__(config)
         # The head comes first: a model's dtype and device are those of its first parameter, and the head's are saved.
         hidden_sizes = [config.hidden_sizes[layer] for layer in config.layers]
-        self.head = get_head(config.head_type)(hidden_sizes=hidden_sizes, n_out=n_out, **config.head_options.as_dict())
+        make_head, options = get_head(config.head_type), config.head_options.as_dict()
+        check_memory(lambda: make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options), options)
+        self.head = make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options)
         if backbone is None and build:
             config.head_only = False  # the backbone made here is random, not the one that the reference names
             backbone = config.backbone.build(backbone_dtype, trust_remote_code=trust_backbone_code)
@@ -398,6 +400,8 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _replace(directory: Path, names: list[Path]) -> None:
+    for name in names:  # while there may yet be no room for a folder
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
     if Path(CONFIG_NAME) in names:
         (directory / CONFIG_NAME).unlink(missing_ok=True)
     weights = {_weights_name(path.name) for path in names if path.suffix == ".safetensors"}
@@ -405,7 +409,6 @@ def _replace(directory: Path, names: list[Path]) -> None:
         if path.is_file() and _weights_name(path.name) in weights and Path(path.name) not in names:
             path.unlink()
     for name in sorted(names, key=lambda name: name == Path(CONFIG_NAME)):
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / UNFINISHED / name).replace(directory / name)
 
 

@@ -214,7 +214,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         source = pretrained_model_name_or_path
         try:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
-        except (AttributeError, TypeError):  # of a list, or the like
+        except (AttributeError, RecursionError, TypeError):  # of a list, or the like
             config_dict = {}
         if not isinstance(config_dict, dict) or not config_dict:
             raise OSError(f"{source} has no config.json with keys and values; expected what save_pretrained wrote.")
@@ -358,7 +358,7 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
 def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
     if isinstance(base_config, PreTrainedConfig):
         return base_config
-    if not isinstance(base_config, dict) or "model_type" not in base_config:
+    if not isinstance(base_config, dict) or not isinstance(base_config.get("model_type"), str):
         raise ValueError(
             f"base_config is {shown(base_config)}; expected the backbone's configuration, an object such as "
             "AutoConfig.from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
@@ -371,7 +371,15 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
             f"The backbone is of a type that comes with code of its own, {model_type}. If you trust its repository, "
             "pass trust_backbone_code=True to from_pretrained; trust_remote_code is not about it."
         )
-    return AutoConfig.for_model(model_type, **base_config)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"base_config has the model_type {model_type!r}; expected one that transformers knows.")
+    try:
+        config = AutoConfig.for_model(model_type, **base_config)
+    except Exception as error:  # transformers checks types with exceptions of its own, and reads what it does not check
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"base_config is no configuration of type {model_type} ({reason}).") from error
+    check_dtype(config.dtype)
+    return config
 
 
 def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]:

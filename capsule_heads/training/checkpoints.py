@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -10,14 +11,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.state_file import gigabytes
+from ..files import read_json
+from ..hub.push import RUN_LOCK
 
 UNFINISHED = "unfinished"  # the folder, in a run's, of what is being written or deleted
-FILES = "files.json"  # in a checkpoint: its files, and the bytes of each
+FILES = "files.json"  # in a checkpoint: its files, and the size and SHA-256 of each
 LAST = "last"
+SECONDS_TO_LOCK = 10  # the worker processes of a killed run's data loader have its lock for some seconds more
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +39,8 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir
         The folder, or None to start from the beginning.
 
     Raises:
-        ValueError: If the folder does not exist, or has lost files; if there is no complete checkpoint for True.
+        ValueError: If the folder does not exist, or its files are not those that were written; if there is no complete
+            checkpoint for True.
     """
     if not checkpoint:
         return None
@@ -59,15 +65,40 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir
 
 
 @contextlib.contextmanager
+def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes from training in a run's folder; a process that ends, however it ends, does so no more.
+
+    Raises:
+        OSError: If another process trains there, or nothing can be written there.
+    """
+    lock = FileLock(Path(run_dir, RUN_LOCK))
+    try:
+        lock.acquire(timeout=SECONDS_TO_LOCK)
+    except Timeout:
+        raise OSError(
+            f"output_dir is {run_dir}, in which another process is training; expected one run at a time: wait until it "
+            "has ended, or choose another output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn any failure to write to a folder, whatever a library raises, into an `OSError` that names it."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        # The tokenizers library raises a bare Exception.
+        if type(error) is not Exception and not isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise
         free = ""
         with contextlib.suppress(OSError):
             free = f" {gigabytes(shutil.disk_usage(folder.parent).free)} are free there."
-        reason = str(error.__cause__ if isinstance(error.__cause__, SafetensorError) else error).strip().rstrip(".")
+        cause = error.__cause__ if isinstance(error.__cause__, SafetensorError) else error
+        reason = " ".join(str(cause).split()).rstrip(".")  # torch's has several lines
         raise OSError(
             f"{folder} could not be written: {reason}.{free} Earlier checkpoints are as they "
             f'were: make room, or correct output_dir, and resume from "{LAST}".'
@@ -77,8 +108,8 @@ def writing(folder: Path) -> Iterator[None]:
 def finish(unfinished: Path, checkpoint: Path) -> None:
     """Give a checkpoint that is written its list of files, and its name."""
     files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
-    sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}
-    (unfinished / FILES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    records = {path.relative_to(unfinished).as_posix(): _record(path) for path in files}
+    (unfinished / FILES).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     for path in (*files, unfinished / FILES):
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # some disks say only here that they are full
@@ -110,17 +141,26 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
+def _record(file: Path) -> dict[str, int | str]:
+    with open(file, "rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
 def _fault(checkpoint: Path) -> str | None:
-    """Return what a checkpoint lacks, as a clause; None if it is complete."""
+    """Return how a checkpoint's files differ from those that were written, as a clause; None if they do not."""
     try:
-        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        records = read_json(checkpoint / FILES)
     except (OSError, ValueError) as error:
-        return f"no list of its files ({error})"
-    if not isinstance(sizes, dict):
-        return f"{FILES} does not say the size of each file"
-    for name, size in sizes.items():
+        return f"no list of its files ({str(error).rstrip('.')})"
+    for name, record in records.items():
+        if not isinstance(record, dict) or not isinstance(record.get("bytes"), int) or "sha256" not in record:
+            return f"{FILES} does not say the size and SHA-256 of {name}"
         file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            return f"{name} {'is missing' if found is None else f'has {found:,} bytes'}, expected {size:,} bytes"
+        if not file.is_file():
+            return f"{name} is missing"
+        found = file.stat().st_size
+        if found != record["bytes"]:
+            return f"{name} has {found:,} bytes, expected {record['bytes']:,} bytes"
+        if _record(file) != record:
+            return f"{name} has changed since it was written (its SHA-256 is another than in {FILES})"
     return None

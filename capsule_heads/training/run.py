@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -185,6 +186,9 @@ class TrainingRun:
 
         Args:
             seconds: what `train` returned.
+
+        Raises:
+            OSError: If the file cannot be written; the results are then on standard output.
         """
         self.trainer.remove_callback(EarlyStoppingCallback)  # it warns of an evaluation under another name than "eval"
         results = {
@@ -203,7 +207,11 @@ class TrainingRun:
         for name, split in {**self.validation, **self.tests}.items():
             results |= self.trainer.evaluate(split, metric_key_prefix=name)
         if self.trainer.is_world_process_zero():
-            write_json(Path(self.output_dir, "results.json"), results)
+            try:
+                write_json(Path(self.output_dir, "results.json"), results)
+            except OSError:
+                print(json.dumps(results, indent=2))  # they took a training to find out
+                raise
         if self.arguments.push_to_hub:  # again: the card now has the results
             self.trainer.push_to_hub(results=results)
         return results

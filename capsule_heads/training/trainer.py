@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.training_args import TrainingArguments
 
 from ..data.tokenization import check_pad_token
@@ -39,7 +40,7 @@ from ..models.losses import balanced_weights
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_arguments
 from .capsule_model import check_trains, find_capsule_model, settle_problem_type
-from .checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate, writing
+from .checkpoints import UNFINISHED, finish, locked, resolve_checkpoint, rotate, writing
 from .host_checks import CheckedCollator
 from .metrics import default_metrics
 from .nonfinite import StepCheck
@@ -102,10 +103,15 @@ class CapsuleTrainer(Trainer):
         Raises:
             ValueError: If the checkpoint is not there, not complete, or of another run; if the head does not train; or
                 if something that was set would have no effect.
-            OSError: If a checkpoint could not be written; the earlier ones are as they were.
+            OSError: If a checkpoint could not be written; the earlier ones are as they were. If another process trains
+                in the same output_dir.
         """
         check_trains(self.capsule_model, self.args, self.compute_loss_func)
-        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.run_dir)
+        is_saved = self.args.save_strategy != SaveStrategy.NO
+        with locked(self.run_dir) if is_saved and self.is_world_process_zero() else contextlib.nullcontext():
+            return self._train(resolve_checkpoint(resume_from_checkpoint, self.run_dir), *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is not None:
             check_resumable(resume_from_checkpoint, describe_run(self, self.capsule_model), self.args)
         self._balance_classes()
@@ -186,7 +192,7 @@ class CapsuleTrainer(Trainer):
             with args.main_process_first(local=False), writing(checkpoint):
                 if is_first and unfinished.exists():
                     finish(unfinished, checkpoint)
-        except OSError:
+        except BaseException:  # also Ctrl-C
             shutil.rmtree(unfinished.parent, ignore_errors=True)
             raise
         finally:

@@ -8,7 +8,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 import capsule_heads
 from capsule_heads.cli import main
-from capsule_heads.cli.options.configs import config_folder, describe_config, named_configs
+from capsule_heads.cli.options.configs import config_folder, describe_config, named_configs, read_config
 from capsule_heads.cli.options.training import TrainParser
 from capsule_heads.data.glue import GLUE_TASKS
 from capsule_heads.metrics import metric_names
@@ -50,6 +50,55 @@ def test_there_are_those_of_the_paper_and_one_per_glue_task():
         *(f"glue_{task}" for task in GLUE_TASKS),
     }
     assert expected <= {path.stem for path in CONFIGS}
+
+
+BOMB = "a: &a [1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("task: &a [*a]", "an alias of a list or of keys; write it out"),
+        ("task: &a {b: *a}", "an alias of a list or of keys; write it out"),
+        (BOMB, "an alias of a list or of keys; write it out"),
+        ("a: " + "[" * 3000 + "]" * 3000, "not YAML: maximum recursion depth exceeded"),
+        ("a: " + "{a: " * 3000 + "}" * 3000, "not YAML: maximum recursion depth exceeded"),
+        ("a: !!timestamp 2026-01-01", "timestamp is no plain value"),
+        ("a: !!binary aGk=", "binary is no plain value"),
+        ("a: !!set {b}", "set is no plain value"),
+        ("a: !!python/object/apply:os.system [exit]", "apply:os.system is no plain value"),
+        ('a: !!int ""', "not YAML: string index out of range"),
+        ("a: !!bool b", "not YAML: 'b'"),
+        ("a: !!int b", "not YAML: invalid literal for int"),
+        ("a: " + "9" * 5000, "not YAML: Exceeds the limit"),
+        ("a: 1\na: 2", "a is given twice"),
+        ("\ta: 1", "cannot start any token"),
+        ("a: b\0", "special characters are not allowed"),
+        ("", "expected keys and values, one pair a line, found NoneType"),
+        (b"a: \xff", "codec can't decode byte 0xff"),
+    ],
+)
+def test_a_file_that_is_no_configuration_ends_in_one_line(tmp_path, capsys, content, expected):
+    path = tmp_path / "own.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as exit_info:
+        read_config(str(path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == 2
+    assert line.startswith(f"error: {path}: ") and expected in line
+
+
+def test_a_directory_is_no_configuration(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        read_config(str(tmp_path))
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+
+
+def test_dates_are_words_and_scalars_may_have_aliases(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("run_name: 2026-01-01\nlr_scheduler_kwargs: {a: 2026-01-01}\nseed: &a 7\ndata_seed: *a\n")
+    expected = {"run_name": "2026-01-01", "lr_scheduler_kwargs": {"a": "2026-01-01"}, "seed": 7, "data_seed": 7}
+    assert read_config(str(path)) == ("own", expected)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, BertConfig, DataCollatorWithPadding, GPT2Config, PreTrainedTokenizerFast
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data import hidden_states
+from capsule_heads.data import hidden_states, state_file
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.data.tokenization import tokenize, window_fields
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
@@ -129,7 +130,7 @@ def test_what_is_stored(make_model, folder):
         assert row["hidden_states"].dtype == np.float16
         assert (row["length"], row["labels"]) == (length, label)
     assert folders_in(folder) == [cached.folder]
-    assert [path.name for path in sorted(cached.folder.iterdir())] == ["key.json", "lock", "states.f16"]
+    assert [path.name for path in sorted(cached.folder.iterdir())] == ["key.json", "lock", "states.crc32", "states.f16"]
     assert cached.n_bytes == (cached.folder / "states.f16").stat().st_size == sum(train["length"]) * 3 * 16 * 2
     assert json.loads((cached.folder / "key.json").read_text())["about"]["backbone"].startswith("/")
     with pytest.raises(KeyError, match="No column 'input_ids' in memory; there are length, labels"):
@@ -318,7 +319,7 @@ def test_it_goes_on_where_it_was_killed(program, make_model, count, tmp_path, ca
     _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, err
     (folder,) = folders_in(tmp_path / "shared")
-    assert {path.name for path in folder.iterdir()} == {"key.json", "lock", "states.f16.part"}
+    assert {path.name for path in folder.iterdir()} == {"key.json", "lock", "states.crc32", "states.f16.part"}
 
     whole = make_model()
     batches = count(whole)
@@ -414,7 +415,7 @@ def test_a_file_of_another_size_is_refused(make_model, change, what):
             {"backbone_weights": "00"},
             "of something else: backbone_weights is '00' in its key.json, expected '[0-9a-f]{64}'",
         ),
-        ({"format": 0}, "format is 0 in its key.json, expected 1"),
+        ({"format": 0}, "format is 0 in its key.json, expected 2"),
         ({"more": 1}, "more is 1 in its key.json, expected None"),
         ("{", r"key.json is not JSON .*Delete the folder"),
         ("[]", "key.json holds a list, not keys and values"),
@@ -436,9 +437,67 @@ def test_a_foreign_folder_is_refused(make_model, finished, content, expected):
 
 def test_what_is_only_for_people_is_not_compared(make_model):
     cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    key = cached.folder / "key.json"
-    key.write_text(json.dumps(json.loads(key.read_text()) | {"about": {"backbone": "elsewhere"}}))
-    assert_same_states(HiddenStateCache(texts(), make_model(), make_tokenizer()), cached)
+    model = make_model()
+    model.config.base_model_name_or_path = "elsewhere"
+    assert_same_states(HiddenStateCache(texts(), model, make_tokenizer()), cached)
+
+
+@pytest.mark.parametrize("name", ["key.json", "states.crc32", "states.f16"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_flipped_byte_is_the_fault_of_the_cache(make_model, folder, name, finished):
+    """Wherever it is, and whichever way it is read: by rows, for a device, or to resume a computation."""
+    expected = [row["hidden_states"].copy() for row in HiddenStateCache(texts(), make_model(), make_tokenizer())]
+    (cache,) = folders_in(folder)
+    if not finished:
+        os.rename(cache / "states.f16", cache / "states.f16.part")
+        name = name.replace("f16", "f16.part")
+    whole = (cache / name).read_bytes()
+    rng = np.random.default_rng(0)
+
+    def read(kept=False):
+        cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
+        return [np.asarray(row["hidden_states"]) for row in (cached.to("cpu") if kept else cached)]
+
+    for position in (0, len(whole) - 1, *rng.integers(len(whole), size=6)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        (cache / name).write_bytes(damaged)
+        for kept in (False, True):
+            with pytest.raises(ValueError, match=rf"Delete the folder {cache} to have them computed again"):
+                read(kept)
+    (cache / name).write_bytes(whole)
+    assert all(map(np.array_equal, read(), expected))
+
+
+def test_a_cache_without_checksums_is_refused(make_model, folder):
+    HiddenStateCache(texts(), make_model(), make_tokenizer())
+    (cache,) = folders_in(folder)
+    (cache / "states.crc32").unlink()
+    with pytest.raises(
+        ValueError, match=r"states\.crc32 has 0 bytes, expected 84: it was cut short\. Delete the folder"
+    ):
+        HiddenStateCache(texts(), make_model(), make_tokenizer())
+
+
+def test_a_disk_that_fills_up_is_named_and_the_computation_resumes(make_model, folder, count, tmp_path):
+    needed = HiddenStateCache.estimate(texts(), make_model(), make_tokenizer())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (needed // 2 + 1, hard))  # where a write ends that was to go on
+    try:
+        with pytest.raises(
+            OSError, match=r"states could not be written \(File too large\): all take .* are free; .*part'"
+        ):
+            HiddenStateCache(texts(), make_model(), make_tokenizer(), batch_tokens=24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (cache,) = folders_in(folder)
+    assert (cache / "states.f16.part").stat().st_size == needed // 2 + 1
+    model = make_model()
+    batches = count(model)
+    cached = HiddenStateCache(texts(), model, make_tokenizer(), batch_tokens=24)
+    assert 0 < sum(n for n, _ in batches) < 20
+    elsewhere = HiddenStateCache(texts(), make_model(), make_tokenizer(), tmp_path / "elsewhere", batch_tokens=24)
+    assert_same_states(cached, elsewhere)
 
 
 def test_it_says_beforehand_what_it_takes_and_refuses_where_there_is_not_enough(
@@ -628,7 +687,7 @@ def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path
 
 
 def test_batches_made_on_a_device_are_those_from_disk(make_model, monkeypatch):
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 7)  # several copies, the last one smaller
+    monkeypatch.setattr(state_file, "TOKENS_AT_ONCE", 7)  # several copies, the last one smaller
     train = texts(20).select([3, 0, 3, *range(20)])
     from_disk = HiddenStateCache(train, make_model(), make_tokenizer())
     kept = HiddenStateCache(train, make_model(), make_tokenizer())

@@ -1,10 +1,15 @@
 """Which checkpoint a run is resumed from, and what is done to those on disk."""
 
+import hashlib
+import json
 import logging
+import subprocess
+import sys
 
 import pytest
 
-from capsule_heads.training.checkpoints import UNFINISHED, finish, resolve_checkpoint, rotate
+from capsule_heads.training import checkpoints
+from capsule_heads.training.checkpoints import UNFINISHED, finish, locked, resolve_checkpoint, rotate, writing
 
 
 def write(run, step):
@@ -29,17 +34,59 @@ def test_the_last_is_that_of_most_steps(tmp_path):
     assert resolve_checkpoint(tmp_path / "checkpoint-5", tmp_path) == str(tmp_path / "checkpoint-5")
 
 
+def test_the_list_of_files_says_what_sha256sum_says(tmp_path):
+    listed = json.loads((write(tmp_path, 5) / "files.json").read_text())
+    assert listed == {
+        "model.safetensors": {"bytes": 1200, "sha256": hashlib.sha256(b"m" * 1200).hexdigest()},
+        "part/0": {"bytes": 1, "sha256": hashlib.sha256(b"p").hexdigest()},
+    }
+
+
 def cut_short(checkpoint):
     (checkpoint / "model.safetensors").write_text("m" * 1100)
+
+
+def flip_a_bit(checkpoint):
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[700] ^= 4
+    (checkpoint / "model.safetensors").write_bytes(content)
+
+
+def change_list(**records):
+    def change(checkpoint):
+        listed = json.loads((checkpoint / "files.json").read_text())
+        (checkpoint / "files.json").write_text(json.dumps({**listed, **records}))
+
+    return change
 
 
 @pytest.mark.parametrize(
     "damage, fault",
     [
         (cut_short, r"model\.safetensors has 1,100 bytes, expected 1,200 bytes"),
-        (lambda checkpoint: (checkpoint / "part" / "0").unlink(), r"part/0 is missing, expected 1 bytes"),
-        (lambda checkpoint: (checkpoint / "files.json").write_text("{"), r"no list of its files \(Expecting"),
-        (lambda checkpoint: (checkpoint / "files.json").write_text("[]"), r"files\.json does not say the size of each"),
+        (
+            flip_a_bit,
+            r"model\.safetensors has changed since it was written \(its SHA-256 is another than in files\.json",
+        ),
+        (lambda checkpoint: (checkpoint / "part" / "0").unlink(), r"part/0 is missing"),
+        (lambda checkpoint: (checkpoint / "files.json").write_text("{"), r"no list of its files \(.*json is not JSON"),
+        (
+            lambda checkpoint: (checkpoint / "files.json").write_text("[]"),
+            r"no list of its files \(.*expected keys and",
+        ),
+        (
+            lambda checkpoint: (checkpoint / "files.json").write_text("[" * 10**5),
+            r"no list of its files \(.*is not JSON",
+        ),
+        (
+            lambda checkpoint: (checkpoint / "files.json").write_bytes(b'{"\xff'),
+            r"no list of its files \(.*is not JSON",
+        ),
+        *(
+            (change_list(**{"part/0": record}), r"files\.json does not say the size and SHA-256 of part/0")
+            for record in (1, None, {}, {"bytes": 1}, {"bytes": "1", "sha256": ""})
+        ),
+        (change_list(**{"part/0": {"bytes": 1, "sha256": None}}), r"part/0 has changed since it was written"),
     ],
 )
 def test_one_that_is_not_whole_is_passed_over_or_refused(tmp_path, caplog, damage, fault):
@@ -96,3 +143,51 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, left):
     rotate(newest, limit, best and str(tmp_path / f"checkpoint-{best}"))
     assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
     assert not any((tmp_path / UNFINISHED).iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Exception("No space left\non device (os error 28)"), RuntimeError("No space left\n  on device"), OSError(28)],
+)
+def test_whatever_a_library_raises_is_one_sentence(tmp_path, error):
+    message = r"checkpoint-3 could not be written: .*\. .* are free there\. Earlier"
+    with pytest.raises(OSError, match=message) as caught, writing(tmp_path / "checkpoint-3"):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("a key"), ValueError("a value")])
+def test_what_is_not_of_writing_is_not_said_to_be(tmp_path, error):
+    with pytest.raises(type(error)) as caught, writing(tmp_path / "checkpoint-3"):
+        raise error
+    assert caught.value is error
+
+
+HOLDER = """
+import sys
+from capsule_heads.training.checkpoints import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SECONDS_TO_LOCK", 0.2)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], **pipes) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        message = rf"^output_dir is {tmp_path}, in which another process is training; expected one run at a time: wait"
+        with pytest.raises(OSError, match=message), locked(tmp_path):
+            pass
+        holder.kill()
+    with locked(tmp_path):  # the system took it from the process that was killed
+        assert resolve_checkpoint("last", tmp_path) is None
+    with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=str(tmp_path)), locked(tmp_path / "file"):
+        pass

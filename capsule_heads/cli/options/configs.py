@@ -11,10 +11,32 @@ import yaml
 from .parser import did_you_mean, fail
 
 SUFFIXES = (".yaml", ".yml")
+PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without keys that are given twice, of which it would take the last."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of keys, numbers, words and lists.
+
+    Dates are words. Keys that are given twice, of which YAML would take the last, and aliases of lists and keys, which
+    may contain themselves or grow without end, are errors, and so are the types that only tags name.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="an alias of a list or of keys; write it out", problem_mark=mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag not in PLAIN_TAGS:
+            raise yaml.MarkedYAMLError(problem=f"{node.tag} is no plain value", problem_mark=node.start_mark)
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -60,10 +82,10 @@ def read_config(name_or_path: str) -> tuple[str, dict[str, Any]]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the keys and values of a YAML file, or end the program with one line."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: {getattr(error, 'strerror', None) or error}")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, LookupError, RecursionError, ValueError) as error:  # the others of values it cannot convert
         fail(f"{path}: not YAML: {error}")
     if not isinstance(content, dict):
         fail(f"{path}: expected keys and values, one pair a line, found {type(content).__name__}")

@@ -83,12 +83,35 @@ def test_files_that_are_no_results(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("seed", "a"), ("steps", None), ("task", ["sst5"]), ("backbone", 3), ("test_accuracy", "0.5")]
+    "key, value",
+    [
+        ("seed", "a"),
+        ("seed", True),
+        ("steps", None),
+        ("steps", 1.5),
+        ("task", ["sst5"]),
+        ("backbone", 3),
+        ("freeze_backbone", 1),
+        ("head_type", None),
+        ("head_options", {}),
+        ("training_arguments", "none"),
+        ("test_accuracy", "0.5"),
+        ("test_accuracy", False),
+    ],
 )
 def test_results_of_the_wrong_type(tmp_path, key, value):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({**run(), key: value}))
     with pytest.raises(ValueError, match=f"holds no results of .*: {key} is .*, of the wrong type"):
+        read_runs([path])
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN", "1e999", "1e300", "1" + "0" * 400])
+@pytest.mark.parametrize("key", ["steps", "seed", "training_seconds", "test_accuracy"])
+def test_numbers_that_are_none(tmp_path, key, value):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**run(), key: "a number"}).replace('"a number"', value))
+    with pytest.raises(ValueError, match=f"holds no results of .*: {key} is .*(expected a finite number|wrong type)"):
         read_runs([path])
 
 
