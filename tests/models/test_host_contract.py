@@ -1,6 +1,7 @@
 """What transformers' own tests of models and configurations demand, on tiny backbones; see docs/contract.md."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -198,6 +199,7 @@ def forward_of(meaning):
     """Return a forward of BERT to which a list means something else than in transformers from 5.23 on."""
 
     def make(forward):
+        @functools.wraps(forward)  # a backbone's inputs are known by its signature
         def patched(self, *args, output_hidden_states=None, **kwargs):
             if not isinstance(output_hidden_states, list):
                 return forward(self, *args, output_hidden_states=output_hidden_states, **kwargs)
@@ -235,6 +237,7 @@ def test_layers_are_selected_where_a_trial_shows_that_they_are_right(build, monk
     asked, cls = [], type(model.backbone)
     forward = cls.forward
 
+    @functools.wraps(forward)
     def recorded(self, *args, **kwargs):
         asked.append((kwargs["output_hidden_states"], self.training))
         return forward(self, *args, **kwargs)
