@@ -13,7 +13,7 @@ import joblib
 import pytest
 import torch
 from configurations import make_config
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.utils import logging
 
@@ -445,7 +445,7 @@ def test_a_model_with_adapters_is_pickled(build, part, shake):
     if part == "model":
         model = get_peft_model(model, lora).eval()
     else:
-        model.backbone.add_adapter(lora)
+        inject_adapter_in_model(lora, model.backbone)
         model.eval()
     shake(model, scale=0.1)
     logits = model(**inputs).logits
