@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from .loading import load_backbone_config, reading_weights, reference_of, resolve_backbone
@@ -27,8 +26,8 @@ from .parts import (
     part_of,
     tower_config,
 )
-from .probe import probe_hidden_sizes, probe_hidden_sizes_without_weights
-from .running import run_backbone
+from .probe import probe_hidden_sizes, probe_hidden_sizes_without_weights, selects
+from .running import BackboneOutput, run_backbone
 from .windows import run_in_windows
 
 if TYPE_CHECKING:
@@ -218,8 +217,14 @@ class Backbone:
         return dataclasses.replace(self, hidden_sizes=tuple(probe_hidden_sizes_without_weights(self.config, self.part)))
 
     def run(
-        self, module: PreTrainedModel, layers: Sequence[int], inputs: Inputs, *, trains: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self,
+        module: PreTrainedModel,
+        layers: Sequence[int],
+        inputs: Inputs,
+        *,
+        trains: bool = False,
+        output_attentions: bool = False,
+    ) -> BackboneOutput:
         """Run the backbone on a batch, in windows where texts are longer than one.
 
         Args:
@@ -227,19 +232,28 @@ class Backbone:
             layers: indices of the hidden states wanted, ascending.
             inputs: by our names; those that are None are left out.
             trains: whether to keep a graph for the gradients of the backbone.
+            output_attentions: whether to return the backbone's attentions too.
 
         Returns:
-            Per layer `[batch, tokens, hidden_size]`, and per layer `[batch, tokens]`, 1 for a token and 0 for padding.
+            The hidden states at these layers, and their masks; and all attentions, if asked for.
 
         Raises:
-            ValueError: If inputs or hidden states do not fit the configuration.
+            ValueError: If inputs or hidden states do not fit the configuration, or there are no attentions.
         """
         # Not inference_mode: the head's affine map keeps its input for the gradient of its weight, and autograd takes
         # no inference tensors. A clone of every state would cost more than the mode saves.
         gradients: AbstractContextManager[None] = nullcontext() if trains else torch.no_grad()
+        stack = self.part.stack
+        by_index = selects(module, stack, layers, self.hidden_sizes)
         with gradients:
-            run = partial(run_backbone, module, layers, self.hidden_sizes, self.part.stack)
-            return run_in_windows(run, self.windowing, inputs)
+            run = partial(run_backbone, module, layers, self.hidden_sizes, stack, by_index, output_attentions)
+            output = run_in_windows(run, self.windowing, inputs)
+        if output_attentions and output.attentions is None:
+            raise ValueError(
+                "output_attentions is True, and texts are longer than window_length, each window of which has "
+                "attentions of its own; pass shorter texts, or leave output_attentions out."
+            )
+        return output
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a `CapsuleHeadConfig` that describe the backbone."""

@@ -108,8 +108,10 @@ def build_on_meta(config: PreTrainedConfig, part: Part = ENCODER) -> PreTrainedM
     """Return the part of a model that a head needs, of tensors that have shapes and no data."""
     from transformers import AutoModel  # here: see Backbone.candidates
 
+    config = copy.deepcopy(config)
+    config._experts_implementation = "batched_mm"  # the shapes of mixtures of experts do not depend on data then
     with torch.device("meta"):
-        backbone = part_of(AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False), part)
+        backbone = part_of(AutoModel.from_config(config, trust_remote_code=False), part)
     nn.Module.to(backbone, "meta")  # what torch.Tensor(size) makes is on the CPU whatever was said
     return backbone
 

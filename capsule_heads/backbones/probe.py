@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -27,6 +29,7 @@ IMAGE_SIZE = 64  # where the configuration does not say for which size the backb
 LARGER_IMAGE_SIZE = 224  # for backbones that need more
 N_SAMPLES = 9600  # of audio; a multiple of the blocks that codecs take
 N_FRAMES = 400  # of a spectrum; a multiple of the windows that some models take
+TRIED = "_tried_selections"  # attribute of a backbone: the layers that it was asked for, and whether it yields them
 # Fields that say how many bins a spectrum has, or features a frame.
 BINS = (
     "input_size",
@@ -75,18 +78,14 @@ def probe(
             f"{model_type} takes {name}; expected a backbone for text, images or audio: one that takes "
             f"{', '.join(TEXT_INPUTS + IMAGE_INPUTS)} or {' or '.join(AUDIO_INPUTS)}."
         )
-    was_training = backbone.training
     errors: list[Exception] = []
-    backbone.eval()
-    try:
+    with evaluating(backbone):
         for inputs in example_inputs(backbone, fractions):
             inputs = {key: value.to(backbone.device) for key, value in inputs.items()}
             try:
-                return inputs, all_hidden_states(backbone, stack, inputs)[0]
+                return inputs, all_hidden_states(backbone, stack, inputs).states
             except Exception as error:
                 errors.append(error)
-    finally:
-        backbone.train(was_training)
     # The first try may only have left out an argument that a later one passed.
     first = next((error for error in errors if not isinstance(error, TypeError)), errors[0])
     raise ValueError(
@@ -94,10 +93,69 @@ def probe(
     ) from first
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode, and at the end the mode that each module had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def selects(backbone: PreTrainedModel, stack: str, layers: Sequence[int], hidden_sizes: Sequence[int]) -> bool:
+    """Return whether a backbone can be asked for some hidden states, to drop the others as it goes on.
+
+    Those may that have transformers' hooks on each of their layers. What an index means to them differs between
+    versions of transformers, so each choice of layers is tried once per backbone, on an example, and counts only if the
+    states asked for are those that come. Until it can be tried, while a program is traced, it does not count.
+
+    Args:
+        backbone: the loaded backbone.
+        stack: "encoder" or "decoder", of an encoder-decoder.
+        layers: indices of the hidden states wanted, ascending.
+        hidden_sizes: size of each of the backbone's hidden states.
+    """
+    by_hooks = "hidden_states" in (getattr(type(backbone), "_can_record_outputs", None) or {})
+    n_layers = getattr(backbone.config, "num_hidden_layers", None)
+    if not by_hooks or not len(layers) < len(hidden_sizes) == (n_layers or 0) + 1 or len(set(hidden_sizes)) > 1:
+        return False
+    tried: dict[tuple[int, ...], bool] = getattr(backbone, TRIED, {})
+    # What a replica of DataParallel writes down is lost with it.
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or hasattr(backbone, "_is_replica")
+    choice = tuple(layers)
+    if choice not in tried and not is_traced and backbone.device.type != "meta":
+        tried = {**tried, choice: _yields_what_is_asked_for(backbone, stack, choice, hidden_sizes)}
+        setattr(backbone, TRIED, tried)
+    return tried.get(choice, False)
+
+
+@torch.no_grad()
+def _yields_what_is_asked_for(
+    backbone: PreTrainedModel, stack: str, layers: Sequence[int], hidden_sizes: Sequence[int]
+) -> bool:
+    """Return whether each state that is asked for by its index is the one at that index of all, and no other."""
+    with torch.random.fork_rng(devices=[]), evaluating(backbone):  # the step that comes next draws what it would have
+        try:
+            inputs, states = probe(backbone, stack)
+            selected = all_hidden_states(backbone, stack, inputs, hidden_sizes, layers).states
+        except Exception:  # whatever a list, or the example, leads to: all states can still be had
+            return False
+    if any(isinstance(x, FakeTensor) for x in states):
+        return False
+    return len(selected) == len(layers) and all(
+        [torch.equal(x, state) for state in states] == [index == layer for index in range(len(states))]
+        for x, layer in zip(selected, layers)
+    )
+
+
 def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part = ENCODER) -> list[int]:
     """Return the sizes from a backbone's configuration alone: it runs on tensors that have shapes and no data.
 
-    Where the way through a backbone depends on data (mixtures of experts), its configuration has to say them.
+    Where the way through a backbone depends on data, its configuration has to say them. Mixtures of experts run by
+    batched products, whose shapes do not.
 
     Raises:
         ValueError: If it does not run, as in `probe_hidden_sizes`, or the configuration does not say the sizes.

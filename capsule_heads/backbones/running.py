@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,24 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..checks import is_readable
 from .limits import check_positions, check_token_types
 from .parts import INVERTED_MASKS, Inputs, name_in
-from .states import Layout, arrange, hidden_states_of
+from .states import Layout, arrange, attentions_of, hidden_states_of
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+
+class BackboneOutput(NamedTuple):
+    """What a backbone makes of a batch.
+
+    Attributes:
+        states: per layer `[batch, tokens, hidden_size]`, the positions of feature maps being their tokens, row by row.
+        masks: per layer `[batch, tokens]`, 1 for a token and 0 for padding.
+        attentions: of all its layers, as the backbone gives them; None where they were not asked for.
+    """
+
+    states: list[Tensor]
+    masks: list[Tensor]
+    attentions: tuple[Tensor, ...] | None = None
 
 
 def run_backbone(
@@ -24,8 +38,10 @@ def run_backbone(
     layers: Sequence[int],
     hidden_sizes: Sequence[int],
     stack: str = "encoder",
+    selects: bool = False,
+    output_attentions: bool = False,
     **inputs: Tensor | bool | None,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> BackboneOutput:
     """Run a backbone and return the hidden states at some layers, and their masks.
 
     Index 0 is the embedding output. The last layer is after the final norm. A token's states do not depend on padding,
@@ -37,19 +53,20 @@ def run_backbone(
         layers: indices of the hidden states wanted, ascending.
         hidden_sizes: the size that each of the backbone's hidden states is expected to have.
         stack: "encoder" or "decoder", of an encoder-decoder.
+        selects: whether to ask it for these layers alone; only where `probe.selects` found that it can be.
+        output_attentions: whether to return its attentions too.
         **inputs: its inputs, by our names; those that are None, or that it does not take, are left out.
 
     Returns:
-        Per layer `[batch, tokens, hidden_size]`, the positions of feature maps being their tokens, row by row; and per
-        layer `[batch, tokens]`, 1 for a token and 0 for padding.
+        What it makes of them, at the layers wanted.
 
     Raises:
-        ValueError: If the backbone yields another number of hidden states, other sizes, or none.
+        ValueError: If the backbone yields another number of hidden states, other sizes, or none; or no attentions.
     """
-    selected = layers if _selects(backbone, layers, hidden_sizes) else None
-    states, masks = all_hidden_states(backbone, stack, inputs, hidden_sizes, selected)
-    if selected is not None and len(states) == len(layers):
-        return states, masks
+    output = all_hidden_states(backbone, stack, inputs, hidden_sizes, layers if selects else None, output_attentions)
+    if selects:
+        return output
+    states, masks, attentions = output
     found = [x.shape[-1] for x in states]
     if found != list(hidden_sizes):
         raise ValueError(
@@ -57,17 +74,7 @@ def run_backbone(
             f"{describe(found)}, where the configuration has {len(hidden_sizes)} of {describe(hidden_sizes)}; set "
             "hidden_sizes to what it returns."
         )
-    return [states[layer] for layer in layers], [masks[layer] for layer in layers]
-
-
-def _selects(backbone: PreTrainedModel, layers: Sequence[int], hidden_sizes: Sequence[int]) -> bool:
-    """Return whether a backbone can be asked for some hidden states, to drop the others as it goes on.
-
-    Those can that have transformers' hooks on each of their layers keep them, in order.
-    """
-    by_hooks = "hidden_states" in (getattr(type(backbone), "_can_record_outputs", None) or {})
-    n_layers = getattr(backbone.config, "num_hidden_layers", None)
-    return by_hooks and len(layers) < len(hidden_sizes) == (n_layers or 0) + 1 and len(set(hidden_sizes)) == 1
+    return BackboneOutput([states[layer] for layer in layers], [masks[layer] for layer in layers], attentions)
 
 
 def describe(hidden_sizes: Sequence[int]) -> str:
@@ -81,7 +88,8 @@ def all_hidden_states(
     inputs: Inputs,
     hidden_sizes: Sequence[int] = (),
     selected: Sequence[int] | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
+    output_attentions: bool = False,
+) -> BackboneOutput:
     """Return the hidden states at all layers, and their masks, as `run_backbone` does.
 
     Args:
@@ -89,7 +97,8 @@ def all_hidden_states(
         stack: "encoder" or "decoder", of an encoder-decoder.
         inputs: by our names; those that are None are left out.
         hidden_sizes: the expected sizes; empty if they are unknown.
-        selected: the layers to keep; all others are dropped, unless transformers is too old to drop them.
+        selected: the layers to ask for; None for all.
+        output_attentions: whether to return its attentions too.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
@@ -103,10 +112,16 @@ def all_hidden_states(
     if tokens is not None and "attention_mask" in given:
         check_mask(given["attention_mask"], tokens.shape[:2])
     arguments = call_arguments(backbone, stack, given)
+    if output_attentions:
+        check_takes_attentions(backbone)
+        arguments["output_attentions"] = True
     asked = True if selected is None else list(selected)
     outputs = backbone(**arguments, output_hidden_states=asked, return_dict=True)
     with_last = selected is None or len(hidden_sizes) - 1 in selected
     states = hidden_states_of(outputs, stack, backbone.config.model_type, with_last)
+    attentions = attentions_of(outputs, stack) if output_attentions else None
+    if output_attentions:
+        check_attentions(attentions, backbone)
     grids = tensors.get("image_grid_thw")
     mask = tensors.get("attention_mask", tensors.get("pixel_attention_mask"))
     if "image_position_ids" in tensors:
@@ -116,7 +131,32 @@ def all_hidden_states(
     # Not len(): a model that is exported would be for this size of batch alone.
     n_samples = (next(iter(tensors.values())) if grids is None else grids).shape[0]
     n_tokens = None if tokens is None else tokens.shape[1]
-    return arrange(states, Layout(n_samples, mask, grids, hidden_sizes or None, n_tokens), backbone)
+    layout = Layout(n_samples, mask, grids, hidden_sizes or None, n_tokens)
+    return BackboneOutput(*arrange(states, layout, backbone), attentions)
+
+
+def check_takes_attentions(backbone: PreTrainedModel) -> None:
+    """Check that a backbone can be asked for attentions.
+
+    Raises:
+        ValueError: If its forward has no such argument.
+    """
+    accepted = inspect.signature(backbone.forward).parameters
+    if "output_attentions" not in accepted and not any(x.kind is x.VAR_KEYWORD for x in accepted.values()):
+        check_attentions(None, backbone)
+
+
+def check_attentions(attentions: tuple[Tensor, ...] | None, backbone: PreTrainedModel) -> None:
+    """Check that a backbone returned attentions.
+
+    Raises:
+        ValueError: If it returned none.
+    """
+    if attentions is None:
+        raise ValueError(
+            f"output_attentions is True, and the {backbone.config.model_type} backbone has no attentions; leave "
+            "output_attentions out, or take a backbone with attention."
+        )
 
 
 def check_mask(attention_mask: object, shape: torch.Size) -> None:

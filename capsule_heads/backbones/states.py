@@ -73,6 +73,19 @@ def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str, with_las
     )
 
 
+def attentions_of(outputs: ModelOutput, stack: str) -> tuple[Tensor, ...] | None:
+    """Return the attentions of all layers of one stack, as the backbone gives them; None if it has no attentions.
+
+    With another implementation of attention than "eager" there may be none in the tuple, of which transformers warns.
+
+    Args:
+        outputs: what the backbone returned.
+        stack: "encoder" or "decoder", of an encoder-decoder.
+    """
+    attentions = outputs.get(f"{stack}_attentions")
+    return outputs.get("attentions") if attentions is None else attentions
+
+
 def arrange(states: Sequence[Tensor], layout: Layout, backbone: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
     """Bring every hidden state of a batch into one form, with its mask.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .parts import Inputs, Windowing
-from .running import check_mask, token_masks
+from .running import BackboneOutput, check_mask, token_masks
 
 
 class Windows(NamedTuple):
@@ -75,9 +75,7 @@ def _windows_of(n_tokens: int, windowing: Windowing) -> list[tuple[Tensor, Tenso
     return windows
 
 
-def run_in_windows(
-    run: Callable[..., tuple[list[Tensor], list[Tensor]]], windowing: Windowing | None, inputs: Inputs
-) -> tuple[list[Tensor], list[Tensor]]:
+def run_in_windows(run: Callable[..., BackboneOutput], windowing: Windowing | None, inputs: Inputs) -> BackboneOutput:
     """Run a backbone on a batch, or on windows of its texts where the batch is longer than one window.
 
     It runs on no more windows at a time than the batch has texts.
@@ -88,8 +86,8 @@ def run_in_windows(
         inputs: of the backbone, `[batch, tokens, ...]` if they are of texts.
 
     Returns:
-        Per layer `[batch, tokens, hidden_size]`, zero where a text has padding, and the masks `[batch, tokens]`; what
-        `run` returns where no text is cut.
+        Per layer `[batch, tokens, hidden_size]`, zero where a text has padding, and the masks `[batch, tokens]`, and no
+        attentions; what `run` returns where no text is cut.
 
     Raises:
         ValueError: If inputs cannot be cut, or the backbone does not make one state of each token.
@@ -110,7 +108,7 @@ def run_in_windows(
     states: list[Tensor] = []
     for part in map(Windows._make, zip(*(x.split(len(mask)) for x in windows))):
         pieces = {name: value[part.texts[:, None], part.tokens] for name, value in given.items()}
-        of_part, _ = run(**pieces, attention_mask=part.mask.long())
+        of_part = run(**pieces, attention_mask=part.mask.long()).states
         if any(x.shape[:2] != part.mask.shape for x in of_part):
             raise ValueError(
                 f"The backbone made hidden states of {', '.join(str(x.shape[1]) for x in of_part)} tokens, by layer, "
@@ -122,4 +120,4 @@ def run_in_windows(
         for complete, x in zip(states, of_part):
             kept = part.is_kept.to(x.device)
             complete[texts.to(x.device)[kept], part.tokens.to(x.device)[kept]] = x[kept]
-    return states, token_masks(mask, states)
+    return BackboneOutput(states, token_masks(mask, states))

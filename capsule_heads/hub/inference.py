@@ -38,6 +38,9 @@ WITHOUT = {
     "ops.strategy": ["Strategy.missing", "Strategy.route", "Strategy.unserved"],
     "layers": ["Routing.credits", "Routing.extra_repr"],
     "models.base": [
+        "CapsuleHeadPreTrainedModel.__getstate__",
+        "CapsuleHeadPreTrainedModel.__setstate__",
+        "CapsuleHeadPreTrainedModel.compute_hidden_states",
         "CapsuleHeadPreTrainedModel.register_for_auto_class",
         "CapsuleHeadPreTrainedModel.resize_token_embeddings",
     ],
@@ -66,7 +69,11 @@ UNGUARDED = {
     "backbones.states": ["unpack"],
     "backbones.windows": ["run_in_windows"],
     "layers": ["Routing.__init__", "Routing.forward"],
-    "models.configuration_capsule_head": ["CapsuleHeadConfig.__init__"],
+    "models.configuration_capsule_head": [
+        "CapsuleHeadConfig.__init__",
+        "CapsuleHeadConfig.backbone",
+        "CapsuleHeadConfig.set_hidden_sizes",
+    ],
 }
 INSTEAD = {
     "checks": {
@@ -74,6 +81,17 @@ INSTEAD = {
 def check_hidden_sizes(hidden_sizes: Sequence[int], at_most: int | None = None) -> tuple[int, ...]:
     """Return the sizes of the hidden states that a head takes as a tuple."""
     return tuple(hidden_sizes)
+''',
+    },
+    "backbones.backbone": {
+        "Backbone.run": '''
+    def run(
+        self, module: PreTrainedModel, layers: Sequence[int], inputs: Inputs, *, trains: bool = False
+    ) -> BackboneOutput:
+        """Run the backbone on a batch, in windows where texts are longer than one."""
+        with nullcontext() if trains else torch.no_grad():
+            run = partial(run_backbone, module, layers, self.hidden_sizes, self.part.stack)
+            return run_in_windows(run, self.windowing, inputs)
 ''',
     },
     "backbones.running": {
@@ -131,7 +149,37 @@ def register(name: str) -> Callable[[AnyHead], AnyHead]:
         return torch.stack(self.project(hidden_states), dim=2)
 ''',
     },
+    "models.base": {
+        "CapsuleHeadPreTrainedModel._run": '''
+    def _run(
+        self, inputs: Inputs, attention_mask: Tensor | None, hidden_states: Any, returns: Any, attends: bool | None
+    ) -> tuple[BackboneOutput, tuple[Tensor, ...] | None]:
+        """Compute what the head takes; and the hidden states that `forward` returns, if any."""
+        if attends or not isinstance(returns, bool | None):
+            raise ValueError("For attentions, or hidden states by their indices, install the package capsule_heads.")
+        if hidden_states is not None:
+            states = list(check_hidden_states(hidden_states, self.head.hidden_sizes))
+            output = BackboneOutput(states, token_masks(attention_mask, states))
+        else:
+            if self.backbone is None:
+                raise ValueError("This model has no backbone: pass hidden_states, or load it with load_backbone=True.")
+            if sum(inputs.get(name) is not None for name in (*self.backbone_inputs, "inputs_embeds")) != 1:
+                raise ValueError(f"Pass one of {', '.join(self.backbone_inputs)} (or hidden_states, instead of them).")
+            given = {**inputs, "attention_mask": attention_mask}
+            config = self.config
+            output = config.backbone.run(self.backbone, config.layers, given, trains=self.backbone_trains)
+        device = next(self.head.parameters()).device  # the head converts them to its dtype
+        states, masks = [x.to(device) for x in output.states], [mask.to(device) for mask in output.masks]
+        returns = self.config.output_hidden_states if returns is None else returns
+        return BackboneOutput(states, masks), tuple(states) if returns else None
+''',
+    },
     "models.checkpoint": {
+        "hidden_sizes_in_use": '''
+def hidden_sizes_in_use(config: CapsuleHeadConfig) -> list[int]:
+    """Return the sizes of the hidden states that the head takes."""
+    return [config.hidden_sizes[layer] for layer in config.layers]
+''',
         "CheckpointModel.save_pretrained": '''
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, head_only: bool | None = None, **kwargs: Any
@@ -179,18 +227,13 @@ def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]
         return_dict: bool | None = None,  # can_return_tuple has read it
     ) -> CapsuleHeadClassifierOutput:
         """Compute class scores: what `forward` of every modality does."""
-        if labels is not None or output_attentions:
-            raise ValueError(
-                "labels or output_attentions were passed; expected neither: for a loss, install the package "
-                "capsule_heads, and a capsule head has no attentions."
-            )
-        states, masks = self.compute_hidden_states(hidden_states=hidden_states, attention_mask=attention_mask, **inputs)
-        capsules: HeadOutput = self.head(states, masks, bool(output_routing))
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        if labels is not None:
+            raise ValueError("labels were passed; expected none: for a loss, install the package capsule_heads.")
+        output, returned = self._run(inputs, attention_mask, hidden_states, output_hidden_states, output_attentions)
+        capsules: HeadOutput = self.head(output.states, output.masks, bool(output_routing))
         return CapsuleHeadClassifierOutput(
             logits=self._logits(capsules),
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=returned,
             poses=capsules.mu_out if output_capsules else None,
             variances=capsules.sig2_out if output_capsules else None,
             routing_probabilities=capsules.routing_probabilities,

@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME, PushToHubMixin
 from ..backbones import Backbone, Part
 from ..backbones.limits import check_windows
 from ..backbones.loading import BACKBONE_KWARGS, HUB_KWARGS, check_model_type, is_quantised, reading_weights
-from ..backbones.parts import TEXT_INPUTS, check_main_input
+from ..backbones.parts import TEXT_INPUTS, check_main_input, main_input_name
 from ..checks import check_dtype, check_memory
 from ..heads import Head, get_head
 from ..hub import check_backbone_is_shared, push_folder
@@ -53,6 +53,7 @@ class CheckpointModel(PreTrainedModel):
     Attributes:
         head: the head.
         backbone: the backbone; None for a model that was loaded with `load_backbone=False`, which takes hidden states.
+        main_input_name: the input that the backbone takes, as a field of transformers' models.
     """
 
     config_class = CapsuleHeadConfig
@@ -71,9 +72,9 @@ class CheckpointModel(PreTrainedModel):
         backbone_dtype: torch.dtype | str | None = None,
         trust_backbone_code: bool = False,
     ) -> None:
+        hidden_sizes = hidden_sizes_in_use(config)
         super().__init__(config)
         # The head comes first: a model's dtype and device are those of its first parameter, and the head's are saved.
-        hidden_sizes = [config.hidden_sizes[layer] for layer in config.layers]
         make_head, options = get_head(config.head_type), config.head_options.as_dict()
         check_memory(lambda: make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options), options)
         self.head = make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options)
@@ -94,6 +95,7 @@ class CheckpointModel(PreTrainedModel):
                     "adapters of PEFT in it."
                 )
             self._weights_as_loaded = sample_weights(backbone)
+            self.main_input_name = main_input_name(backbone)
         self.backbone = backbone
         self.freeze()
 
@@ -186,8 +188,10 @@ class CheckpointModel(PreTrainedModel):
             The model, in evaluation mode; with `output_loading_info`, a pair of it and a dictionary.
 
         Raises:
-            ValueError: If the checkpoint is of another kind of model, lacks the backbone's weights or has them where
-                they are to be quantised, or the backbone has code of its own that is not trusted.
+            ValueError: If the checkpoint is of another kind of model, lacks weights or has the backbone's where they
+                are to be quantised, or the backbone has code of its own that is not trusted.
+            RuntimeError: If weights have other shapes than the configuration makes them, as in transformers; with
+                `ignore_mismatched_sizes=True` these start from random values.
             OSError: If the checkpoint, or the backbone it refers to, is not found or cannot be read. Of the checkpoint,
                 nothing but safetensors files is read.
         """
@@ -204,7 +208,7 @@ class CheckpointModel(PreTrainedModel):
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)
         backbone_kwargs = {name: loading_kwargs[name] for name in BACKBONE_KWARGS if name in loading_kwargs}
         # transformers would take one in the backbone's configuration to be for the head too.
-        quantization_config = vars(config.base_config).pop("quantization_config", None)
+        quantization_config = vars(config.backbone.config).pop("quantization_config", None)
         backbone_kwargs.setdefault("quantization_config", quantization_config)
         if loading_kwargs.pop("quantization_config", None) is not None and not config.head_only:
             raise ValueError(
@@ -452,19 +456,32 @@ def load_config(
     return loaded
 
 
+def hidden_sizes_in_use(config: CapsuleHeadConfig) -> list[int]:
+    """Return the sizes of the hidden states that the head takes; find all and set them, if the configuration has none.
+
+    Raises:
+        ValueError: If the configuration has no backbone, or the sizes do not follow from its configuration.
+    """
+    if not config.backbone.hidden_sizes:
+        config.set_hidden_sizes(config.backbone.probe().hidden_sizes)
+    return [config.hidden_sizes[layer] for layer in config.layers]
+
+
 def check_weights(source: str | os.PathLike[str], loading_info: dict[str, Any], may_differ: bool) -> None:
     """Refuse a checkpoint that left weights random.
 
     Args:
         source: the checkpoint.
         loading_info: what transformers says of its keys.
-        may_differ: whether weights of the head may differ from the configuration; these are then random.
+        may_differ: whether weights may have other shapes than the configuration makes them, and those of the head be
+            missing; these are then random.
 
     Raises:
-        ValueError: If weights are missing, or have another shape.
+        ValueError: If weights are missing.
+        RuntimeError: If they have another shape.
     """
     missing, mismatched = loading_info["missing_keys"], sorted(loading_info["mismatched_keys"])
-    lacking = sorted(key for key in [*missing, *(key for key, *_ in mismatched)] if key.startswith("backbone."))
+    lacking = sorted(key for key in missing if key.startswith("backbone."))
     if lacking:
         raise ValueError(
             f"{source} lacks {len(lacking)} weights of the backbone, among them {lacking[0]}; expected a "
@@ -475,7 +492,7 @@ def check_weights(source: str | os.PathLike[str], loading_info: dict[str, Any], 
     remedy = "expected its own configuration, or ignore_mismatched_sizes=True to start from random values with these"
     if mismatched:
         key, found, expected = mismatched[0]
-        raise ValueError(
+        raise RuntimeError(
             f"{source} has {key} of shape {tuple(found)}, where the configuration makes it {tuple(expected)}, and "
             f"{len(mismatched) - 1} more such weights; {remedy}."
         )

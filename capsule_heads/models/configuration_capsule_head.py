@@ -27,9 +27,9 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 class CapsuleHeadConfig(PreTrainedConfig):
     """Configuration of a routing-capsule head on a backbone's hidden states.
 
-    Usually built by `from_backbone`. Beyond the arguments below it takes those of `PreTrainedConfig`, such as
-    `num_labels`, `id2label` and `problem_type`. `num_labels=1` without a `problem_type` means regression, as in
-    transformers.
+    Usually built by `from_backbone`. Without `base_config` it can be printed, saved and loaded, but no model can be
+    built of it. Beyond the arguments below it takes those of `PreTrainedConfig`, such as `num_labels`, `id2label` and
+    `problem_type`. `num_labels=1` without a `problem_type` means regression, as in transformers.
 
     Args:
         base_config: the backbone's own configuration, an object or a dict with its `model_type`.
@@ -49,14 +49,15 @@ class CapsuleHeadConfig(PreTrainedConfig):
         window_special_tokens: how many special tokens the tokenizer puts before and after every text. Every window has
             them; they too are routed once, those before from the first window, those after from the last.
         hidden_sizes: size of each hidden state that the backbone yields, the embedding output included.
-            `from_backbone` finds them, by running the backbone once.
+            `from_backbone` finds them, by running the backbone once. None until a model is built, which finds them too.
         head_type: the head's name in the registry, `capsule_heads.heads.registered_heads`. "token_depth" is the paper's
             text head, on all tokens at several layers; "spatial_pose" is its vision head, on the poses that it computes
             at every position of one feature map. The controls have no capsules: "linear" on one hidden state,
             "scalar_mix" on a learned mix of several, "attentive_pooling" and "vector_routing" (Heinsen, 2022) on what
             "token_depth" takes. A head of your own has the name that it was registered under.
         layers: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
-            None for all, or for the last where the head takes one. They are kept resolved: ascending, not negative.
+            None for all, or for the last where the head takes one. They are kept resolved, ascending and not negative,
+            once `hidden_sizes` are known.
         mixup_alpha: of the Beta distribution of mixup's ratios in training; 0 for none. The paper's is 0.2, with which
             this package measured less accuracy: docs/results.md. `PAPER` has it by name.
         class_weights: weight of each class in the loss; "balanced" for weights that `CapsuleTrainer` makes of the
@@ -72,8 +73,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
     model_type = CAPSULE_HEAD
     sub_configs = {"base_config": AutoConfig}
-    has_no_defaults_at_init = True  # there is no default backbone
-    keys_to_ignore_at_inference = ["poses", "variances", "routing_probabilities", "hidden_states"]
+    keys_to_ignore_at_inference = ["poses", "variances", "routing_probabilities", "hidden_states", "attentions"]
 
     def __init__(
         self,
@@ -118,23 +118,17 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.base_model_revision = base_model_revision
         self.head_only = head_only
         self.freeze_backbone = freeze_backbone
-        check_part(Part(stack, tower), self.base_config)
+        if self.base_config is not None:
+            check_part(Part(stack, tower), self.base_config)
         self.stack, self.tower = stack, tower
         self.window_length, self.window_overlap = plain(window_length), plain(window_overlap)
         self.window_special_tokens = list(plain(window_special_tokens))
         self._check_windows()
         self.head_type = head_type
-        if hidden_sizes is None:
-            raise ValueError(
-                "hidden_sizes is None; expected the size of each hidden state of the backbone. "
-                "capsule_heads.backbones.Backbone(base_config).probe().hidden_sizes finds them, and from_backbone does "
-                "so by itself."
-            )
-        self.hidden_sizes = list(check_hidden_sizes(plain(hidden_sizes)))
-        layers = plain(layers)
-        self.layers = _resolve_layers([-1] if layers is None and head.takes_one_layer else layers, len(hidden_sizes))
-        if head.takes_one_layer and len(self.layers) > 1:
-            raise ValueError(f'layers is {layers}; head_type="{head_type}" takes one hidden state.')
+        self.hidden_sizes: list[int] = None  # type: ignore[assignment]  # until a model is built
+        self.layers: list[int] = plain(layers)  # as it was given, until then
+        if hidden_sizes is not None:
+            self.set_hidden_sizes(hidden_sizes)
         self._set_options(head.make_options(given))
         self.mixup_alpha = plain(mixup_alpha)
         if not _is_number(self.mixup_alpha) or self.mixup_alpha < 0:
@@ -143,7 +137,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.label_mean, self.label_std = plain(label_mean), plain(label_std)
         kwargs |= _named_classes(kwargs)
         # transformers hands these down to the backbone's configuration: where none is given, keep what it has.
-        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or self.base_config._attn_implementation
+        if self.base_config is not None:
+            kwargs["attn_implementation"] = kwargs.get("attn_implementation") or self.base_config._attn_implementation
         kwargs["experts_implementation"] = kwargs.get("experts_implementation") or {}
         super().__init__(**kwargs)
         if self.problem_type is None and self.num_labels == 1:
@@ -151,6 +146,19 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type is {shown(self.problem_type)}; expected one of {', '.join(PROBLEM_TYPES)}.")
         self._check_labels()
+
+    def set_hidden_sizes(self, hidden_sizes: Sequence[int]) -> None:
+        """Set the size of each hidden state of the backbone, and resolve `layers` by their number.
+
+        Raises:
+            ValueError: If the sizes are not positive whole numbers, or there are no such layers.
+        """
+        takes_one_layer = get_head(self.head_type).takes_one_layer
+        layers = [-1] if self.layers is None and takes_one_layer else self.layers
+        self.hidden_sizes = list(check_hidden_sizes(plain(hidden_sizes)))
+        self.layers = _resolve_layers(layers, len(hidden_sizes))
+        if takes_one_layer and len(self.layers) > 1:
+            raise ValueError(f'layers is {layers}; head_type="{self.head_type}" takes one hidden state.')
 
     def _set_options(self, options: HeadOptions) -> None:
         taken = {*inspect.signature(CapsuleHeadConfig.__init__).parameters, *dir(PreTrainedConfig), *vars(self)}
@@ -253,14 +261,24 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
     @property
     def backbone(self) -> Backbone:
-        """The backbone that the fields describe."""
+        """The backbone that the fields describe.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.base_config is None:
+            raise ValueError(
+                "base_config is None; expected the backbone's configuration, an object such as AutoConfig"
+                ".from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
+                ".from_backbone(name, num_labels=n) builds it for you."
+            )
         return Backbone(
             self.base_config,
             self.base_model_name_or_path,
             self.base_model_revision,
             Part(self.stack, self.tower),
             self.windowing,
-            tuple(self.hidden_sizes),
+            tuple(self.hidden_sizes or ()),
         )
 
     @property
@@ -272,6 +290,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the backbone's text configuration, which has the vocabulary size, the hidden size and the like."""
+        if self.base_config is None:
+            return super().get_text_config(decoder=decoder, encoder=encoder)
         tower = tower_config(self.base_config, "text") if self.tower == "text" else None
         if tower is not None:
             return tower
@@ -283,13 +303,13 @@ def label_fields(names: Sequence[str]) -> dict[str, dict[Any, Any]]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
-def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig | dict[str, Any]:
+def _with_code_of_the_backbone(config_dict: dict[str, Any]) -> PreTrainedConfig | dict[str, Any] | None:
     """Return the backbone's configuration, of a class that comes with the backbone if it has one.
 
     What code that is, the backbone's own repository says: not the checkpoint of the head.
     """
-    base_config, name = config_dict["base_config"], config_dict.get("base_model_name_or_path")
-    if "auto_map" not in base_config or name is None:
+    base_config, name = config_dict.get("base_config"), config_dict.get("base_model_name_or_path")
+    if base_config is None or "auto_map" not in base_config or name is None:
         return base_config
     own = AutoConfig.from_pretrained(name, revision=config_dict.get("base_model_revision"), trust_remote_code=True)
     auto_map = getattr(own, "auto_map", {})
@@ -355,8 +375,8 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"id2label": dict(sorted(by_index.items())), "label2id": dict(sorted(expected.items(), key=lambda x: x[1]))}
 
 
-def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
-    if isinstance(base_config, PreTrainedConfig):
+def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+    if base_config is None or isinstance(base_config, PreTrainedConfig):
         return base_config
     if not isinstance(base_config, dict) or not isinstance(base_config.get("model_type"), str):
         raise ValueError(

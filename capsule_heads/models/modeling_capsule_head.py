@@ -33,14 +33,16 @@ class Requests(TypedDict, total=False):
     """The optional outputs of a forward pass.
 
     Attributes:
-        output_hidden_states: whether to return the hidden states in use. Default: as in the configuration.
+        output_hidden_states: True to return the hidden states in use; an index, or a list of them, to return a tuple of
+            all the backbone's, None in place of those that were not asked for, as in transformers. Default: as in the
+            configuration.
         output_capsules: whether to return poses and variances of the class capsules.
         output_routing: whether to return the probabilities of each routing.
-        output_attentions: not for True: PEFT's models for sequence classification pass it, as None.
+        output_attentions: whether to return the backbone's attentions. Default: as in the configuration.
         return_dict: False for a tuple, as in transformers.
     """
 
-    output_hidden_states: bool | None
+    output_hidden_states: bool | int | Sequence[int] | None
     output_capsules: bool | None
     output_routing: bool | None
     output_attentions: bool | None
@@ -76,7 +78,8 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
         input_values: Tensor | None = None,
         input_features: Tensor | None = None,
         hidden_states: Tensor | Sequence[Tensor] | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
         output_routing: bool | None = None,
         return_dict: bool | None = None,
     ) -> CapsuleHeadModelOutput:
@@ -96,7 +99,8 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
             input_values: as in `CapsuleHeadForAudioClassification.forward`.
             input_features: as there.
             hidden_states: as in `CapsuleHeadForSequenceClassification.forward`.
-            output_hidden_states: whether to return the hidden states in use. Default: as in the configuration.
+            output_hidden_states: as in `Requests`.
+            output_attentions: as there.
             output_routing: whether to return the probabilities of the routing to the parts.
             return_dict: False for a tuple, as in transformers.
 
@@ -119,15 +123,14 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
             "input_values": input_values,
             "input_features": input_features,
         }
-        states, masks = self.compute_hidden_states(hidden_states=hidden_states, attention_mask=attention_mask, **inputs)
-        parts = self.head(states, masks, bool(output_routing))
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        output, returned = self._run(inputs, attention_mask, hidden_states, output_hidden_states, output_attentions)
+        parts = self.head(output.states, output.masks, bool(output_routing))
         return CapsuleHeadModelOutput(
             scores=parts.a_out,
             poses=parts.mu_out,
             variances=parts.sig2_out,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=returned,
+            attentions=output.attentions,
             routing_probabilities=parts.routing_probabilities,
         )
 
@@ -168,21 +171,17 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         labels: Tensor | None,
         hidden_states: Tensor | Sequence[Tensor] | None,
         *,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_capsules: bool | None = None,
         output_routing: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,  # can_return_tuple has read it
     ) -> CapsuleHeadClassifierOutput:
         """Compute class scores and, with labels, a loss: what `forward` of every modality does."""
-        if output_attentions:
-            raise ValueError(
-                "output_attentions is True, and a capsule head returns no attentions; call model.backbone for them, or "
-                "pass output_routing=True."
-            )
         problem_type, targets = self._targets(labels)
         inputs, targets, is_mixed = self._mix_inputs(inputs, targets)
-        states, masks = self.compute_hidden_states(hidden_states=hidden_states, attention_mask=attention_mask, **inputs)
+        output, returned = self._run(inputs, attention_mask, hidden_states, output_hidden_states, output_attentions)
+        states, masks = output.states, output.masks
         mix_samples = None if is_mixed else self._draw_mixup(targets, states[0])
         if mix_samples is not None and targets is not None:
             different = {id(mask): mask for mask in masks}  # most often all layers have one
@@ -194,12 +193,11 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         if targets is not None and problem_type is not None:
             targets = targets.to(logits.device)
             loss = problem_loss(self.config, problem_type, logits, targets, self.label_smoothing)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         return CapsuleHeadClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=returned,
+            attentions=output.attentions,
             poses=capsules.mu_out if output_capsules else None,
             variances=capsules.sig2_out if output_capsules else None,
             routing_probabilities=capsules.routing_probabilities,

@@ -16,14 +16,16 @@ class CapsuleHeadModelOutput(ModelOutput):
         scores: `[batch, n_parts]`, scores of the parts, as logits.
         poses: `[batch, n_parts, d_cov, d_cap]`, their poses.
         variances: `[batch, n_parts, d_cov, d_cap]`, of the votes for each pose.
-        hidden_states: on request, per layer in use `[batch, tokens, hidden_size]`.
+        hidden_states: on request, per layer in use `[batch, tokens, hidden_size]`; see `Requests`.
+        attentions: on request, per layer of the backbone, as it gives them.
         routing_probabilities: on request, one tensor `[batch, tokens * layers, n_parts]`.
     """
 
     scores: Tensor | None = None
     poses: Tensor | None = None
     variances: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     routing_probabilities: tuple[Tensor, ...] | None = None
 
 
@@ -35,7 +37,8 @@ class CapsuleHeadClassifierOutput(ModelOutput):
         loss: scalar, where labels were given.
         logits: `[batch, num_labels]`, float32: the scores of the class capsules; for regression, values in the labels'
             unit.
-        hidden_states: on request, per layer in use `[batch, tokens, hidden_size]`.
+        hidden_states: on request, per layer in use `[batch, tokens, hidden_size]`; see `Requests`.
+        attentions: on request, per layer of the backbone, as it gives them.
         poses: on request, `[batch, n_capsules, d_cov, d_cap]`, poses of the class capsules.
         variances: on request, `[batch, n_capsules, d_cov, d_cap]`, of the votes for each pose.
         routing_probabilities: on request, per routing `[batch, n_inp, n_out]`: from tokens and layers to parts (input
@@ -44,7 +47,8 @@ class CapsuleHeadClassifierOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     poses: Tensor | None = None
     variances: Tensor | None = None
     routing_probabilities: tuple[Tensor, ...] | None = None

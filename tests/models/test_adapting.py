@@ -144,11 +144,6 @@ def test_states_that_adapters_change_are_not_cached(make_model, tokenizer, tmp_p
         HiddenStateCache(dataset, adapt(make_model()), tokenizer, cache_dir=tmp_path)
 
 
-def test_attentions_are_not_returned(make_model, pad):
-    with pytest.raises(ValueError, match=r"returns no attentions; call model\.backbone"):
-        make_model()(**pad(), output_attentions=True)
-
-
 # Gradient checkpointing
 
 

@@ -218,8 +218,8 @@ def test_wrong_values_are_refused(base, fields, message):
         make_config(base, **fields)
 
 
-@pytest.mark.parametrize("base_config", [None, "bert", {"hidden_size": 4}])
-def test_a_missing_base_config_is_refused(base_config):
+@pytest.mark.parametrize("base_config", ["bert", {"hidden_size": 4}])
+def test_what_is_no_base_config_is_refused(base_config):
     with pytest.raises(ValueError, match=r"base_config is .*; expected the backbone's configuration"):
         make_config(base_config)
 

@@ -282,10 +282,7 @@ def test_a_checkpoint_that_lacks_weights_of_the_backbone_is_refused(make_model, 
     make_model().save_pretrained(tmp_path, head_only=False)
     weights = load_file(tmp_path / "model.safetensors")
     name = "backbone.embeddings.word_embeddings.weight"
-    if ignore_mismatched_sizes:
-        weights[name] = torch.zeros(65, 16)
-    else:
-        del weights[name]
+    del weights[name]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{tmp_path} lacks 1 weights of the backbone, among them {name}"):
         load(tmp_path, ignore_mismatched_sizes=ignore_mismatched_sizes)
@@ -313,7 +310,7 @@ def test_a_head_that_says_it_is_whole_is_refused(make_model, tmp_path):
 def test_another_number_of_labels(make_model, tmp_path, head_only):
     model = make_model()
     model.save_pretrained(tmp_path, head_only=head_only)
-    with pytest.raises(ValueError, match=r"head\.routings\.1\.B of shape \(6, 3, 1, 2\), .* makes it \(6, 5,"):
+    with pytest.raises(RuntimeError, match=r"head\.routings\.1\.B of shape \(6, 3, 1, 2\), .* makes it \(6, 5,"):
         load(tmp_path, num_labels=5)
     loaded, info = load(tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True)
     assert {key for key, *_ in info["mismatched_keys"]} == {
