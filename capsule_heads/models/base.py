@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from ..backbones.running import check_hidden_states, token_masks
 from ..heads.base import reset, self_initialised
 from ..hub import refuse_auto_class
 from .checkpoint import CheckpointModel
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class CapsuleHeadPreTrainedModel(CheckpointModel):
