@@ -27,17 +27,17 @@ def refuse_other_versions() -> None:
             f"found Python {platform.python_version()}, but capsule_heads needs {python}: "
             "install it into an environment of such a Python"
         )
-    wrong = [
-        (f"{library.name}{library.specifier}", f"{library.name} {found}")
-        for library in map(Requirement, own.get_all("Requires-Dist", []))
-        if library.marker is None or library.marker.evaluate({"extra": ""})
-        if (found := _version(library.name)) and not library.specifier.contains(found, prereleases=True)
-    ]
-    if wrong:
-        needed, found = zip(*wrong)
+    needed, present = [], []
+    for library in map(Requirement, own.get_all("Requires-Dist") or ()):
+        if library.marker is None or library.marker.evaluate({"extra": ""}):
+            version = _version(library.name)
+            if version and not library.specifier.contains(version, prereleases=True):
+                needed.append(f"{library.name}{library.specifier}")
+                present.append(f"{library.name} {version}")
+    if needed:
         command = " ".join(f'"{library}"' for library in needed)
         raise ImportError(
-            f"found {', '.join(found)}, but capsule_heads needs {', '.join(needed)}: pip install {command}"
+            f"found {', '.join(present)}, but capsule_heads needs {', '.join(needed)}: pip install {command}"
         )
 
 
