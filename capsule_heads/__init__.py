@@ -7,6 +7,7 @@ the models as soon as both packages are imported, in whichever order.
 from typing import TYPE_CHECKING
 
 from .lazy import import_after, lazy_names
+from .requirements import refuse_other_versions
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ __all__ = [
     "__version__",
     "load_processor",
 ]
+
+refuse_other_versions()
 
 __getattr__, __dir__ = lazy_names(
     __name__,

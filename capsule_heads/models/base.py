@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from ..heads.base import reset, self_initialised
 from ..hub import refuse_auto_class
 from .checkpoint import CheckpointModel
 from .configuration_capsule_head import CapsuleHeadConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class CapsuleHeadPreTrainedModel(CheckpointModel):

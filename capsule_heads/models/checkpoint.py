@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,6 @@ from ..heads import Head, get_head
 from ..hub import check_backbone_is_shared, push_folder
 from ..weights import same_weights, sample_weights
 from .configuration_capsule_head import CapsuleHeadConfig, option_names
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 REPOSITORY_KWARGS = (*HUB_KWARGS, "revision", "subfolder")  # where a checkpoint of ours is
 # Fields of the configuration that the model knows better, and what the signature of __init__ has beside fields.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
-from typing_extensions import Unpack
 
 from ..backbones.parts import AUDIO_INPUTS, IMAGE_INPUTS, TEXT_INPUTS
 from ..heads import HeadOutput, RoutingHead, get_head

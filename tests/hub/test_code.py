@@ -72,7 +72,7 @@ def imported(code):
 def test_it_is_little_enough_to_read(name, tmp_path):
     code = save_with_code(make_model(head_type=name), tmp_path)
     assert n_lines(code) <= MOST_LINES
-    assert imported(code) == {"torch", "transformers", "safetensors", "typing_extensions"}
+    assert imported(code) == {"torch", "transformers", "safetensors"}
     assert code.keys() == {
         "backbones.py",
         "configuration_capsule_head.py",

@@ -432,15 +432,20 @@ def test_launches_of_a_head(interpreter):
 # ---------------------------------------------------------------------------------------------------------------------
 
 COMPILE = """
-import json, re, subprocess, sys
+import inspect, json, re, subprocess, sys
 from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from capsule_heads.ops import cuda, cuda_kernels
 
-ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-if not ptxas.exists():
+CAPABILITIES = (80, 90)
+# The assembler that Triton itself takes: it comes with two, of which the older does not read all that Triton writes.
+by_capability = len(inspect.signature(get_ptxas).parameters)  # not before it came with two
+try:
+    ptxas = {capability: get_ptxas(*[capability] * by_capability).path for capability in CAPABILITIES}
+except RuntimeError:
     print(json.dumps(None))
     sys.exit()
 ptx_file = Path(sys.argv[1]) / "kernel.ptx"
@@ -466,7 +471,7 @@ for shape in json.loads(sys.argv[3]):
     ):
         kernels.append((name, shape, cuda._OPTIONS[name](about, *flags), set()))
 compiled = []
-for capability in (80, 90):
+for capability in CAPABILITIES:
     for name, shape, constants, doubles in kernels:
         if capability == 80 and name == "narrow_gradients_kernel":  # half a minute for each GPU
             continue
@@ -487,7 +492,8 @@ for capability in (80, 90):
         ptx = result.asm["ptx"]
         ptx_file.write_text(ptx)
         architecture = re.search(r"\\.target (\\w+)", ptx)[1]
-        command = [ptxas, "-v", f"--gpu-name={architecture}", ptx_file, "-o", ptx_file.with_suffix(".cubin")]
+        options = ["-v", f"--gpu-name={architecture}", "-o", ptx_file.with_suffix(".cubin")]
+        command = [ptxas[capability], *options, ptx_file]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         compiled.append({
             "kernel": name,
