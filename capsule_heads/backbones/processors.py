@@ -24,7 +24,8 @@ def load_processor(modality: str, name_or_path: str, revision: str | None = None
         pad_token: the padding token, for a tokenizer that has none.
 
     Returns:
-        A tokenizer, image processor or feature extractor.
+        A tokenizer, image processor or feature extractor. A feature extractor makes a mask of padding: transformers'
+        pipeline, which never asks for one, then sees what training sees.
 
     Raises:
         OSError: If it is not found, or cannot be read.
@@ -35,6 +36,8 @@ def load_processor(modality: str, name_or_path: str, revision: str | None = None
     loaders: dict[str, Any] = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}
     with _reading(MODALITIES[modality], name_or_path):
         processor = loaders[modality].from_pretrained(resolve_backbone(name_or_path), revision=revision)
+    if modality == "audio" and hasattr(processor, "return_attention_mask"):
+        processor.return_attention_mask = True
     if pad_token is not None:
         if not isinstance(processor, PreTrainedTokenizerBase):
             raise ValueError(f"pad_token is {pad_token!r}, and a {MODALITIES[modality]} pads no tokens; leave it out.")
