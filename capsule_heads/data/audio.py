@@ -22,7 +22,7 @@ from .splits import made_when_read, with_validation
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-    from ..models import CapsuleHeadForAudioClassification
+    from ..models import CapsuleHeadClassifier
 
 LONGEST_FRAME = 1  # seconds: no backbone's frame is longer
 # Names of folders with a split's files, as `datasets` knows them for folders of images.
@@ -293,7 +293,7 @@ def prepare_audio(splits: DatasetDict, feature_extractor: FeatureExtractor) -> D
 
 
 def check_audio(
-    splits: Mapping[str, Dataset], feature_extractor: FeatureExtractor, model: CapsuleHeadForAudioClassification
+    splits: Mapping[str, Dataset], feature_extractor: FeatureExtractor, model: CapsuleHeadClassifier
 ) -> None:
     """Read all audio files, so that one that is damaged or too short is found before training.
 
@@ -324,7 +324,7 @@ def check_length(samples: np.ndarray, least: int, name: str) -> None:
         )
 
 
-def least_samples(feature_extractor: FeatureExtractor, model: CapsuleHeadForAudioClassification) -> int:
+def least_samples(feature_extractor: FeatureExtractor, model: CapsuleHeadClassifier) -> int:
     """Return the least number of samples that make a frame of a model's backbone; 1 if that does not say.
 
     Args:

@@ -167,7 +167,10 @@ def load_images(task: str, source: str | os.PathLike[str] | None = None) -> data
         raise ValueError(f"{task} needs a source: a directory with {LAYOUT}.")
     if source is not None and not os.path.isdir(source):
         raise FileNotFoundError(f"No images at {source}: there is no such directory.")
-    splits = _load_folder(Path(source)) if task == "image_folder" else datasets.load_dataset(os.fspath(source or name))
+    if source is not None and task == "image_folder":
+        splits = _load_folder(Path(source))
+    else:
+        splits = datasets.load_dataset(str(source or name))
     for split, rows in splits.items():
         if not {image, label} <= set(rows.column_names):
             raise ValueError(
