@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import abc
 import difflib
+import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 
 # Of files of texts. What looks like the name of one was not meant as a text.
 DATA_SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".xlsx", ".gz", ".zip")
+
+
+logger = logging.getLogger(__name__)
+
+LONG_CHECK = 10  # seconds from which on a check of files is mentioned
 
 
 class Modality(abc.ABC):
@@ -44,6 +51,10 @@ class Modality(abc.ABC):
         self, splits: DatasetDict, processor: Any, max_length: int | None = None, in_windows: bool = False
     ) -> DatasetDict:
         """Return splits with what the model takes, and `labels`; see `Task.prepare`."""
+
+    def check_files(self, splits: Mapping[str, Dataset], processor: Any, model: CapsuleHeadClassifier) -> None:
+        """Read all files of a user's own data; see `Task.check_files`."""
+        return  # texts are read already
 
     def collator(self, processor: Any) -> Callable[[list], Mapping[str, Any]] | None:
         """Return what makes batches of prepared rows; None for what a Trainer has by default."""
@@ -127,17 +138,24 @@ class _Images(Modality):
 
         return prepare_images(splits, processor)
 
-    def read(self, given: str, processor: Any) -> Any:
-        from .data.images import open_image
+    def check_files(self, splits: Mapping[str, Dataset], processor: Any, model: CapsuleHeadClassifier) -> None:
+        from .data.images import check_images
 
-        return open_image(given)
+        check_images(splits)
+
+    def read(self, given: str, processor: Any) -> Any:
+        from .data.images import as_image
+
+        return as_image(given)
 
     def inputs(self, split: Dataset, processor: Any) -> list[Any]:
         import datasets
 
-        if not isinstance(split.features["image"], datasets.Image):
-            split = split.with_format("numpy")  # pixels, such as stereo pairs: arrays, not lists of numbers
-        return list(split["image"][:])
+        from .data.images import read_images
+
+        if isinstance(split.features["image"], datasets.Image):
+            return list(read_images(split))
+        return list(split.with_format("numpy")["image"][:])  # pixels, such as stereo pairs: not lists of numbers
 
 
 class _Audio(Modality):
@@ -156,15 +174,20 @@ class _Audio(Modality):
 
         return prepare_audio(splits, processor)
 
+    def check_files(self, splits: Mapping[str, Dataset], processor: Any, model: CapsuleHeadClassifier) -> None:
+        from .data.audio import check_audio
+
+        check_audio(splits, processor, model)
+
     def collator(self, processor: Any) -> Callable[[list], Mapping[str, Any]]:
         from .data.audio import AudioCollator
 
         return AudioCollator(processor)
 
     def read(self, given: str, processor: Any) -> Any:
-        from .data.audio import open_audio
+        from .data.audio import as_audio
 
-        return open_audio(given, processor.sampling_rate)
+        return as_audio(given, processor.sampling_rate)
 
     def inputs(self, split: Dataset, processor: Any) -> list[Any]:
         return [self.read(name, processor) for name in split["audio"][:]]
@@ -254,6 +277,25 @@ class Task:
         from .backbones.processors import load_processor
 
         return load_processor(backbone, self.modality, revision, pad_token)
+
+    def check_files(self, splits: Mapping[str, Dataset], processor: Any, model: CapsuleHeadClassifier) -> None:
+        """Read each file of the user's own data once, so that a damaged one is found before anything long begins.
+
+        Args:
+            splits: as `load` returns them.
+            processor: as `load_processor` returns it.
+            model: the classifier.
+
+        Raises:
+            ValueError: If an image or audio file cannot be read, or is shorter than a frame of the backbone.
+        """
+        if not self.is_own_data or self.preparation is not None:
+            return
+        start = time.perf_counter()
+        self.data.check_files(splits, processor, model)
+        seconds = time.perf_counter() - start
+        if seconds > LONG_CHECK:
+            logger.warning("Read %d files in %.0f s: none is damaged.", sum(map(len, splits.values())), seconds)
 
     def prepare(
         self, splits: DatasetDict, processor: Any, max_length: int | None = None, in_windows: bool = False

@@ -37,7 +37,8 @@ def load_processor(
         pad_token: the padding token, for a tokenizer that has none.
 
     Returns:
-        A tokenizer, image processor or feature extractor.
+        A tokenizer, image processor or feature extractor. A feature extractor makes a mask of padding: transformers'
+        pipeline, which never asks for one, then sees what training sees.
 
     Raises:
         OSError: If it is not found, or cannot be read.
@@ -54,6 +55,8 @@ def load_processor(
     source = resolve_backbone(name_or_path)
     with _reading(MODALITIES[modality], source):
         processor = loaders[modality].from_pretrained(source, revision=revision, trust_remote_code=False)
+    if modality == "audio" and hasattr(processor, "return_attention_mask"):
+        processor.return_attention_mask = True
     is_tokenizer = isinstance(processor, PreTrainedTokenizerBase)
     if is_tokenizer:
         with contextlib.suppress(OSError, ValueError):  # a directory may hold a tokenizer alone, or an unknown model

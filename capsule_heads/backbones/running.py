@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..checks import is_readable
 from .limits import check_positions, check_token_types
 from .parts import INVERTED_MASKS, Inputs, name_in
-from .states import Layout, arrange, attentions_of, hidden_states_of
+from .states import Layout, arrange, attentions_of, frame_counts, hidden_states_of
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -111,6 +111,8 @@ def all_hidden_states(
         check_token_types(tensors["token_type_ids"], backbone)
     if tokens is not None and "attention_mask" in given:
         check_mask(given["attention_mask"], tokens.shape[:2])
+    check_frames(tensors, backbone)
+    _check_patches(tensors, backbone)
     arguments = call_arguments(backbone, stack, given)
     if output_attentions:
         check_takes_attentions(backbone)
@@ -177,6 +179,50 @@ def check_mask(attention_mask: object, shape: torch.Size) -> None:
     low, high = attention_mask.min().item(), attention_mask.max().item()  # NaN if one is
     if not 0 <= low <= high <= 1:
         raise ValueError(f"attention_mask goes from {low} to {high}; expected 1 for tokens and 0 for padding.")
+
+
+def check_frames(inputs: Mapping[str, Tensor], backbone: PreTrainedModel) -> None:
+    """Check that each recording of a batch is long enough to make a frame, where the backbone can count them.
+
+    Padding alone would be scored otherwise. Lengths are those of the mask, where it is on the host.
+
+    Raises:
+        ValueError: If one is shorter; the message says by how much.
+    """
+    audio, mask = inputs.get("input_values", inputs.get("input_features")), inputs.get("attention_mask")
+    if audio is None or torch.compiler.is_compiling():
+        return
+    if mask is not None and is_readable(mask):
+        lengths = mask.sum(-1).long()
+    elif audio.ndim == 2:
+        lengths = torch.full((audio.shape[0],), audio.shape[1])
+    else:
+        return
+    counts = frame_counts(backbone, lengths)
+    if counts is None or bool((counts >= 1).all()):
+        return
+    sample = int((counts < 1).int().argmax())
+    unit, n_tried = ("samples", 2**17) if audio.ndim == 2 else ("frames of a spectrum", 2**10)
+    tried = frame_counts(backbone, torch.arange(1, n_tried))
+    assert tried is not None  # as above
+    raise ValueError(
+        f"Audio {sample} of the batch has {int(lengths[sample])} {unit}, too few for one frame of the "
+        f"{backbone.config.model_type} backbone; expected at least {1 + int((tried < 1).sum())}."
+    )
+
+
+def _check_patches(inputs: Mapping[str, Tensor], backbone: PreTrainedModel) -> None:
+    """Check that images are as large as a patch, unless the backbone pads them to it."""
+    pixels, size = inputs.get("pixel_values"), getattr(backbone.config, "patch_size", None)
+    if pixels is None or pixels.ndim != 4 or torch.compiler.is_compiling():
+        return
+    rows, columns = (size, size) if isinstance(size, int) else tuple(size or (1, 1))[-2:]
+    too_small = pixels.shape[-2] < rows or pixels.shape[-1] < columns
+    if too_small and not any(hasattr(module, "maybe_pad") for module in backbone.modules()):
+        raise ValueError(
+            f"The images have {pixels.shape[-2]}x{pixels.shape[-1]} pixels, and the {backbone.config.model_type} "
+            f"backbone takes patches of {rows}x{columns}; expected larger ones, or an image processor that resizes."
+        )
 
 
 def _check_tokens(input_ids: object, backbone: PreTrainedModel) -> None:

@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{task.name} has no labelled split {options.split!r}; it has {', '.join(found)}.")
         check_labels_match(model, next(iter(splits.values())))
         processor = task.load_processor(options.model)
+        task.check_files(splits, processor, model)
         prepared = task.prepare(DatasetDict(splits), processor, in_windows=model.config.windowing is not None)
     with tempfile.TemporaryDirectory() as folder:
         trainer = CapsuleTrainer(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .options import Command, OneLineParser, at_least, one_line_errors
@@ -129,18 +130,14 @@ def _classify(
     model: CapsuleHeadClassifier, modality: str, inputs: Sequence[str], processor: Any, batch_size: int, where: str
 ) -> list[dict[str, Any]]:
     """Return what is printed of each input."""
-    from transformers import ImageClassificationPipeline
-
     from ..tasks import MODALITIES
 
     if modality == "audio":
         return _classify_audio(model, inputs, processor, batch_size)
-    values = (MODALITIES[modality].read(given, processor) for given in inputs)  # one batch after another
-    if modality == "text":
-        return _classify_texts(model, list(values), processor, batch_size, where)
-    classify_images: Any = ImageClassificationPipeline(model=model, image_processor=processor)
-    found: Any = classify_images(values, batch_size=batch_size, top_k=model.config.num_labels)
-    return [_describe(model, scores) for scores in found]
+    if modality == "image":
+        return _classify_images(model, inputs, processor, batch_size)
+    texts = [MODALITIES[modality].read(given, processor) for given in inputs]
+    return _classify_texts(model, texts, processor, batch_size, where)
 
 
 def _classify_texts(
@@ -168,22 +165,52 @@ def _classify_texts(
     return [_describe(model, scores) for scores in found]
 
 
+def _classify_images(
+    model: CapsuleHeadClassifier, files: Sequence[str], processor: Any, batch_size: int
+) -> list[dict[str, Any]]:
+    """Return what is printed of each file."""
+    from transformers import ImageClassificationPipeline
+
+    from ..data.images import as_image, is_scaled, resizes, warn_of_scaled
+
+    scaled: list[bool] = []
+
+    def read() -> Iterator[Any]:  # one batch after another
+        for file in files:
+            image = as_image(file)
+            scaled.append(is_scaled(image))
+            yield image
+
+    step = batch_size if resizes(processor) else 1
+    classify: Any = ImageClassificationPipeline(model=model, image_processor=processor)
+    found = classify(read(), batch_size=step, top_k=model.config.num_labels)
+    predictions = [_describe(model, scores) for scores in found]
+    warn_of_scaled(sum(scaled))
+    return predictions
+
+
 def _classify_audio(
     model: CapsuleHeadClassifier, files: Sequence[str], processor: Any, batch_size: int
 ) -> list[dict[str, Any]]:
-    """Return what is printed of each file, prepared as in training; transformers' pipeline passes no mask."""
+    """Return what is printed of each file, prepared as in training; transformers' pipeline needs ffmpeg."""
     import torch
 
-    from ..data.audio import AudioCollator, audio_features, open_audio
+    from ..data.audio import AudioCollator, as_audio, audio_features, check_length, least_samples
 
     collate = AudioCollator(processor)
     names: dict[Any, str] = dict(model.config.id2label or {})
+    least = least_samples(processor, model)
+
+    def read() -> Iterator[dict[str, Any]]:
+        for file in files:
+            samples = as_audio(file, processor.sampling_rate)
+            check_length(samples, least, file)
+            yield audio_features(samples, processor)
+
     predictions = []
-    for start in range(0, len(files), batch_size):
-        recordings = (open_audio(file, processor.sampling_rate) for file in files[start : start + batch_size])
-        batch = collate([audio_features(samples, processor) for samples in recordings])
+    for rows in _batches_of_one_shape(read(), batch_size):
         with torch.no_grad():
-            logits = model(**batch).logits
+            logits = model(**collate(rows)).logits
         if model.config.problem_type == "multi_label_classification":
             scores = logits.sigmoid()
         else:
@@ -202,6 +229,13 @@ def _describe(model: CapsuleHeadClassifier, scores: Sequence[Mapping[str, Any]])
         return {"labels": [label for label, score in by_label.items() if score > 0.5], "scores": by_label}
     label, score = next(iter(by_label.items()))
     return {"label": label, "score": score}
+
+
+def _batches_of_one_shape(rows: Iterable[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in batches without padding, which would change the scores of some backbones."""
+    for _, alike in itertools.groupby(rows, key=lambda row: [x.shape for x in row.values()]):
+        while batch := list(itertools.islice(alike, batch_size)):
+            yield batch
 
 
 COMMAND = Command("Classify texts, images or audio.", make_parser, run)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+import io
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
+from .inputs import AUDIO_SUFFIXES, count_kinds, download, is_address
 from .splits import made_when_read, with_validation
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
-    from torch import Tensor
+    from datasets import Dataset, DatasetDict
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+    from ..models import CapsuleHeadClassifier
+
+LONGEST_FRAME = 1  # seconds: no backbone's frame is longer
 # Names of folders with a split's files, as `datasets` knows them for folders of images.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -26,6 +32,8 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 LAYOUT = "train/CLASS/*.wav and the like"
+# Whole numbers that stand for audio: what is silence, and what is 1.
+SCALES = {np.dtype("uint8"): (128, 128), np.dtype("int16"): (0, 2**15), np.dtype("int32"): (0, 2**31)}
 
 
 class FeatureExtractor(Protocol):
@@ -59,8 +67,8 @@ def load_audio_folder(source: str | os.PathLike[str] | None) -> DatasetDict:
         `label`. Files are not opened.
 
     Raises:
-        ValueError: If there is no source, no training split or fewer than two classes, a file is in no class's folder,
-            or a class has a single training file and there is no validation split.
+        ValueError: If there is no source, no training split or fewer than two classes, a file is in no class's folder
+            or has a name that is not UTF-8, or a class has a single training file and there is no validation split.
         FileNotFoundError: If the source does not exist.
     """
     import datasets
@@ -70,6 +78,9 @@ def load_audio_folder(source: str | os.PathLike[str] | None) -> DatasetDict:
     root = Path(source).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"No audio at {source}: there is no such directory.")
+    kinds = count_kinds(root)
+    if not kinds["audio"] and kinds["image"]:
+        raise ValueError(f"{source} has {kinds['image']} images and no audio files; use the task image_folder.")
     files = {split: _find_files(root, folders) for split, folders in SPLIT_FOLDERS.items()}
     files = {split: found for split, found in files.items() if found}
     names = sorted({path.parent.name for found in files.values() for path in found})
@@ -88,7 +99,7 @@ def _find_files(root: Path, folders: Sequence[str]) -> list[Path]:
     found = []
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            if path.suffix.lower() not in AUDIO_SUFFIXES or path.name.startswith("."):
                 continue
             if len(path.relative_to(root).parts) != 3:
                 raise ValueError(f"{path} is not in the folder of a class; expected {LAYOUT}.")
@@ -96,8 +107,51 @@ def _find_files(root: Path, folders: Sequence[str]) -> list[Path]:
     return found
 
 
+def as_audio(given: Any, sampling_rate: int, name: str = "The audio") -> np.ndarray:
+    """Return audio as a feature extractor gets it: in training, prediction, explanations and the demo.
+
+    Audio at another sampling rate is resampled. Whole numbers, such as int16, are scaled to -1 to 1, as those of a file
+    are. A pipeline of transformers leaves them as they are, so pass it what this function returns.
+
+    Args:
+        given: A path or an address; the bytes of a file; a mapping with `sampling_rate` and `array` or `raw`, or with
+            the `bytes` or `path` of a file; a decoder of torchcodec, which `datasets` returns; or an array or tensor
+            `[samples]` at the sampling rate that is returned.
+        sampling_rate: Samples per second to return: the backbone's, `feature_extractor.sampling_rate`.
+        name: Of the audio, for messages; that of a file is its path.
+
+    Returns:
+        `[samples]`, float32, from -1 to 1.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If it is something else, or no numbers.
+        ValueError: If it cannot be read, is empty, has several channels, no sampling rate or values that are not
+            finite.
+        ImportError: If a file is given, and the package soundfile is not installed.
+    """
+    found_rate: Any = sampling_rate
+    if isinstance(given, Mapping) and ("array" in given or "raw" in given):
+        if "sampling_rate" not in given:
+            raise ValueError(f"{name} has no sampling_rate; expected one beside {' and '.join(given)}.")
+        found_rate, given = given["sampling_rate"], given["raw"] if given.get("raw") is not None else given["array"]
+    elif isinstance(given, Mapping):
+        path, content = given.get("path"), given.get("bytes")
+        given, name = (path, name) if content is None else (content, path or name)
+    if isinstance(given, str | os.PathLike | bytes):
+        samples, found_rate = _read_file(given, name)
+    elif hasattr(given, "get_all_samples"):
+        decoded = given.get_all_samples()
+        samples, found_rate = decoded.data.mean(0).numpy(), decoded.sample_rate
+    else:
+        samples = _read_samples(given, name)
+    if isinstance(found_rate, bool) or not isinstance(found_rate, int | np.integer) or found_rate < 1:
+        raise ValueError(f"{name} has the sampling_rate {found_rate!r}; expected a whole number of samples per second.")
+    return _resample(samples, int(found_rate), sampling_rate)
+
+
 def open_audio(path: str | os.PathLike[str], sampling_rate: int) -> np.ndarray:
-    """Read an audio file, and resample it.
+    """Read an audio file, and resample it, as `as_audio` does.
 
     Args:
         path: A WAV, FLAC, Ogg or MP3 file; its channels are averaged.
@@ -111,49 +165,99 @@ def open_audio(path: str | os.PathLike[str], sampling_rate: int) -> np.ndarray:
         ValueError: If it is not audio, damaged, or empty.
         ImportError: If the package soundfile is not installed.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is not a file; expected an audio file.")
+    return as_audio(path, sampling_rate)
+
+
+def _read_file(given: str | os.PathLike[str] | bytes, name: str) -> tuple[np.ndarray, int]:
+    """Return the samples of a file, of its channels' mean, and their rate."""
+    if not isinstance(given, bytes):
+        name = os.fspath(given)
+        if is_address(name):
+            given = download(name)
+        elif not os.path.isfile(name):
+            raise FileNotFoundError(f"{name:.200} is not a file; expected an audio file.")
     try:
         import soundfile
     except ImportError as error:
         raise ImportError(
             'To read audio files, soundfile is needed, which is not installed: pip install "capsule-heads[audio]".'
         ) from error
+    try:
+        file = io.BytesIO(given) if isinstance(given, bytes) else given
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError for a file of samples alone
+        reason = getattr(error, "error_string", error)
+        raise ValueError(f"{name} is not an audio file that can be read: {reason}") from None
+    return _checked(samples.mean(axis=1), name), rate
+
+
+def _read_samples(given: Any, name: str) -> np.ndarray:
+    """Return the samples of an array, tensor or list, `[samples]`, in float32."""
+    if isinstance(given, Tensor):
+        given = given.detach().cpu()
+        given = (given.float() if given.is_floating_point() else given).numpy()
+    samples = np.asarray(given)
+    if samples.ndim == 0 or samples.dtype not in (*SCALES, np.float16, np.float32, np.float64):
+        kind = type(given).__name__ if samples.ndim == 0 else f"{samples.dtype} array"
+        raise TypeError(
+            f"{name} is a {kind}; expected audio as an array [samples] of floats from -1 to 1 or of int16, the path of "
+            "a file, or a mapping of array and sampling_rate."
+        )
+    if samples.ndim != 1:
+        raise ValueError(
+            f"{name} has the shape {list(samples.shape)}; expected [samples]: average the channels, as with "
+            ".mean(axis=0) for [channels, samples]."
+        )
+    zero, most = SCALES.get(samples.dtype, (0, 1))
+    return _checked((samples.astype(np.float32) - zero) / np.float32(most), name)
+
+
+def _checked(samples: np.ndarray, name: str) -> np.ndarray:
+    if not len(samples):
+        raise ValueError(f"{name} has no samples; expected audio.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} has samples that are not finite; expected numbers from -1 to 1.")
+    return samples
+
+
+def _resample(samples: np.ndarray, found_rate: int, sampling_rate: int) -> np.ndarray:
+    if found_rate == sampling_rate:
+        return samples
     from scipy.signal import resample_poly
 
-    try:
-        samples, found_rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError for a file of samples alone
-        raise ValueError(f"{path} is not an audio file that can be read: {error}") from None
-    if not len(samples):
-        raise ValueError(f"{path} has no samples; expected audio.")
-    mono = samples.mean(axis=1)
-    if found_rate == sampling_rate:
-        return mono
     divisor = math.gcd(found_rate, sampling_rate)
-    return resample_poly(mono, sampling_rate // divisor, found_rate // divisor).astype(np.float32)
+    return resample_poly(samples, sampling_rate // divisor, found_rate // divisor).astype(np.float32)
 
 
-def audio_features(samples: np.ndarray, feature_extractor: FeatureExtractor) -> dict[str, np.ndarray]:
+def audio_features(
+    samples: np.ndarray, feature_extractor: FeatureExtractor, name: str = "The audio"
+) -> dict[str, np.ndarray]:
     """Return what a model takes of one recording: its input and, if the feature extractor makes one, `attention_mask`.
 
     Args:
-        samples: `[samples]`, at the feature extractor's sampling rate, from `open_audio`.
+        samples: `[samples]`, at the feature extractor's sampling rate, from `as_audio`.
         feature_extractor: The backbone's.
+        name: Of the audio, for messages.
 
     Raises:
-        ValueError: If the feature extractor makes no input of an audio model.
+        ValueError: If the feature extractor makes no input of an audio model, or nothing of so few samples.
     """
     from ..backbones.parts import NAMES
 
     input_name = _input_name(feature_extractor)
-    made = feature_extractor(
-        samples, sampling_rate=feature_extractor.sampling_rate, return_attention_mask=True, return_tensors="np"
-    )
+    try:
+        made = feature_extractor(
+            samples, sampling_rate=feature_extractor.sampling_rate, return_attention_mask=True, return_tensors="np"
+        )
+    except ValueError as error:  # fewer samples than a spectrum needs
+        raise ValueError(
+            f"{name} has {len(samples)} samples, of which {type(feature_extractor).__name__} makes nothing ({error}); "
+            "expected a longer recording."
+        ) from error
     found = {input_name: made[input_name][0]}
-    for name in NAMES["attention_mask"]:
-        if name in made:
-            return {**found, "attention_mask": made[name][0]}
+    for mask_name in NAMES["attention_mask"]:
+        if mask_name in made:
+            return {**found, "attention_mask": made[mask_name][0]}
     return found
 
 
@@ -188,8 +292,67 @@ def prepare_audio(splits: DatasetDict, feature_extractor: FeatureExtractor) -> D
     return datasets.DatasetDict({split: made_when_read(rows, "audio", name, make) for split, rows in splits.items()})
 
 
+def check_audio(
+    splits: Mapping[str, Dataset], feature_extractor: FeatureExtractor, model: CapsuleHeadClassifier
+) -> None:
+    """Read all audio files, so that one that is damaged or too short is found before training.
+
+    Args:
+        splits: As `load_audio_folder` returns them.
+        feature_extractor: The backbone's.
+        model: The classifier, with its backbone.
+
+    Raises:
+        ValueError: If a file cannot be read, or makes no frame of the backbone; the message names it.
+    """
+    least = least_samples(feature_extractor, model)
+    for split in splits.values():
+        for path in split["audio"]:
+            check_length(open_audio(path, feature_extractor.sampling_rate), least, path)
+
+
+def check_length(samples: np.ndarray, least: int, name: str) -> None:
+    """Check that there are as many samples as a frame of the backbone needs.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if len(samples) < least:
+        raise ValueError(
+            f"{name} has {len(samples)} samples at the backbone's sampling rate, too few for one frame; expected at "
+            f"least {least}."
+        )
+
+
+def least_samples(feature_extractor: FeatureExtractor, model: CapsuleHeadClassifier) -> int:
+    """Return the least number of samples that make a frame of a model's backbone; 1 if that does not say.
+
+    Args:
+        feature_extractor: The backbone's.
+        model: The classifier; without its backbone it has no frames to count.
+    """
+    from ..backbones.running import check_frames
+
+    backbone = model.backbone
+    if backbone is None:
+        return 1
+    collate = AudioCollator(feature_extractor)
+
+    def makes_a_frame(n_samples: int) -> bool:
+        try:
+            check_frames(collate([audio_features(np.zeros(n_samples, np.float32), feature_extractor)]), backbone)
+        except ValueError:
+            return False
+        return True
+
+    lengths = range(1, LONGEST_FRAME * feature_extractor.sampling_rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of means of nothing
+        return 1 + bisect.bisect_left(lengths, True, key=makes_a_frame)
+
+
 def _features_of_files(feature_extractor: FeatureExtractor, paths: list[str]) -> dict[str, list[np.ndarray]]:
-    rows = [audio_features(open_audio(path, feature_extractor.sampling_rate), feature_extractor) for path in paths]
+    rows = [audio_features(as_audio(x, feature_extractor.sampling_rate), feature_extractor, x) for x in paths]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

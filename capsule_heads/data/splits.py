@@ -71,8 +71,20 @@ def with_validation(splits: DatasetDict, source: str, kind: str) -> DatasetDict:
         )
     n_validation = max(math.ceil(VALIDATION_FRACTION * len(splits["train"])), len(counts))
     parts = splits["train"].train_test_split(n_validation, seed=0, stratify_by_column="label")
-    splits["train"], splits["validation"] = parts["train"], parts["test"]
+    splits["train"], splits["validation"] = _with_all_classes(parts["train"], parts["test"])
     return splits
+
+
+def _with_all_classes(train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+    """Move an example of each class that is missing: rounding leaves out the rare ones."""
+    import datasets
+
+    labels = train["label"][:]
+    moved = [labels.index(label) for label in sorted(set(labels) - set(validation["label"][:]))]
+    if not moved:
+        return train, validation
+    rest = [row for row in range(len(train)) if row not in set(moved)]
+    return train.select(rest), datasets.concatenate_datasets([validation, train.select(moved)])
 
 
 def made_when_read(split: Dataset, column: str, name: str, make: Callable[[list], dict[str, list]]) -> Dataset:

@@ -18,15 +18,18 @@ another:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.audio import LONGEST_FRAME, AudioCollator, as_audio, audio_features, check_length, least_samples
+from ..data.images import as_image, is_scaled, process_images, resizes, warn_of_scaled
+from ..data.inputs import is_input, list_inputs
 from ..heads import Head, RoutingHead, registered_heads
 from ..layers import Routing
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
@@ -35,6 +38,8 @@ from ..models.processors import modality_of, processor_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 MOST_SPECIAL = 8  # tokens before the patches of an image: its class, registers
 COLOUR_CHANNELS = (1, 3)  # channels of a grey and of a coloured image
@@ -141,7 +146,9 @@ class Explanation:
         is_special: for each token, whether the tokenizer added it.
         spans: for each word, its first and last character in `text`, and its tokens; empty without a fast tokenizer.
         text: the text; the two texts of a pair, with a tab between them.
-        image: the image as it was given; where its channels are no colours, the first one, as the backbone takes it.
+        n_cut: number of tokens that were cut off the end of the text, since the model takes no more; 0 for none.
+        image: the image as the processor gets it (see `capsule_heads.data.images.as_image`); where its channels are no
+            colours, the first one, as the backbone takes it.
         n_pixels: rows and columns of the image as the backbone takes it.
         patch_size: rows and columns of a patch, where the backbone's configuration has them.
     """
@@ -157,6 +164,7 @@ class Explanation:
     is_special: tuple[bool, ...] | None = None
     spans: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     text: str | None = None
+    n_cut: int = 0
     image: Image | NDArray | Tensor | None = None
     n_pixels: tuple[int, int] | None = None
     patch_size: tuple[int, int] | None = None
@@ -165,6 +173,13 @@ class Explanation:
     def predicted(self) -> int:
         """Return the class with the highest score."""
         return int(self.logits.argmax())
+
+    @property
+    def predicted_labels(self) -> tuple[str, ...]:
+        """Return the names of the predicted classes: of several labels, all whose probability is above 0.5."""
+        if not self.is_multi_label:
+            return (self.labels[self.predicted],)
+        return tuple(name for name, p in zip(self.labels, self.probabilities.tolist()) if p > 0.5)
 
     @property
     def is_uniform(self) -> bool:
@@ -273,68 +288,101 @@ def _as_grid(credits: Tensor, n_pixels: tuple[int, int], patch_size: tuple[int, 
 def explain(
     model: CapsuleHeadClassifier, inputs: Any, processor: Any | None = None, batch_size: int = 16
 ) -> list[Explanation]:
-    """Explain the scores of a classifier.
+    """Explain the scores of a classifier: those that transformers' pipeline gives for the same inputs.
 
     Args:
         model: a capsule-head classifier of text, images or audio.
-        inputs: texts (a pair of texts is a tuple), images, or audio as arrays `[samples]` at the sampling rate of the
-            feature extractor: one, or a list of them. Or what `forward` takes, as a mapping of tensors: hidden states,
-            or what a processor returned.
+        inputs: one input or several, in a list, a NumPy array or a Series of pandas. A text is a string; a pair of them
+            a tuple, or `{"text": ..., "text_pair": ...}`. For images see `capsule_heads.data.images.as_image`, for
+            audio `capsule_heads.data.audio.as_audio`: paths, bytes, arrays and mappings; audio in arrays is at the
+            sampling rate of the feature extractor, or in `{"array": ..., "sampling_rate": ...}`. Or what `forward`
+            takes, as a mapping of tensors: hidden states, or what a processor returned.
         processor: tokenizer, image processor or feature extractor; not needed for a mapping. Default: the one that is
             saved with the model, or with its backbone.
-        batch_size: number of inputs to explain at once. Audio goes one at a time, without padding.
+        batch_size: number of inputs to explain at once. Audio, and images that are not resized, go one at a time,
+            without padding.
 
     Returns:
-        One `Explanation` for each input. The model is left in the mode that it was in.
+        One `Explanation` for each input. The model is left in the mode that it was in. Texts that are cut and images
+        that are scaled to 8 bits are counted in a warning.
 
     Raises:
-        TypeError: If inputs are no text, image or audio.
+        TypeError: If an input is no text, image or audio.
         ValueError: If the model is a regression or its head has no capsules, or inputs do not fit the model.
+        OSError: If a file is not found.
     """
     if model.config.problem_type == "regression":
         raise ValueError("Explanations are of class scores, and this model is a regression; its values have none.")
     was_training = model.training
     model.eval()
     try:
-        if isinstance(inputs, Mapping):
+        if isinstance(inputs, Mapping) and not is_input(inputs):
             return _explain_batch(model, inputs)
         processor = processor_of(model) if processor is None else processor
-        given = [inputs] if isinstance(inputs, str | tuple) or not isinstance(inputs, Sequence) else list(inputs)
         modality = modality_of(model)
+        given = list_inputs(inputs, modality)
+        names = ["The input"] if len(given) == 1 else [f"Input {index}" for index in range(len(given))]
         prepare = {"text": _prepare_texts, "image": _prepare_images, "audio": _prepare_audio}[modality]
-        step = 1 if modality == "audio" else batch_size  # not every feature extractor makes a mask of padding
+        step = batch_size if modality == "text" or (modality == "image" and resizes(processor)) else 1
         explanations = []
         for start in range(0, len(given), step):
-            explanations += _explain_batch(model, *prepare(model, given[start : start + step], processor))
-        return explanations
+            batch = dict(zip(names[start : start + step], given[start : start + step]))
+            explanations += _explain_batch(model, *prepare(model, batch, processor))
     finally:
         model.train(was_training)
+    _warn_of_losses(explanations)
+    return explanations
+
+
+def _warn_of_losses(explanations: Sequence[Explanation]) -> None:
+    """Say what the model does not see of the inputs."""
+    cut = [explanation.n_cut for explanation in explanations if explanation.n_cut]
+    if cut:
+        logger.warning(
+            "%d of %d texts are longer than the model takes: %d tokens are cut off, and are not explained.",
+            len(cut),
+            len(explanations),
+            sum(cut),
+        )
+    warn_of_scaled(sum(is_scaled(explanation.image) for explanation in explanations))
 
 
 def _prepare_texts(
-    model: CapsuleHeadClassifier, texts: Sequence[Any], tokenizer: Any
+    model: CapsuleHeadClassifier, texts: Mapping[str, Any], tokenizer: Any
 ) -> tuple[Mapping[str, Any], list[Known]]:
     """Return inputs of the model, and what is known of each text."""
-    pairs = [text if isinstance(text, tuple) else (text,) for text in texts]
-    for pair in pairs:
-        if not all(isinstance(text, str) for text in pair) or len(pair) not in (1, 2):
-            raise TypeError(f"An input is {pair[0] if len(pair) == 1 else pair!r}; expected a text, or a tuple of two.")
+    pairs = [_as_pair(text, name) for name, text in texts.items()]
     # One by one: a batch may not mix texts and pairs.
     is_cut = model.config.windowing is None
     encodings = [tokenizer(*pair, truncation=is_cut, return_offsets_mapping=tokenizer.is_fast) for pair in pairs]
     known = []
     for pair, encoding in zip(pairs, encodings):
         ids = encoding["input_ids"]
+        n_tokens = len(tokenizer(*pair, verbose=False)["input_ids"])  # verbose: it would warn of the long ones
         known.append(
             {
                 "tokens": tuple(tokenizer.convert_ids_to_tokens(ids)),
                 "is_special": tuple(map(bool, tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True))),
                 "spans": _spans(encoding, [0, len(pair[0]) + 1]) if tokenizer.is_fast else (),
                 "text": "\t".join(pair),
+                "n_cut": n_tokens - len(ids),
             }
         )
         encoding.pop("offset_mapping", None)
     return tokenizer.pad(encodings, return_tensors="pt"), known
+
+
+def _as_pair(given: Any, name: str) -> tuple[str, ...]:
+    """Return a text, or the two of a pair."""
+    pair = given if isinstance(given, tuple) else (given,)
+    if isinstance(given, Mapping) and {"text"} <= set(given) <= {"text", "text_pair"}:
+        pair = (given["text"],) if given.get("text_pair") is None else (given["text"], given["text_pair"])
+    if len(pair) not in (1, 2) or not all(isinstance(text, str) for text in pair):
+        raise TypeError(
+            f'{name} is {given!r:.200}; expected a text, or a pair: a tuple of two, or {{"text": ..., "text_pair": '
+            "...}."
+        )
+    return pair
 
 
 def _spans(encoding: Any, starts: Sequence[int]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
@@ -352,10 +400,11 @@ def _spans(encoding: Any, starts: Sequence[int]) -> tuple[tuple[int, int, tuple[
 
 
 def _prepare_images(
-    model: CapsuleHeadClassifier, images: Sequence[Any], processor: Any
+    model: CapsuleHeadClassifier, given: Mapping[str, Any], processor: Any
 ) -> tuple[Mapping[str, Any], list[Known]]:
     """Return inputs of the model, and what is known of each image."""
-    batch = processor(images, return_tensors="pt")
+    images = [as_image(image, name) for name, image in given.items()]
+    batch = process_images(processor, images)
     size = getattr(model.config.base_config, "patch_size", None)
     if isinstance(size, list | tuple):
         size = tuple(size) if len(size) == 2 else None
@@ -371,17 +420,16 @@ def _prepare_images(
 
 
 def _prepare_audio(
-    model: CapsuleHeadClassifier, audio: Sequence[Any], extractor: Any
+    model: CapsuleHeadClassifier, given: Mapping[str, Any], extractor: Any
 ) -> tuple[Mapping[str, Any], list[Known]]:
     """Return inputs of the model, and what is known of each audio: nothing."""
-    arrays = [np.asarray(samples) for samples in audio]
-    for array, samples in zip(arrays, audio):
-        if array.ndim != 1:
-            raise TypeError(
-                f"An input is a {type(samples).__name__} of {array.ndim} dimensions; expected audio as an array "
-                "[samples]."
-            )
-    return extractor(arrays, sampling_rate=extractor.sampling_rate, return_tensors="pt"), [{} for _ in arrays]
+    rows = []
+    for name, audio in given.items():
+        samples = as_audio(audio, extractor.sampling_rate, name)
+        if len(samples) < LONGEST_FRAME * extractor.sampling_rate:
+            check_length(samples, least_samples(extractor, model), name)
+        rows.append(audio_features(samples, extractor, name))
+    return AudioCollator(extractor)(rows), [{} for _ in rows]
 
 
 def _explain_batch(
@@ -406,7 +454,7 @@ def _explain_batch(
     for row, of_row in enumerate(known):
         credits = tuple(x[row].cpu()[mask[row]] for x, mask in zip(found.inputs, is_token))
         if any(len(x) != len(of_row.get("tokens", x)) for x in credits):  # of a backbone that merges tokens
-            of_row = {"text": of_row["text"]}
+            of_row = {name: of_row[name] for name in ("text", "n_cut")}
         explanations.append(
             Explanation(
                 labels=labels,

@@ -120,6 +120,7 @@ def side_by_side(pair: np.ndarray | Tensor) -> Image.Image:
 def _read_pair(pair: Pair) -> np.ndarray:
     """Return both views, float32 `[2, height, width]` in [0, 1]."""
     if isinstance(pair, Image.Image):
+        _check_mode(pair)
         if pair.width != 2 * pair.height:
             raise ValueError(
                 f"The image is {pair.width} pixels wide and {pair.height} high; expected both views of a stereo pair "
@@ -143,6 +144,14 @@ def _read_pair(pair: Pair) -> np.ndarray:
             "255, or floats from 0 to 1."
         )
     return pair.astype(np.float32) / np.float32(limit)
+
+
+def _check_mode(pair: Image.Image) -> None:
+    if pair.mode.startswith("I") or pair.mode == "F":
+        raise ValueError(
+            f"The image is of mode {pair.mode}, whose values may not fit in 8 bits; expected one of 8 bits, as "
+            "capsule_heads.data.images.as_image makes it."
+        )
 
 
 AutoImageProcessor.register(StereoConvConfig, StereoImageProcessor, exist_ok=True)

@@ -143,6 +143,7 @@ class TrainingRun:
             self.processor = self.task.load_processor(model.backbone, model.backbone_revision, data.pad_token)
             windows = windows_for(data, self.task, self.processor)
             self.model = build_model(self.task, model, head_options, splits["train"], **windows)
+            self.task.check_files(splits, self.processor, self.model)
             self.prepared = self.task.prepare(
                 splits, self.processor, data.max_length, self.model.config.windowing is not None
             )

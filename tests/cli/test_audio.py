@@ -1,6 +1,7 @@
 """Audio classifiers through the commands: trained, evaluated, used, explained and shown."""
 
 import json
+import shutil
 import wave
 
 import numpy as np
@@ -103,6 +104,18 @@ def test_audio_is_shown_on_the_page(trained, tones):
     (explain,) = [x.fn for x in page.fns.values() if x.fn is not None and x.fn.__name__ == "explain_input"]
     scores, words, _, _ = explain(str(tones / "test" / "loud" / "1.wav"))
     assert max(scores, key=scores.get) == "loud" and words == ""
+
+
+def test_a_short_recording_ends_training_before_it_begins(fails, wav2vec2, tones, tmp_path):
+    shutil.copytree(tones, tmp_path / "own")
+    path = tmp_path / "own" / "test" / "loud" / "0.wav"
+    write_tone(path, 100, 0.02, 0.9)
+    keys = {"task": "audio_folder", "source": tmp_path / "own", "backbone": wav2vec2, "output_dir": tmp_path / "run"}
+    line = fails("train", *(x for name, value in keys.items() for x in (f"--{name}", value)))
+    assert line.startswith(f"error: {path} has 20 samples at the backbone's sampling rate, too few for one frame")
+    path.write_bytes(b"RIFF")
+    line = fails("train", *(x for name, value in keys.items() for x in (f"--{name}", value)))
+    assert line.startswith(f"error: {path} is not an audio file that can be read: ")
 
 
 def test_mistakes(fails, trained, tones, tmp_path):

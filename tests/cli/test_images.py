@@ -1,6 +1,7 @@
 """Image classifiers through the commands: trained, evaluated, used, explained and converted."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,16 @@ def test_a_folder_of_images_from_training_to_predictions(call, vit, pictures, tm
     model, processor = CapsuleHeadForImageClassification.from_pretrained(folder), ViTImageProcessor.from_pretrained(vit)
     logits = model(**processor([Image.open(file) for file in files], return_tensors="pt")).logits
     assert [answer["score"] for answer in answers] == pytest.approx(logits.softmax(-1).amax(-1).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_damaged_image_ends_training_before_it_begins(fails, vit, pictures, tmp_path, split):
+    shutil.copytree(pictures, tmp_path / "own")
+    path = tmp_path / "own" / split / "dark" / "0.png"
+    path.write_bytes(path.read_bytes()[:80])
+    keys = {"task": "image_folder", "source": tmp_path / "own", "backbone": vit, "output_dir": tmp_path / "run"}
+    line = fails("train", *(x for name, value in keys.items() for x in (f"--{name}", value)))
+    assert line.startswith(f"error: {path} is no image that can be read: ")
 
 
 def test_stereo_pairs_are_classified(call, fails, stereo_model, tmp_path):

@@ -1,6 +1,7 @@
 """Labelled audio from folders and files, with the columns, splits and batches that a Trainer takes."""
 
 import builtins
+import os
 import pickle
 import wave
 
@@ -17,7 +18,7 @@ from transformers import (
 
 from capsule_heads import CapsuleHeadForAudioClassification, CapsuleTrainer, CapsuleTrainingArguments
 from capsule_heads.data import AudioCollator, load_audio_folder, open_audio, prepare_audio
-from capsule_heads.data.audio import audio_features
+from capsule_heads.data.audio import as_audio, audio_features, check_audio, least_samples
 
 RATE = 8000
 N_PER_CLASS = 10
@@ -196,6 +197,39 @@ def test_without_soundfile(tmp_path, monkeypatch):
         ImportError, match=r'soundfile is needed, .*not installed: pip install "capsule-heads\[audio\]"'
     ):
         open_audio(tmp_path / "a.wav", RATE)
+
+
+def test_a_damaged_or_short_file_is_found_before_training(folder, feature_extractor, model):
+    path = folder / "test" / "low" / "0.wav"
+    check_audio(load_audio_folder(folder), feature_extractor, model)
+    assert least_samples(feature_extractor, model) == 10
+    write_wav(path, tone(100, 9))
+    with pytest.raises(ValueError, match=rf"^{path} has 9 samples at .* too few for one frame; expected at least 10"):
+        check_audio(load_audio_folder(folder), feature_extractor, model)
+    write_wav(path, tone(100, 10))
+    check_audio(load_audio_folder(folder), feature_extractor, model)
+    path.write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=rf"^{path} is not an audio file that can be read"):
+        check_audio(load_audio_folder(folder), feature_extractor, model)
+
+
+def test_names_and_kinds_of_files(folder, tmp_path):
+    path = folder / "train" / "low" / "0.wav"
+    os.rename(path, os.path.join(os.fsencode(path.parent), b"caf\xe9.wav"))
+    with pytest.raises(ValueError, match=r"train/low/caf.\.wav has a name that is not UTF-8; rename it"):
+        load_audio_folder(folder)
+    (tmp_path / "pictures" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "pictures" / "train" / "cat" / "0.png").touch()
+    with pytest.raises(ValueError, match="pictures has 1 images and no audio files; use the task image_folder"):
+        load_audio_folder(tmp_path / "pictures")
+
+
+@pytest.mark.parametrize("dtype, zero, most", [("int16", 0, 2**15), ("int32", 0, 2**31), ("uint8", 128, 128)])
+def test_whole_numbers_are_scaled_as_those_of_files(dtype, zero, most):
+    numbers = np.array([-0.5, 0, 0.25]) * most + zero
+    found = as_audio(numbers.astype(dtype), RATE)
+    np.testing.assert_allclose(found, [-0.5, 0, 0.25], atol=1e-2)
+    assert found.dtype == np.float32
 
 
 # What a model takes

@@ -199,3 +199,9 @@ def test_what_is_not_a_stereo_pair_is_refused(processor, images, message):
 def test_other_types_and_options_are_refused(processor, call, message):
     with pytest.raises(TypeError, match=message):
         call(processor)
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_images_whose_values_may_not_fit_are_refused(mode):
+    with pytest.raises(ValueError, match=rf"of mode {mode}, whose values may not fit in 8 bits"):
+        StereoImageProcessor()(Image.new(mode, (192, 96)))
