@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import html
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import Command, OneLineParser, one_line_errors
+from .options import Command, OneLineParser, at_least, one_line_errors
 
 if TYPE_CHECKING:
     import gradio
+
+    from ..models import CapsuleHeadClassifier
 
 DESCRIPTION = (
     "Serve a page that shows the scores of a text, an image or audio, and where they come from. It needs Gradio: "
     'pip install "capsule-heads[demo]".'
 )
+PORT = 7860
+NOUNS = {"text": "a text", "image": "an image", "audio": "audio"}
+MOST_CLASSES = 4  # that the title names
 
 
 def make_parser(prog: str) -> OneLineParser:
     """Return the parser of options."""
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("model", help="Directory or Hub name of a classifier.")
-    parser.add_argument("--port", type=int, default=7860, help="Port to serve at (default: %(default)s).")
+    parser.add_argument("--port", type=at_least(1), help=f"Port to serve at (default: {PORT}).")
     parser.add_argument("--write_space", metavar="FOLDER", help="Write the files of a Space here, instead of serving.")
     parser.add_argument("--push_space", metavar="NAME", help="Push the page as a Space, instead of serving it.")
     return parser
@@ -31,18 +41,24 @@ def run(options: argparse.Namespace) -> None:
     from ..hub.space import push_space, write_space
 
     with one_line_errors():
+        is_space = bool(options.write_space or options.push_space)
+        if is_space and options.port is not None:
+            raise ValueError(f"--port is {options.port}, but a Space has a port of its own; leave --port out.")
+        if options.port is not None and options.port > 65535:
+            raise ValueError(f"--port is {options.port}; expected a number from 1 to 65535.")
         if options.write_space:
             write_space(options.model, options.write_space)
             print(options.write_space)
         if options.push_space:
             print(push_space(options.model, options.push_space))
-        if options.write_space or options.push_space:
-            return
-        build_demo(options.model).launch(server_port=options.port, show_error=True)
+        if not is_space:
+            build_demo(options.model).launch(server_port=options.port or PORT, show_error=True)
 
 
 def build_demo(model: str) -> gradio.Blocks:
     """Build the page: scores of a text, an image or audio, and where they come from.
+
+    Of a model whose scores have no credits, such as a regression or a linear head, it shows the scores alone, and why.
 
     Args:
         model: directory or Hub name of a classifier.
@@ -51,54 +67,144 @@ def build_demo(model: str) -> gradio.Blocks:
         A Gradio app; `launch()` serves it.
 
     Raises:
-        ImportError: If Gradio is not installed.
+        ImportError: If Gradio or matplotlib is not installed.
         OSError: If the model, or its processor, is not found.
         ValueError: If the model is no classifier.
     """
     try:
         import gradio
+        import matplotlib  # noqa: F401  # a page that draws nothing would say so at each click
     except ImportError as error:
-        raise ImportError('The page needs Gradio: pip install "capsule-heads[demo]".') from error
-    from ..explain import explain
-    from ..explain.pictures import draw_explanation, draw_parts
-    from ..explain.report import render_words
-    from ..models.processors import modality_of, processor_of
-    from ..tasks import MODALITIES, load_classifier
+        raise ImportError('The page needs Gradio and matplotlib: pip install "capsule-heads[demo]".') from error
+    from ..models.processors import modality_of
+    from ..tasks import load_classifier
 
     classifier = load_classifier(model)
-    name, processor = modality_of(classifier), processor_of(classifier)
+    name, show = modality_of(classifier), _make_show(classifier)
 
-    def explain_input(value: Any) -> tuple[dict[str, float], str, Any, Any]:
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise gradio.Error(f"There is nothing to explain yet; expected {MODALITIES[name].noun}.")
+    def explain_input(*given: str | None) -> Iterator[str]:
+        yield ""  # what is there now is of another input, whatever comes of this one
         try:
-            # An image is one already; a text is read as on the command line, audio comes as a file.
-            value = MODALITIES[name].read(value, processor) if isinstance(value, str) else value
-            (explanation,) = explain(classifier, [value], processor)
+            yield show(*given)
         except (ImportError, OSError, TypeError, ValueError) as error:
-            raise gradio.Error(str(error)) from error
-        scores = dict(zip(explanation.labels, explanation.probabilities.tolist()))
-        return scores, render_words(explanation), draw_explanation(explanation), draw_parts([explanation])
+            yield f"<p>{html.escape(str(error))}</p>"  # stays when the message over the page goes
+            raise gradio.Error(str(error), print_exception=False) from error
 
-    inputs: dict[str, Any] = {
-        "text": lambda: gradio.Textbox(label="Text", lines=3),
-        "image": lambda: gradio.Image(type="pil", label="Image"),
-        "audio": lambda: gradio.Audio(type="filepath", label="Audio"),
-    }
-    with gradio.Blocks(title="capsule_heads") as page:
-        gradio.Markdown(f"# {model}\nBlue speaks for the predicted class against the others, red against it.")
-        given = inputs[name]()
+    title = _title(classifier)
+    with gradio.Blocks(title=title) as page:
+        gradio.HTML(f"<h1>{html.escape(title)}</h1>")
+        inputs = _inputs(name)
         button = gradio.Button("Explain", variant="primary")
-        outputs = [
-            gradio.Label(label="Scores"),
-            gradio.HTML(visible=name == "text"),
-            gradio.Plot(show_label=False),
-            gradio.Plot(show_label=False),
-        ]
-        button.click(explain_input, given, outputs)
-        if name == "text":
-            given.submit(explain_input, given, outputs)
+        gradio.Examples([_example(name)], inputs[:1], label="Example")
+        result = gradio.HTML()
+        boxes = inputs if name == "text" else []
+        gradio.on([button.click, *(box.submit for box in boxes)], explain_input, inputs, result, api_name="explain")
+        gradio.on([given.change for given in inputs], None, None, result, js="() => ''")  # in the browser, at each key
     return page
+
+
+def _make_show(model: CapsuleHeadClassifier) -> Callable[..., str]:
+    """Return what makes HTML of what the input components hold."""
+    from ..explain import explain
+    from ..explain.attributions import check_explained
+    from ..explain.report import render_explanation, render_scores
+    from ..models.processors import modality_of, processor_of
+    from ..tasks import MODALITIES
+
+    name, processor = modality_of(model), processor_of(model)
+    try:
+        check_explained(model.config)
+        why_not = ""
+    except ValueError as error:
+        why_not = str(error)
+
+    def show(first: str | None, second: str | None = None) -> str:
+        if first is None or not first.strip():
+            raise ValueError(f"There is nothing to explain yet; expected {NOUNS[name]}.")
+        if name == "text":
+            value: Any = (first, second) if second and second.strip() else first
+        else:
+            value = MODALITIES[name].read(first, processor)  # a file, as on the command line
+        if why_not:
+            return render_scores(*_score(model, name, value, processor), model.config.problem_type, why_not)
+        (explanation,) = explain(model, [value], processor)
+        return render_explanation(explanation)
+
+    return show
+
+
+def _score(model: CapsuleHeadClassifier, name: str, value: Any, processor: Any) -> tuple[list[str], list[float]]:
+    """Return the labels and scores of all classes, as transformers' pipelines make them."""
+    from transformers import AudioClassificationPipeline, ImageClassificationPipeline, TextClassificationPipeline
+
+    if name == "text":
+        pair = dict(zip(("text", "text_pair"), (value,) if isinstance(value, str) else value))
+        classify_text = TextClassificationPipeline(model=model, tokenizer=processor)
+        found = classify_text(pair, top_k=None, truncation=model.config.windowing is None)
+    elif name == "image":
+        found = ImageClassificationPipeline(model=model, image_processor=processor)(value, top_k=None)
+    else:  # one without padding, so it needs no mask, which the pipeline does not pass
+        found = AudioClassificationPipeline(model=model, feature_extractor=processor)(value, top_k=None)
+    return [x["label"] for x in found], [x["score"] for x in found]
+
+
+def _title(model: CapsuleHeadClassifier) -> str:
+    """Return a question of the classes, such as "negative or positive?"."""
+    names = [str(name) for _, name in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0]))]
+    if model.config.problem_type == "regression":
+        return f"{', '.join(names)}: how much?"
+    if len(names) > MOST_CLASSES:
+        names = [*names[: MOST_CLASSES - 1], f"{len(names) - MOST_CLASSES + 1:,} others"]
+    *others, last = names
+    if model.config.problem_type == "multi_label_classification":
+        return f"{', '.join(others)} and {last}: which of them?" if others else f"{last}?"
+    return f"{', '.join(others)} or {last}?" if others else f"{last}?"
+
+
+def _inputs(name: str) -> list[Any]:
+    """Return the components that take an input; files as they are, without a change of size, colours or rate."""
+    import gradio
+
+    if name == "image":
+        return [gradio.Image(type="filepath", image_mode=None, label="Image")]
+    if name == "audio":
+        return [gradio.Audio(type="filepath", label="Audio")]
+    return [
+        gradio.Textbox(label="Text", lines=3, max_lines=12, placeholder="A text to classify."),
+        gradio.Textbox(
+            label="Second text, of a pair", max_lines=12, placeholder="Only for a model that was trained on pairs."
+        ),
+    ]
+
+
+def _example(name: str) -> list[str]:
+    """Return an example for the components, of no model in particular: a text, or the file of an image or a tone."""
+    if name == "text":
+        return ["It was better than I had expected, although the ending is a little slow."]
+    path = Path(tempfile.mkdtemp(prefix="capsule-heads-")) / ("discs.png" if name == "image" else "tone.wav")
+    (_draw_discs if name == "image" else _play_tone)(path)
+    return [str(path)]
+
+
+def _draw_discs(path: Path) -> None:
+    """Write an image of two discs, which is a stereo pair too."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (448, 224), (70, 90, 110))
+    drawing = ImageDraw.Draw(image)
+    for left in (60, 276):
+        drawing.ellipse((left, 60, left + 104, 164), fill=(230, 170, 60))
+    image.save(path)
+
+
+def _play_tone(path: Path, rate: int = 16000) -> None:
+    """Write a second of a tone of 440 Hz."""
+    import array
+    import wave
+
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(array.array("h", (int(8000 * math.sin(2 * math.pi * 440 * n / rate)) for n in range(rate))))
 
 
 COMMAND = Command("Serve a page to look at a classifier.", make_parser, run)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .options import Command, OneLineParser, at_least, one_line_errors
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..models import CapsuleHeadClassifier
+    from ..tasks import Task
+
 DESCRIPTION = (
-    "Write report.html, one page that needs no network, parts.png, and a picture of each input: tokens by layers, or "
-    "patches over the image. Without inputs a sample of a task's test split is explained, and wrong predictions come "
-    "first."
+    "Write report.html, one page that needs no network, and a picture of each input: tokens by layers, or patches over "
+    "the image. Without inputs a sample of a task's test split is explained, and wrong predictions come first."
 )
+MAX_INPUTS = 50
+OF_TASKS = ("source", "max_inputs", "seed")  # options without effect on inputs that are given
 
 
 def make_parser(prog: str) -> OneLineParser:
@@ -30,10 +38,9 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument(
         "--max_inputs",
         type=at_least(0),
-        default=50,
-        help="Number of the task's inputs, drawn at random; 0 for all (default: %(default)s).",
+        help=f"Number of the task's inputs, drawn at random; 0 for all (default: {MAX_INPUTS}).",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="Random seed of the sample (default: %(default)s).")
+    parser.add_argument("--seed", type=at_least(0), help="Random seed of the task's sample (default: 0).")
     parser.add_argument("--output_dir", default="explanations", help="Folder to write to (default: %(default)s).")
     return parser
 
@@ -41,23 +48,19 @@ def make_parser(prog: str) -> OneLineParser:
 def run(options: argparse.Namespace) -> None:
     """Explain the inputs, and print the path of the page."""
     from ..explain import explain
-    from ..explain.pictures import draw_explanation, draw_parts
+    from ..explain.pictures import draw_explanation
     from ..explain.report import render_report
     from ..files import write_text
     from ..models.processors import modality_of, processor_of
-    from ..tasks import MODALITIES, check_task_fits, get_task, load_classifier
+    from ..tasks import MODALITIES, get_task, load_classifier
 
     with one_line_errors():
-        if bool(options.inputs) == bool(options.task):
-            raise ValueError("Expected either texts or files, or --task with a test split to explain.")
+        _check_options(options)
         model = load_classifier(options.model)
         modality, processor = MODALITIES[modality_of(model)], processor_of(model)
         labels = None
         if options.task:
-            task = get_task(options.task)
-            check_task_fits(task, model)
-            split = task.load(options.source, phrases=False)["test"].shuffle(seed=options.seed)
-            split = split.select(range(min(options.max_inputs or len(split), len(split))))
+            split = _load_sample(get_task(options.task), model, options)
             labels, inputs = split["label"][:], modality.inputs(split, processor)
         else:
             modality.check_arguments(options.inputs)
@@ -66,10 +69,54 @@ def run(options: argparse.Namespace) -> None:
         folder = Path(options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.html", render_report(explanations, labels, f"Explanations of {options.model}"))
-        draw_parts(explanations).savefig(folder / "parts.png")
+        n_digits = max(3, len(str(len(explanations))))  # so that names sort
         for n, explanation in enumerate(explanations, 1):
-            draw_explanation(explanation).savefig(folder / f"{n:03}.png")
+            draw_explanation(explanation).savefig(folder / f"{n:0{n_digits}}.png")
     print(folder / "report.html")
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Check what can be checked before anything is loaded or written.
+
+    Raises:
+        ValueError: If there is nothing to explain, an option has no effect, or the model's scores have no credits.
+        OSError: If there is no such model, or the folder to write to is a file.
+    """
+    from ..explain.attributions import check_explained
+    from ..models import CapsuleHeadConfig
+
+    if bool(options.inputs) == bool(options.task):
+        raise ValueError("Expected either texts or files, or --task with a test split to explain.")
+    for name in OF_TASKS:
+        value = getattr(options, name)
+        if value is not None and not options.task:
+            raise ValueError(f"--{name} is {value}, but it is of a task's test split; give --task, or leave it out.")
+    folder = Path(options.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output_dir is {folder}, which is a file; expected a folder.")
+    check_explained(CapsuleHeadConfig.from_pretrained(options.model))
+
+
+def _load_sample(task: Task, model: CapsuleHeadClassifier, options: argparse.Namespace) -> Dataset:
+    """Load a sample of a task's test split.
+
+    Raises:
+        ValueError: If the task does not fit the model, or has no test split.
+    """
+    from ..tasks import check_task_fits
+    from ..training.run import check_labels_match
+
+    check_task_fits(task, model)
+    splits: Any = task.load(options.source, phrases=False)
+    if "test" not in splits:
+        raise ValueError(
+            f"{task.name} has {', '.join(splits)} and no test split to explain; expected texts or files instead of "
+            "--task."
+        )
+    check_labels_match(model, splits["test"])
+    split = splits["test"].shuffle(seed=options.seed or 0)
+    most = MAX_INPUTS if options.max_inputs is None else options.max_inputs
+    return split.select(range(min(most or len(split), len(split))))
 
 
 COMMAND = Command("Show where the scores of a model come from.", make_parser, run)

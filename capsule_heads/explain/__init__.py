@@ -2,7 +2,7 @@
 
 | what | compute | draw |
 | --- | --- | --- |
-| attributions to tokens, patches, parts | `explain` | `pictures.draw_tokens`, `draw_patches`, `draw_parts` |
+| attributions to tokens, patches, parts | `explain` | `pictures.draw_explanation`, `draw_parts` |
 | explanations on one page of HTML | `explain` | `report.render_report`, a `str` |
 | how faithful explanations are | `faithfulness.compare_methods` | `pictures.draw_deletion` |
 

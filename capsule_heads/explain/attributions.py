@@ -30,8 +30,9 @@ from torch import Tensor
 from ..data.audio import LONGEST_FRAME, AudioCollator, as_audio, audio_features, check_length, least_samples
 from ..data.images import as_image, is_scaled, process_images, resizes, warn_of_scaled
 from ..data.inputs import is_input, list_inputs
-from ..heads import Head, RoutingHead, registered_heads
+from ..heads import Head, RoutingHead, get_head, registered_heads
 from ..layers import Routing
+from ..models.configuration_capsule_head import CapsuleHeadConfig
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from ..models.processors import modality_of, processor_of
 
@@ -112,12 +113,29 @@ def compute_credits(head: Head, hidden_states: Sequence[Tensor], masks: Sequence
     return Credits(scores.detach(), to_classes, by_layer)
 
 
+def check_explained(config: CapsuleHeadConfig) -> None:
+    """Check that the scores of a classifier can be explained, before it is loaded.
+
+    Raises:
+        ValueError: If it is a regression, or its head has no capsules.
+    """
+    if config.problem_type == "regression":
+        raise ValueError("Explanations are of class scores, and this model is a regression; its values have none.")
+    head = get_head(config.head_type)
+    if not (issubclass(head, RoutingHead) and head.explains):
+        raise _no_credits(head)
+
+
 def _check_routes(head: Head) -> RoutingHead:
     if isinstance(head, RoutingHead) and head.explains and head.n_out is not None:
         return head
+    raise _no_credits(type(head))
+
+
+def _no_credits(head: type[Head]) -> ValueError:
     names = [name for name, known in registered_heads().items() if known.explains]
-    raise ValueError(
-        f"A {type(head).__name__} has no credits to explain; expected a head with capsules of classes, such as "
+    return ValueError(
+        f"A {head.__name__} has no credits to explain; expected a head with capsules of classes, such as "
         f'head_type="{names[0]}".'
     )
 
@@ -311,8 +329,7 @@ def explain(
         ValueError: If the model is a regression or its head has no capsules, or inputs do not fit the model.
         OSError: If a file is not found.
     """
-    if model.config.problem_type == "regression":
-        raise ValueError("Explanations are of class scores, and this model is a regression; its values have none.")
+    check_explained(model.config)
     was_training = model.training
     model.eval()
     try:

@@ -1,117 +1,268 @@
-"""Explanations as one page of HTML, which needs no network and no other files."""
+"""Explanations as one page of HTML, which needs no network and no other files; and the same for one prediction.
+
+A page stays small whatever it shows: of many classes, words and tokens those are shown that matter most, and the page
+says how many.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import torch
 
 from .attributions import Explanation
-from .pictures import draw_patches, draw_tokens
+from .pictures import FULL_COLOUR, PALEST, colour_strength, draw_explanation, shown_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, RED = (33, 102, 172), (178, 24, 43)
+MOST_CLASSES = 10  # whose probabilities are shown; a multi-label model's text is coloured for at most so many
+MOST_WORDS = 1000  # that are coloured
+MOST_TOKENS = 100  # that are columns of a table
+MOST_CHARACTERS = 40  # of a token in a table
+
+Truth = frozenset[int] | None  # the true classes of an input; None where they are not known
 
 
 def render_report(
-    explanations: Sequence[Explanation], labels: Sequence[int | None] | None = None, title: str = "Explanations"
+    explanations: Sequence[Explanation], labels: Sequence[Any] | None = None, title: str = "Explanations"
 ) -> str:
     """Return a page with coloured texts, patches over images, or positions by layers of audio, of each explanation.
 
+    Colours are as strong as the prediction is sure, on one scale for all pages, see `pictures.colour_strength`.
+
     Args:
         explanations: of texts, images or audio.
-        labels: the true class of each, if known: wrong predictions then come first, the most confident one at the top,
-            and right ones after them, the least confident one first. Without labels the order is as given.
+        labels: the true class of each, a number of Python, NumPy, torch or pandas, or a 0 or 1 for each class of a
+            multi-label model; None, NaN or -1 where it is not known. Wrong predictions then come first, the most
+            confident one at the top, and right ones after them, the least confident one first. Without labels the
+            order is as given.
         title: the page's title.
 
     Raises:
-        ValueError: If there are not as many labels as explanations.
+        ValueError: If there are not as many labels as explanations, or one is no class.
         ImportError: If something else than texts is explained, and matplotlib is not installed.
     """
-    labels = [None] * len(explanations) if labels is None else list(labels)
-    if len(labels) != len(explanations):
-        raise ValueError(f"There are {len(labels)} labels of {len(explanations)} explanations; expected one for each.")
-    pairs = list(zip(explanations, labels))
+    truths = _read_labels(labels, explanations)
+    pairs = list(zip(explanations, truths))
     unknown = [pair for pair in pairs if pair[1] is None]
-    known = sorted((pair for pair in pairs if pair[1] is not None), key=_confidence)
-    wrong = [pair for pair in known if pair[0].predicted != pair[1]]
-    right = [pair for pair in known if pair[0].predicted == pair[1]]
+    known = sorted((pair for pair in pairs if pair[1] is not None), key=lambda pair: _confidence(pair[0]))
+    wrong = [pair for pair in known if _predicted(pair[0]) != pair[1]]
+    right = [pair for pair in known if _predicted(pair[0]) == pair[1]]
     sections = [
-        ("", unknown),
+        ("Not labelled" if known else "", unknown),
         ("Wrong, the most confident first", wrong[::-1]),
         ("Right, the least confident first", right),
     ]
-    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
-        title=title, sections=[(heading, [_entry(*pair) for pair in members]) for heading, members in sections]
+    entries = [(heading, [_entry(*pair) for pair in members]) for heading, members in sections]
+    return _environment().get_template("report.html").render(title=title, sections=entries).lstrip()
+
+
+def render_explanation(explanation: Explanation) -> str:
+    """Return one prediction as HTML to put into a page: probabilities, text in colours, a picture, and a legend.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    entry = _entry(explanation, None)
+    for k, view in zip(shown_classes(explanation), entry["views"]):
+        if "picture" not in view:
+            view["picture"] = _as_base64(draw_explanation(explanation, k))
+    return _render_part(entry, with_legend=True)
+
+
+def render_scores(labels: Sequence[str], scores: Sequence[float], problem_type: str | None, note: str) -> str:
+    """Return a prediction without credits as HTML to put into a page.
+
+    Args:
+        labels: names of the classes, or of the values of a regression.
+        scores: their probabilities, or the values.
+        problem_type: as in the model's configuration.
+        note: a sentence below them.
+    """
+    if problem_type == "regression":
+        verdict = [(name, f"{value:.4g}", "") for name, value in zip(labels, scores)]
+        return _render_part({"verdict": verdict, "truth": None, "notes": [note]})
+    order = sorted(range(len(labels)), key=lambda k: -scores[k])
+    is_multi_label = problem_type == "multi_label_classification"
+    entry = _probabilities(labels, scores, [k for k in order if scores[k] > 0.5] if is_multi_label else order[:1], None)
+    return _render_part({**entry, "notes": [*entry["notes"], note]})
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-
-
-def render_words(explanation: Explanation) -> str:
-    """Return a text as HTML, its words coloured by their credits for the predicted class; empty without words."""
-    spans = [
-        f'{html.escape(before)}<span style="background:{colour}" title="{credit:+.3f}">{html.escape(word)}</span>'
-        for before, word, credit, colour in _coloured_words(explanation)
+    sure = (0.54, 0.75, 1 / (1 + math.exp(-FULL_COLOUR)))  # against one other class
+    strengths = [min(1.0, math.log(p / (1 - p)) / FULL_COLOUR) for p in sure]
+    environment.globals["legend_colours"] = [
+        (_colour(-x, 1.0), _colour(x, 1.0), p) for p, x in zip(sure, (max(PALEST, x) for x in strengths))
     ]
-    return f'<p style="font-size:1.15rem;line-height:2">{"".join(spans)}</p>' if spans else ""
+    return environment
 
 
-def _confidence(pair: tuple[Explanation, int | None]) -> float:
-    return float(pair[0].probabilities[pair[0].predicted])
+def _render_part(entry: dict[str, Any], with_legend: bool = False) -> str:
+    parts: Any = _environment().get_template("explanation.html").module
+    return str(parts.style() + parts.show(entry) + (parts.legend() if with_legend else ""))
 
 
-def _entry(explanation: Explanation, label: int | None) -> dict[str, Any]:
+# True classes
+
+
+def _read_labels(labels: Any, explanations: Sequence[Explanation]) -> list[Truth]:
+    """Return the true classes of each explanation."""
+    if labels is None:
+        return [None] * len(explanations)
+    labels = labels.to_numpy() if hasattr(labels, "to_numpy") else labels  # of pandas
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if len(labels) != len(explanations):
+        raise ValueError(f"There are {len(labels)} labels of {len(explanations)} explanations; expected one for each.")
+    return [_read_label(n, *pair) for n, pair in enumerate(zip(labels, explanations))]
+
+
+def _read_label(n: int, label: Any, explanation: Explanation) -> Truth:
+    import pandas
+
+    label = label.tolist() if hasattr(label, "tolist") else label
+    n_classes = len(explanation.labels)
+    if explanation.is_multi_label and isinstance(label, list | tuple):
+        if all(_is_unknown(x, pandas.isna) for x in label):
+            return None
+        if len(label) == n_classes and all(x in (0, 1) for x in label):
+            return frozenset(k for k, x in enumerate(label) if x)
+    elif not isinstance(label, list | tuple | str):
+        if _is_unknown(label, pandas.isna):
+            return None
+        if not explanation.is_multi_label and label in range(n_classes):
+            return frozenset([int(label)])
+    expected = f"{n_classes} numbers, 0 or 1" if explanation.is_multi_label else f"a class from 0 to {n_classes - 1}"
+    raise ValueError(f"labels[{n}] is {label!r}; expected {expected}, or None where it is not known.")
+
+
+def _is_unknown(label: Any, isna: Any) -> bool:
+    return bool(isna(label)) or label == -1
+
+
+def _predicted(explanation: Explanation) -> frozenset[int]:
+    if not explanation.is_multi_label:
+        return frozenset([explanation.predicted])
+    return frozenset(torch.nonzero(explanation.probabilities > 0.5).flatten().tolist())
+
+
+def _confidence(explanation: Explanation) -> float:
+    """Return the probability of what is predicted: of a multi-label model, of its least sure decision."""
+    p = explanation.probabilities
+    return float(torch.maximum(p, 1 - p).min() if explanation.is_multi_label else p[explanation.predicted])
+
+
+# What the template shows
+
+
+def _entry(explanation: Explanation, truth: Truth) -> dict[str, Any]:
     """Return what the template shows of one explanation."""
-    k = explanation.predicted
-    probabilities = explanation.probabilities.tolist()
-    entry: dict[str, Any] = {
-        "scores": [(name, p, n == k) for n, (name, p) in enumerate(zip(explanation.labels, probabilities))],
-        "truth": None if label is None else explanation.labels[label],
-    }
-    if explanation.image is not None:
-        entry["picture"], entry["alt"] = _as_png(draw_patches(explanation)), "the image, and the credits of its patches"
-    elif explanation.text is None and explanation.is_uniform:
-        entry["picture"], entry["alt"] = _as_png(draw_tokens(explanation)), "credits of positions by layers"
-    if explanation.spans and explanation.text is not None:
-        entry["words"] = _coloured_words(explanation)
-        entry["rest"] = explanation.text[explanation.spans[-1][1] :]
-    if explanation.tokens is not None:
-        credits = explanation.against_others(explanation.by_token_and_layer())[..., k]
-        most = float(credits.abs().max())
-        entry["tokens"] = explanation.tokens
-        entry["rows"] = [
-            (layer, [(credit, _colour(credit, most)) for credit in column])
-            for layer, column in zip(explanation.layers, credits.T.tolist())
-        ]
+    predicted, shown = _predicted(explanation), shown_classes(explanation)
+    entry = _probabilities(
+        explanation.labels, explanation.probabilities.tolist(), [k for k in shown if k in predicted], truth
+    )
+    if explanation.n_cut:
+        more = "1 more token was" if explanation.n_cut == 1 else f"{explanation.n_cut:,} more tokens were"
+        entry["notes"].append(f"{more} cut off: the model takes no longer texts, and did not read the rest.")
+    if len(shown) > MOST_CLASSES:
+        entry["notes"].append(f"Credits are shown for {MOST_CLASSES} of {len(shown)} labels, the most probable ones.")
+    entry["views"] = [_view(explanation, k) for k in shown[:MOST_CLASSES]]
     return entry
 
 
-def _as_png(figure: Figure) -> str:
-    """Return a picture in base64."""
+def _probabilities(
+    labels: Sequence[str], probabilities: Sequence[float], predicted: Sequence[int], truth: Truth
+) -> dict[str, Any]:
+    """Return what is said of the probabilities: what is predicted, whether it is true, and the highest ones."""
+    marks = {k: "" if truth is None else "✓ right" if k in truth else "✗ wrong" for k in predicted}
+    verdict = [(labels[k], _percent(probabilities[k]), mark) for k, mark in marks.items()]
+    order: Sequence[int] = range(len(labels))
+    if len(labels) > MOST_CLASSES:
+        order = sorted(order, key=lambda k: -probabilities[k])[: max(MOST_CLASSES, len(predicted))]
+    rest = len(labels) - len(order)
+    return {
+        "verdict": verdict or [("no label", "above 50%", "")],
+        "truth": None if truth is None else ", ".join(labels[k] for k in sorted(truth)) or "no label",
+        "scores": [(labels[k], probabilities[k], k in marks) for k in order],
+        "notes": [f"{rest:,} more classes are less probable."] if rest else [],
+    }
+
+
+def _percent(probability: float) -> str:
+    """Return a probability in percent, never one of 100% or 0% by rounding."""
+    if 0.995 <= probability < 1:
+        return ">99%"
+    return "<1%" if 0 < probability < 0.005 else f"{probability:.0%}"
+
+
+def _view(explanation: Explanation, target: int) -> dict[str, Any]:
+    """Return what the template shows of the credits for a class."""
+    heading = explanation.labels[target] if explanation.is_multi_label else ""
+    view: dict[str, Any] = {"heading": heading, "notes": [], "alt": "picture of the credits"}
+    if explanation.text is not None:
+        view["text"] = list(_segments(explanation, target))
+    n_words = len(explanation.spans)
+    if n_words > MOST_WORDS:
+        view["notes"].append(f"{MOST_WORDS:,} of {n_words:,} words are coloured, those with the largest credits.")
+    if explanation.tokens is None or not explanation.is_uniform:
+        view["picture"] = _as_base64(draw_explanation(explanation, target))
+        return view
+    credits = explanation.against_others(explanation.by_token_and_layer())[..., target]  # [tokens, layers]
+    columns = credits.abs().amax(1).topk(min(MOST_TOKENS, len(credits))).indices.sort().values
+    names = ((n, explanation.tokens[n]) for n in columns.tolist())
+    view["tokens"] = [(n, x if len(x) <= MOST_CHARACTERS else f"{x[: MOST_CHARACTERS - 1]}…") for n, x in names]
+    view["table"] = "Tokens by layer"
+    if len(columns) < len(credits):
+        view["table"] += f": {len(columns)} of {len(credits):,}, those with the largest credits"
+    most = float(credits.abs().max()) / colour_strength(explanation, target)
+    view["rows"] = [
+        (layer, [(credit, _colour(credit, most)) for credit in row])
+        for layer, row in zip(explanation.layers, credits[columns].T.tolist())
+    ]
+    return view
+
+
+def _as_base64(figure: Figure) -> str:
+    """Return a picture for the page, which is a tenth of a PNG where there is a photograph."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="webp", pil_kwargs={"quality": 85})
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _coloured_words(explanation: Explanation) -> list[tuple[str, str, float, str]]:
-    """Return for each word of a text what stands before it, itself, its credit for the predicted class, its colour."""
-    text = explanation.text or ""
+def _segments(explanation: Explanation, target: int) -> Iterator[tuple[str, str, float, str]]:
+    """Yield a text in order: kind ("word", "plain", "cut" or "pair"), the text, and of a word its credit and colour."""
+    text, end = explanation.text or "", 0
     words = explanation.by_word() if explanation.spans else []
-    credits = [float(explanation.against_others(word.credit)[explanation.predicted]) for word in words]
-    most = max(map(abs, credits), default=0.0)
-    ends = [0, *(word.end for word in words)]
-    return [
-        (text[end : word.start], word.text, credit, _colour(credit, most))
-        for end, word, credit in zip(ends, words, credits)
-    ]
+    is_cut = explanation.n_cut > 0 and bool(words)  # without words it is not known where
+    credits = torch.zeros(0)
+    if words:
+        credits = explanation.against_others(torch.stack([word.credit for word in words]))[:, target]
+    most = float(credits.abs().max()) / colour_strength(explanation, target) if words else 1.0
+    coloured = set(credits.abs().topk(min(MOST_WORDS, len(words))).indices.tolist())
+    for n, (word, credit) in enumerate(zip(words, credits.tolist())):
+        yield from _between(text[end : word.start], is_cut)
+        yield ("word", word.text, credit, _colour(credit, most)) if n in coloured else ("plain", word.text, 0.0, "")
+        end = word.end
+    yield from _between(text[end:], is_cut)
+
+
+def _between(gap: str, is_cut: bool) -> Iterator[tuple[str, str, float, str]]:
+    """Yield what stands between words: the tab between the texts of a pair, and what was cut off."""
+    for n, piece in enumerate(gap.split("\t")):
+        if n:
+            yield "pair", "", 0.0, ""
+        if piece:
+            yield "cut" if is_cut and piece.strip() else "plain", piece, 0.0, ""
 
 
 def _colour(credit: float, most: float) -> str:

@@ -13,15 +13,15 @@ from .push import pushing_to
 
 APP = """from capsule_heads.cli.demo import build_demo
 
-build_demo({model!r}).launch()
+build_demo({model!r}).launch(show_error=True)
 """
 REQUIREMENTS = """capsule-heads[demo]=={version}
 """
 CARD = """---
-title: {title}
+title: "{title}"
 sdk: gradio
 app_file: app.py
-models: [{model}]
+models: ["{model}"]
 ---
 """
 

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+import yaml
+from PIL import Image
+from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor
 
-from capsule_heads import CapsuleHeadForSequenceClassification
+from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
 from capsule_heads.cli import main
 from capsule_heads.cli.demo import build_demo
 from capsule_heads.explain import explain
@@ -60,10 +62,22 @@ def test_in_a_browser(classifier, tmp_path, monkeypatch):
         browser.get(address)
         wait = WebDriverWait(browser, 60)
         wait.until(lambda b: b.find_elements(By.TAG_NAME, "textarea"))
-        browser.find_element(By.TAG_NAME, "textarea").send_keys("good <b>film</b>")
-        next(x for x in browser.find_elements(By.TAG_NAME, "button") if x.text == "Explain").click()
-        wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "img[src]")) >= 2)
-        words = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "span[title]"))
+        box = browser.find_element(By.TAG_NAME, "textarea")
+
+        def click():
+            next(x for x in browser.find_elements(By.TAG_NAME, "button") if x.text == "Explain").click()
+
+        def results():
+            return browser.find_elements(By.CSS_SELECTOR, ".explanation")
+
+        box.send_keys("good")
+        click()
+        wait.until(lambda b: results())
+        box.send_keys(" <b>film</b>")  # another text: what is shown is of the last one
+        wait.until(lambda b: not results())
+        click()
+        words = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".explanation .text span[title]"))
+        assert browser.find_elements(By.CSS_SELECTOR, ".explanation img[src]")
         assert [word.text for word in words if word.get_attribute("style").startswith("background")] == [
             "good", "<", "b", ">", "film", "</", "b", ">",
         ]  # fmt: skip
@@ -77,17 +91,140 @@ def test_in_a_browser(classifier, tmp_path, monkeypatch):
             assert label in text and f"{probability:.0%}" in text
         if "DEMO_SCREENSHOT" in os.environ:
             browser.save_screenshot(os.environ["DEMO_SCREENSHOT"])
+        box.clear()
+        box.send_keys(" ")
+        click()
+        wait.until(lambda b: "expected a text." in b.find_element(By.TAG_NAME, "body").text)
+        assert not results()
     finally:
         browser.quit()
         page.close()
 
 
+def explain_input(page):
+    """What a click on the button shows, the last of what it yields."""
+    (function,) = [x.fn for x in page.fns.values() if x.fn is not None and x.fn.__name__ == "explain_input"]
+    return lambda *given: list(function(*given))[-1]
+
+
+def save_variant(classifier, folder, **fields):
+    """Save a classifier with another head or kind of problem beside the first one's tokenizer."""
+    shutil.copytree(classifier, folder)
+    torch.manual_seed(0)
+    model = CapsuleHeadForSequenceClassification.from_backbone(str(classifier / "backbone"), **fields)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def components(page, kind):
+    return [x for x in page.blocks.values() if type(x).__name__ == kind]
+
+
+def test_the_page_asks_by_its_classes_and_has_an_example(classifier):
+    page = build_demo(str(classifier))
+    assert page.title == "negative or positive?" and classifier.name not in str(components(page, "HTML")[0].value)
+    first, second = components(page, "Textbox")
+    assert first.placeholder and "pairs" in second.placeholder
+    ((example,),) = next(x.samples for x in components(page, "Dataset"))
+    assert "<b>" in explain_input(page)(example, "")
+
+
+def test_a_text_without_an_end(classifier):
+    show = explain_input(build_demo(str(classifier)))
+    for n_words in (330, 500):  # a picture of the second was once wider than its format allows
+        page = show("good film " * (n_words // 2), None)
+        assert page.count("data:image/webp") == 1 and len(page) < 500_000
+
+
+def test_a_pair(classifier):
+    page = explain_input(build_demo(str(classifier)))("good film", "bad film")
+    first, second = page[page.index('class="text"') :].split('<span class="pair"')
+    assert ">good<" in first and ">bad<" in second
+
+
+def test_there_is_nothing_of_an_input_before(classifier):
+    import gradio
+
+    page = build_demo(str(classifier))
+    (function,) = [x.fn for x in page.fns.values() if x.fn is not None and x.fn.__name__ == "explain_input"]
+    shown = function(" ", "")
+    sentence = "There is nothing to explain yet; expected a text."
+    assert (next(shown), next(shown)) == ("", f"<p>{sentence}</p>")
+    with pytest.raises(gradio.Error, match=sentence):
+        next(shown)
+    assert [x.js for x in page.fns.values() if x.fn is None] == ["() => ''"]  # at each change of an input
+
+
+def test_a_model_without_credits_shows_its_scores(classifier, tmp_path):
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    folder = save_variant(classifier, tmp_path / "linear", head_type="linear", **labels)
+    page = explain_input(build_demo(str(folder)))("good film", "")
+    model = CapsuleHeadForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        expected = model(**tokenizer("good film", return_tensors="pt")).logits.softmax(-1)[0].tolist()
+    for label, probability in zip(labels["id2label"].values(), expected):
+        assert label in page and f"{probability:.3f}" in page
+    assert "A LinearHead has no credits to explain" in page and "legend" not in page.split("</style>")[1]
+
+
+def test_a_regression_shows_its_value(classifier, tmp_path):
+    fields = {"id2label": {0: "stars"}, "label2id": {"stars": 0}, "problem_type": "regression"}
+    folder = save_variant(classifier, tmp_path / "regression", num_labels=1, d_inp=8, n_parts=6, **fields)
+    page = build_demo(str(folder))
+    assert page.title == "stars: how much?"
+    shown = explain_input(page)("good film", "")
+    model = CapsuleHeadForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        value = model(**AutoTokenizer.from_pretrained(folder)("good film", return_tensors="pt")).logits.item()
+    assert f"<b>stars</b> {value:.4g}" in shown and "this model is a regression" in shown
+
+
+def test_all_labels_that_apply_are_shown(classifier, tmp_path):
+    names = ["new", "long", "sad", "loud", "late"]
+    fields = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    fields["problem_type"] = "multi_label_classification"
+    folder = save_variant(classifier, tmp_path / "labels", num_labels=5, d_inp=8, n_parts=6, **fields)
+    page = build_demo(str(folder))
+    assert page.title == "new, long, sad and 2 others: which of them?"
+    shown = explain_input(page)("good film", "")
+    (explanation,) = explain(CapsuleHeadForSequenceClassification.from_pretrained(folder), ["good film"])
+    above = [name for name, p in zip(names, explanation.probabilities.tolist()) if p > 0.5]
+    assert len(above) > 1 and all(f"Credits for <b>{name}</b>" in shown for name in above)
+    assert shown.count("Credits for") == len(above)
+
+
+@pytest.mark.parametrize("mode", ("RGB", "L"))
+def test_an_image_is_read_as_on_the_command_line(tmp_path, mode):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    vit = ViTConfig(image_size=16, patch_size=8, num_channels=3 if mode == "RGB" else 1, **sizes)
+    AutoModel.from_config(vit).save_pretrained(tmp_path / "vit")
+    fields = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    model = CapsuleHeadForImageClassification.from_backbone(str(tmp_path / "vit"), d_inp=8, n_parts=6, **fields)
+    model.save_pretrained(tmp_path / "model")
+    statistics = {"image_mean": [0.5] * vit.num_channels, "image_std": [0.5] * vit.num_channels}
+    ViTImageProcessor(size={"height": 16, "width": 16}, **statistics).save_pretrained(tmp_path / "model")
+    page = build_demo(str(tmp_path / "model"))
+    (image,) = components(page, "Image")[:1]
+    assert (image.type, image.image_mode) == ("filepath", None)  # no colours or bits are lost on the way
+    path = tmp_path / "image.png"
+    Image.effect_noise((20, 20), 60).convert(mode).save(path)
+    assert explain_input(page)(str(path)).count("data:image/webp") == 1
+
+
 def test_a_space(tmp_path, capsys):
     main(["demo", "me/sst2-capsules", "--write_space", str(tmp_path / "space")])
     assert capsys.readouterr().out == f"{tmp_path / 'space'}\n"
-    assert "build_demo('me/sst2-capsules').launch()" in (tmp_path / "space" / "app.py").read_text()
+    assert "build_demo('me/sst2-capsules').launch(show_error=True)" in (tmp_path / "space" / "app.py").read_text()
     assert (tmp_path / "space" / "requirements.txt").read_text().startswith("capsule-heads[demo]==")
     assert "app_file: app.py" in (tmp_path / "space" / "README.md").read_text()
+    write_space("2024", tmp_path / "year")  # a name that YAML would take for a number
+    card = yaml.safe_load((tmp_path / "year" / "README.md").read_text().split("---")[1])
+    assert (card["title"], card["models"]) == ("2024", ["2024"])
 
 
 def test_a_space_cannot_load_a_directory(classifier, tmp_path):
@@ -100,6 +237,16 @@ def test_mistakes(classifier, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["demo", str(tmp_path / "nowhere")])
     assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r'The page needs Gradio: pip install "capsule-heads\[demo\]"'):
-        build_demo(str(classifier))
+    for options, message in (
+        (("--port", "9000", "--write_space", str(tmp_path / "x")), "--port is 9000, but a Space has a port of its own"),
+        (("--port", "70000"), "--port is 70000; expected a number from 1 to 65535."),
+    ):
+        with pytest.raises(SystemExit):
+            main(["demo", "me/sst2-capsules", *options])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    for module in ("gradio", "matplotlib"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(ImportError, match=r'needs Gradio and matplotlib: pip install "capsule-heads\[demo\]"'):
+                build_demo(str(classifier))

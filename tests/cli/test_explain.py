@@ -1,10 +1,13 @@
 """`capsule-heads explain`, as a user runs it."""
 
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
-from capsule_heads import CapsuleHeadForImageClassification
+from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
+from capsule_heads.data import load_reviews
+from capsule_heads.tasks import Task, register_task
 
 
 def test_texts(call, classifier, tmp_path):
@@ -12,7 +15,7 @@ def test_texts(call, classifier, tmp_path):
     assert status == 0, err
     assert out == f"{tmp_path / 'found' / 'report.html'}\n"
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
-        "001.png", "002.png", "parts.png", "report.html",
+        "001.png", "002.png", "report.html",
     ]  # fmt: skip
     assert ">good</span>" in (tmp_path / "found" / "report.html").read_text()
     assert Image.open(tmp_path / "found" / "001.png").size[0] > 300
@@ -36,8 +39,21 @@ def test_images(call, tmp_path):
     Image.effect_noise((20, 20), 60).convert("RGB").save(tmp_path / "noise.png")
     status, _, err = call("explain", tmp_path / "model", tmp_path / "noise.png", "--output_dir", tmp_path / "found")
     assert status == 0, err
-    assert "data:image/png;base64," in (tmp_path / "found" / "report.html").read_text()
+    assert "data:image/webp;base64," in (tmp_path / "found" / "report.html").read_text()
     assert (tmp_path / "found" / "001.png").exists()
+
+
+def test_a_thousand_inputs_keep_their_order(call, classifier, tmp_path, monkeypatch):
+    drawn = []
+
+    class Picture:
+        def savefig(self, path):
+            drawn.append(path.name)
+
+    monkeypatch.setattr("capsule_heads.explain.pictures.draw_explanation", lambda explanation: Picture())
+    status, _, err = call("explain", classifier, *["good"] * 1001, "--output_dir", tmp_path)
+    assert status == 0, err
+    assert drawn == sorted(drawn) and (drawn[0], drawn[-1]) == ("0001.png", "1001.png")
 
 
 def test_mistakes(fails, classifier, tmp_path):
@@ -47,3 +63,48 @@ def test_mistakes(fails, classifier, tmp_path):
     assert "nowhere" in fails("explain", tmp_path / "nowhere", "good")
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in fails("explain", classifier, "good", "--output_dir", tmp_path / "file")
+
+
+@pytest.mark.parametrize("option", (("--source", "x"), ("--max_inputs", 50), ("--seed", 0)))
+def test_options_of_a_task_need_one(fails, classifier, tmp_path, option):
+    name, value = option
+    line = fails("explain", classifier, "good", *option, "--output_dir", tmp_path / "found")
+    assert line == f"error: {name} is {value}, but it is of a task's test split; give --task, or leave it out."
+    assert not (tmp_path / "found").exists()
+
+
+def load_without_a_test_split(source):
+    splits = load_reviews()
+    del splits["test"]
+    return splits
+
+
+def test_a_task_without_a_test_split(fails, classifier, tmp_path):
+    register_task(Task("reviews_without_test", "reviews", "text", load_without_a_test_split, is_own_data=True))
+    line = fails("explain", classifier, "--task", "reviews_without_test", "--output_dir", tmp_path / "found")
+    assert line == (
+        "error: reviews_without_test has train, validation and no test split to explain; expected texts or files "
+        "instead of --task."
+    )
+
+
+def test_a_task_of_other_classes(fails, classifier, tmp_path):
+    from datasets import ClassLabel
+
+    def load_other_classes(source):
+        return load_reviews().cast_column("label", ClassLabel(names=["bad", "good"]))
+
+    register_task(Task("reviews_of_others", "reviews", "text", load_other_classes, is_own_data=True))
+    line = fails("explain", classifier, "--task", "reviews_of_others", "--output_dir", tmp_path / "found")
+    assert "trained for ['negative', 'positive'], and the dataset has ['bad', 'good']" in line
+
+
+def test_models_without_credits_are_refused_before_they_are_loaded(fails, backbone, tmp_path):
+    for name, fields, message in (
+        ("linear", {"head_type": "linear"}, "A LinearHead has no credits to explain; expected a head with capsules"),
+        ("value", {"num_labels": 1, "d_inp": 8, "n_parts": 6}, "this model is a regression; its values have none"),
+    ):
+        CapsuleHeadForSequenceClassification.from_backbone(backbone, **fields).save_pretrained(tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+        assert message in fails("explain", tmp_path / name, "good", "--output_dir", tmp_path / "found")
+    assert not (tmp_path / "found").exists()

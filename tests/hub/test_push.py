@@ -330,6 +330,6 @@ def test_the_page_is_pushed_as_a_space(hub, client):
     assert client(PUSH_SPACE) == "pushed"
     pushed = files(hub, "me/page")
     assert {path for path in pushed if not path.startswith(".")} == {"README.md", "app.py", "requirements.txt"}
-    assert b"build_demo('me/head').launch()" in pushed["app.py"].content
+    assert b"build_demo('me/head').launch(show_error=True)" in pushed["app.py"].content
     assert yaml.safe_load(pushed["README.md"].content.split(b"---")[1])["sdk"] == "gradio"
     assert "me/page cannot be pushed to: it takes a token" in client(PUSH_SPACE, token=None, fails=True)
