@@ -190,6 +190,7 @@ class Backbone:
         source = resolve_backbone(self.name_or_path)
         if hasattr(own_config, "quantization_config"):  # it says that the checkpoint itself is quantised
             self.config.quantization_config = own_config.quantization_config
+        loading = {"trust_remote_code": False, **loading}  # transformers would ask on the terminal
         with reading_weights(source):
             complete, found = AutoModel.from_pretrained(
                 source, config=self.config, revision=commit or self.revision, output_loading_info=True, **loading

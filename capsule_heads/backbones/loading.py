@@ -11,8 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -98,7 +107,8 @@ def load_backbone_config(
         **kwargs: arguments of `BACKBONE_KWARGS`; those that loading a configuration does not take are left out.
 
     Raises:
-        ValueError: If the checkpoint is itself a capsule-head model.
+        ValueError: If the checkpoint is itself a capsule-head model, of an unknown type, or comes with code that is not
+            trusted.
         OSError: If there is no such checkpoint.
     """
     name_or_path = resolve_backbone(name_or_path)
@@ -106,16 +116,69 @@ def load_backbone_config(
     try:
         config_file = cached_file(name_or_path, "config.json", revision=revision, **hub_kwargs)
     except OSError as error:
-        raise OSError(f"The backbone {name_or_path} was not found. {error}") from error
-    commit = extract_commit_hash(config_file, None)
-    config_kwargs = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
-    config = AutoConfig.from_pretrained(name_or_path, revision=commit or revision, **hub_kwargs, **config_kwargs)
+        raise OSError(not_found(name_or_path, error)) from error
+    commit, trusts = extract_commit_hash(config_file, None), bool(kwargs.get("trust_remote_code"))
+    check_config_file(config_file, name_or_path, trusts)
+    # False, where nothing was said: transformers would ask on the terminal.
+    config = AutoConfig.from_pretrained(
+        name_or_path, revision=commit or revision, trust_remote_code=trusts, **hub_kwargs
+    )
     if config.model_type == CAPSULE_HEAD:
         raise ValueError(
             f"{name_or_path} is a capsule-head checkpoint, not a backbone; load it with from_pretrained, or name the "
             f"backbone it was made from ({getattr(config, 'base_model_name_or_path', None)})."
         )
     return config, commit
+
+
+def not_found(name_or_path: str | os.PathLike[str], error: OSError) -> str:
+    """Return a sentence about a model that is not found, instead of transformers' several."""
+    name, cause = os.fspath(name_or_path), error.__cause__
+    if isinstance(cause, GatedRepoError):
+        return f"{name} is gated on the Hub; ask for access at https://huggingface.co/{name}, and run `hf auth login`."
+    if isinstance(cause, RevisionNotFoundError):
+        return f"{name} has no such revision; expected a branch, tag or commit of https://huggingface.co/{name}."
+    if not isinstance(cause, HFValidationError | LocalEntryNotFoundError | RepositoryNotFoundError):
+        return f"{name} cannot be loaded: {error}"
+    if name.startswith(("/", ".", "~")):  # only a path begins so
+        return f"There is no directory {name}; expected one that holds a model, or a name on the Hub."
+    there = "the Hub has no such model (a private one takes `hf auth login`)"
+    if isinstance(cause, LocalEntryNotFoundError):
+        why = "is not asked, as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "could not be reached"
+        there = f"no such model is in the cache, while the Hub {why}"
+    return f"There is no directory {name} here, and {there}; expected a directory with a model, or a name on the Hub."
+
+
+def check_config_file(path: str | None, name_or_path: str, trusts: bool) -> None:
+    """Check what transformers would answer with several sentences, or a question on the terminal.
+
+    Args:
+        path: config.json of a backbone; None if there is none.
+        name_or_path: the backbone.
+        trusts: whether its code may run.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If its model is of a type that transformers does not have, or has code that is not trusted.
+    """
+    if path is None:
+        raise OSError(f"{name_or_path} has no config.json; expected the directory or Hub name of a model.")
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except ValueError:
+        return  # transformers says what is wrong with it
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type is None or model_type in CONFIG_MAPPING or trusts:
+        return
+    if "auto_map" in fields:
+        raise ValueError(
+            f"{name_or_path} comes with Python code of its own, which runs with your consent alone: pass "
+            "trust_remote_code=True to from_backbone, or name a backbone without code."
+        )
+    raise ValueError(
+        f"{name_or_path} is of the model type {model_type!r}, which transformers {transformers_version} does not have; "
+        "expected a type that it has, or a newer transformers."
+    )
 
 
 def is_quantised(backbone: PreTrainedModel | None) -> bool:

@@ -105,3 +105,11 @@ def _reading(what: str, name_or_path: str) -> Iterator[None]:
             f"The {what} of {name_or_path} cannot be read: one of its JSON files is damaged, or holds something else "
             f"({error}). Fetch or save it again."
         ) from error
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The {what} of {name_or_path} comes with Python code of its own, which runs with your consent alone: "
+                "load it with trust_remote_code=True and pass it on, or name a model without code."
+            ) from error
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".:")
+        raise OSError(f"{name_or_path} has no {what} that can be loaded: {reason}.") from error

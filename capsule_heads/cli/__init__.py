@@ -11,7 +11,16 @@ import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
 
-from .options.parser import Command, OneLineParser, add_import_option, did_you_mean, import_modules, imports_given
+from .options.parser import (
+    Command,
+    OneLineParser,
+    add_import_option,
+    did_you_mean,
+    ended_in_one_line,
+    import_modules,
+    imports_given,
+)
+from .options.quiet import quiet, quiet_libraries
 
 
 def find_commands() -> dict[str, Command]:
@@ -30,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: After help, and after a mistake, of which one line says what it is; its status is then 2.
     """
+    with ended_in_one_line(), quiet():
+        _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     commands = find_commands()
     parser = OneLineParser(
@@ -50,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     import_modules(imports_given(rest))
     options = commands[name].make_parser(f"capsule-heads {name}")
     add_import_option(options)
-    commands[name].run(options.parse_args(rest))
+    given = options.parse_args(rest)
+    with quiet_libraries():
+        commands[name].run(given)
 
 
 def _describe(commands: Mapping[str, Command]) -> str:

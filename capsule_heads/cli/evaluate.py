@@ -7,6 +7,7 @@ import json
 import tempfile
 
 from .options import Command, OneLineParser, at_least, one_line_errors
+from .options.quiet import without_data_bars
 
 
 def make_parser(prog: str) -> OneLineParser:
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from ..training import CapsuleTrainer, CapsuleTrainingArguments
     from ..training.run import check_labels_match, evaluation_splits
 
-    with one_line_errors():
+    with one_line_errors(), without_data_bars():
         task, model = get_task(options.task), load_classifier(options.model)
         check_task_fits(task, model)
         found = task.load(options.source, phrases=False)
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         processor = task.load_processor(options.model)
         task.check_files(splits, processor, model)
         prepared = task.prepare(DatasetDict(splits), processor, in_windows=model.config.windowing is not None)
-    with tempfile.TemporaryDirectory() as folder:
+    with one_line_errors(FloatingPointError, OSError, ValueError), tempfile.TemporaryDirectory() as folder:
         trainer = CapsuleTrainer(
             model=model,
             args=CapsuleTrainingArguments(folder, per_device_eval_batch_size=options.batch_size),

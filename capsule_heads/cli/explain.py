@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import Command, OneLineParser, at_least, one_line_errors
+from .options.quiet import without_data_bars
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     from ..models.processors import modality_of, processor_of
     from ..tasks import MODALITIES, get_task, load_classifier
 
-    with one_line_errors():
+    with one_line_errors(), without_data_bars():
         _check_options(options)
         model = load_classifier(options.model)
         modality, processor = MODALITIES[modality_of(model)], processor_of(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import contextlib
 import itertools
 import json
 import re
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     from ..models.processors import modality_of, processor_of
     from ..tasks import MODALITIES, load_classifier
 
-    with one_line_errors(), _without_progress_bars():
+    with one_line_errors():
         _check_arguments(options.inputs)
         model = load_classifier(options.model)
         name = modality_of(model)
@@ -110,20 +109,6 @@ def _is_json(line: str) -> bool:
         return line in ("{", "[") or isinstance(json.loads(line), dict | list)
     except (ValueError, RecursionError):
         return False
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Hide transformers' bars, of loading weights, which are longer than what is printed."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def _classify(

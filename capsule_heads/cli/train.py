@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from .options import Command, OneLineParser, one_line_errors
+from .options import Command, OneLineParser, fail, one_line_errors
+from .options.parser import INTERRUPTED
 
 
 def make_parser(prog: str) -> OneLineParser:
@@ -17,13 +18,20 @@ def make_parser(prog: str) -> OneLineParser:
 
 def run(options: argparse.Namespace) -> None:
     """Train, evaluate and save a model, and print the results."""
-    from ..training.run import TrainingRun
+    from ..training.run import TrainingRun, what_is_saved
 
-    with one_line_errors():
-        this = TrainingRun(options.data, options.model, options.head, options.arguments)
-    with one_line_errors(FloatingPointError, OSError, ValueError):  # not finite, no place to write, inputs
-        seconds = this.train()
-    results = this.evaluate(seconds)
+    folder, is_trained = options.arguments.output_dir, False
+    try:
+        with one_line_errors():
+            this = TrainingRun(options.data, options.model, options.head, options.arguments)
+        with one_line_errors(FloatingPointError, ImportError, OSError, ValueError):  # not finite, no place, inputs
+            seconds = this.train()
+        is_trained = True
+        prefix = f"The trained model is saved in {folder}, but its evaluation failed: "
+        with one_line_errors(FloatingPointError, OSError, ValueError, prefix=prefix):
+            results = this.evaluate(seconds)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {what_is_saved(folder, is_trained)}.", INTERRUPTED)
     if this.trainer.is_world_process_zero():
         print(json.dumps(results, indent=2))
     this.close()

@@ -94,6 +94,13 @@ def check_hidden_sizes(hidden_sizes: Sequence[int], at_most: int | None = None) 
             return run_in_windows(run, self.windowing, inputs)
 ''',
     },
+    "backbones.loading": {
+        "not_found": '''
+def not_found(name_or_path: str | os.PathLike[str], error: OSError) -> str:
+    """Return a sentence about a model that is not found."""
+    return f"The backbone {name_or_path} was not found. {error}"
+''',
+    },
     "backbones.running": {
         "check_hidden_states": '''
 def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], hidden_sizes: Sequence[int]) -> Sequence[Tensor]:

@@ -42,6 +42,8 @@ def push_run(directory: str | os.PathLike[str], repo_id: str, **options: Any) ->
             training writes.
         OSError: If the directory holds no model, or pushing fails; the repository is then as it was.
     """
+    if not Path(directory).is_dir():
+        raise OSError(f"There is no directory {directory}; expected the output_dir of a run.")
     directory = Path(directory).resolve()
     if not (directory / "config.json").is_file():
         raise OSError(f"{directory} holds no model: it has no config.json.")

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..backbones.backbone import Backbone
-from ..backbones.loading import CAPSULE_HEAD, check_model_type
+from ..backbones.loading import CAPSULE_HEAD, check_model_type, not_found
 from ..backbones.parts import Part, Windowing, check_part, tower_config
 from ..checks import check_dtype, check_hidden_sizes, check_size, plain, shown
 from ..heads import DEFAULT_HEAD, HeadOptions, get_head, registered_heads
@@ -218,14 +218,18 @@ class CapsuleHeadConfig(PreTrainedConfig):
 
         Raises:
             OSError: If the file is missing, or holds no keys.
+            ValueError: If it is of another kind of model.
         """
         source = pretrained_model_name_or_path
         try:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
+        except OSError as error:
+            raise OSError(not_found(source, error)) from error
         except (AttributeError, RecursionError, TypeError):  # of a list, or the like
             config_dict = {}
         if not isinstance(config_dict, dict) or not config_dict:
             raise OSError(f"{source} has no config.json with keys and values; expected what save_pretrained wrote.")
+        check_model_type(config_dict, source)  # from_pretrained would only warn
         return config_dict, kwargs
 
     @classmethod

@@ -7,8 +7,10 @@ if there is a place for it.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,6 +31,8 @@ MAX_KEPT = 2**25  # bytes of votes
 _MAX_TILE = 512
 _TILE_BYTES = 2**20  # half of a second-level cache
 NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
+
+logger = logging.getLogger(__name__)
 
 
 class Cpu(StreamingStrategy):
@@ -103,10 +107,14 @@ class Cpu(StreamingStrategy):
         return EStep(sums[:, 0], 2.0 * scale.square() * first, -2.0 * scale * second), d_W
 
 
+@functools.cache
 def _kernels() -> ModuleType:
     """Return the kernels. Importing them needs numba, which not everyone has."""
     from . import cpu_kernels
 
+    kept = cpu_kernels.statistics.stats.cache_path  # None where there is no place for them
+    if kept is None or not any(Path(kept).glob("cpu_kernels.*.nbi")):
+        logger.warning("Compiling the kernels of routing, once on this machine: the first step takes 20 to 60 seconds.")
     return cpu_kernels
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,8 +13,13 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
 from torch import nn
-from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
+from transformers import CONFIG_MAPPING, EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations import get_reporting_integration_callbacks
 
+from ..backbones.fitting import kinds_of_input
+from ..backbones.loading import PACKAGE_PREFIX, load_backbone_config
+from ..backbones.processors import MODALITIES
 from ..data.hidden_states import HiddenStateCache
 from ..data.tokenization import window_fields
 from ..files import write_json
@@ -22,7 +29,7 @@ from ..models.configuration_capsule_head import label_fields
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from ..tasks import Task, get_task
 from .arguments import CapsuleTrainingArguments, describe_arguments
-from .checkpoints import resolve_checkpoint
+from .checkpoints import LAST, resolve_checkpoint
 from .trainer import CapsuleTrainer
 
 NEW_PREFIX = "new:"
@@ -113,13 +120,13 @@ class TrainingRun:
 
     Attributes:
         model: the model.
-        trainer: the Trainer, once `train` was called.
+        trainer: the Trainer.
 
     Raises:
         ValueError: If an option does not fit the others, the data or the backbone.
         TypeError: If the head has no such option.
         OSError: If the data or the backbone is not found.
-        ImportError: If a package with the backbone is not installed.
+        ImportError: If a package is not installed that the backbone, the optimizer or `report_to` needs.
     """
 
     def __init__(
@@ -133,11 +140,14 @@ class TrainingRun:
         self.data, self.model_arguments, self.arguments = data, model, arguments
         self.task = get_task(data.task)
         self.head_options = describe_head(model, head_options)
+        check_data_options(data, self.task)
         if data.early_stopping_patience and not arguments.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end.")
         check_cache_options(data, arguments.dataloader_num_workers)
+        check_reporting(arguments.report_to)
         self.output_dir = str(arguments.output_dir)  # __post_init__ of TrainingArguments has set it
         self.checkpoint = resolve_checkpoint(arguments.resume_from_checkpoint, self.output_dir)
+        check_backbone(model, self.task)
         with arguments.main_process_first():
             splits = self.task.load(data.source, phrases=data.phrases)
             self.processor = self.task.load_processor(model.backbone, model.backbone_revision, data.pad_token)
@@ -148,6 +158,7 @@ class TrainingRun:
                 splits, self.processor, data.max_length, self.model.config.windowing is not None
             )
             self.train_data = self.prepared["train"]
+        align_special_tokens(self.model.config.get_text_config(), self.processor)
         self.validation = {name: self.prepared[name] for name in evaluation_splits(splits, "validation")}
         self.tests = {name: self.prepared[name] for name in evaluation_splits(splits, "test")}
         check_best_metric(arguments.metric_for_best_model, self.task.metric, self.validation)
@@ -156,6 +167,23 @@ class TrainingRun:
             self.train_data = HiddenStateCache(self.train_data, self.model, self.processor)
             if data.cache_on_device:
                 self.train_data.to(arguments.device)
+        patience = data.early_stopping_patience
+        self.trainer = CapsuleTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=self.train_data,
+            eval_dataset=next(iter(self.validation.values())) if len(self.validation) == 1 else self.validation or None,
+            processing_class=self.processor,
+            data_collator=self.task.data.collator(self.processor),
+            compute_metrics=compute_metrics_for(self.task.metric),
+            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        )
+        if self.trainer.pop_callback(ProgressCallback) is not None:
+            self.trainer.add_callback(OneBar)
+        try:
+            self.trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+        except ImportError as error:
+            raise ImportError(f"optim is {arguments.optim}: {error}") from error
 
     def train(self) -> float:
         """Train and save the model, and return the seconds that training took.
@@ -165,17 +193,6 @@ class TrainingRun:
             OSError: If there is no place to write to.
             ValueError: If inputs do not fit the model.
         """
-        patience = self.data.early_stopping_patience
-        self.trainer = CapsuleTrainer(
-            model=self.model,
-            args=self.arguments,
-            train_dataset=self.train_data,
-            eval_dataset=self.validation if len(self.validation) > 1 else next(iter(self.validation.values())),
-            processing_class=self.processor,
-            data_collator=self.task.data.collator(self.processor),
-            compute_metrics=compute_metrics_for(self.task.metric),
-            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-        )
         start = time.perf_counter()
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
         seconds = time.perf_counter() - start
@@ -224,6 +241,38 @@ class TrainingRun:
             time.sleep(1)  # a thread of gloo's may need Python when it is gone, and would abort the process
 
 
+class OneBar(ProgressCallback):
+    """Shows one progress bar at a time: that of training stands, and says so, while a split is evaluated."""
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Show the progress of an evaluation, where nothing is trained meanwhile."""
+        if self.training_bar is None:
+            super().on_prediction_step(*args, **kwargs)
+        elif not self.training_bar.desc:
+            self.training_bar.set_description("Evaluating")
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Take the bar of an evaluation away."""
+        super().on_evaluate(*args, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("")
+
+
+def what_is_saved(output_dir: str, is_trained: bool) -> str:
+    """Return a clause about what a run that was interrupted has left, and how to go on.
+
+    Args:
+        output_dir: the run's folder.
+        is_trained: whether the trained model is saved already.
+    """
+    if is_trained:
+        return f"the trained model is saved in {output_dir}, and was not evaluated to the end"
+    checkpoint = resolve_checkpoint(LAST, output_dir)
+    if checkpoint is None:
+        return "there is no checkpoint yet, and nothing is saved"
+    return f"{checkpoint} is saved: --resume_from_checkpoint {LAST} goes on from there"
+
+
 def describe_head(arguments: ModelArguments, given: Mapping[str, Any]) -> str:
     """Return the options that tell runs apart, such as "n_parts=16, mixup_alpha=0.2".
 
@@ -267,6 +316,104 @@ def check_cache_options(arguments: DataArguments, n_workers: int) -> None:
         )
 
 
+def check_data_options(arguments: DataArguments, task: Task) -> None:
+    """Check that the options of the data have an effect on a task.
+
+    Raises:
+        ValueError: If one has none.
+    """
+    if arguments.early_stopping_patience is not None and arguments.early_stopping_patience < 1:
+        raise ValueError(
+            f"early_stopping_patience is {arguments.early_stopping_patience}; expected 1 or more, or none."
+        )
+    if not arguments.phrases and "phrases" not in task.loader_options:
+        raise ValueError(f"phrases is false, and {task.name} has no phrases to leave out; leave the option out.")
+    void = {
+        "max_length": task.preparation is not None,  # its own
+        "pad_token": task.processor is not None,
+        "cache_hidden_states": False,
+        "cache_on_device": False,
+    }
+    for name, is_void in void.items():
+        value = getattr(arguments, name)
+        if value in (None, False):
+            continue
+        if task.modality != "text":
+            raise ValueError(
+                f"{name} is {value}, which is for texts, and {task.name} is of {task.data.noun}; leave it out."
+            )
+        if is_void:
+            raise ValueError(f"{name} is {value}, and {task.name} prepares its texts itself; leave it out.")
+
+
+def check_reporting(report_to: list[str]) -> None:
+    """Check that what `report_to` names can be reported to.
+
+    Raises:
+        ImportError: If its package is not installed.
+        ValueError: If it is not known.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except ValueError as error:
+        raise ValueError(f"report_to is {', '.join(report_to)}: {error}") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError is how transformers says that a package is missing
+        raise ImportError(f"report_to is {', '.join(report_to)}: {error}") from error
+
+
+def check_backbone(arguments: ModelArguments, task: Task) -> None:
+    """Check that a backbone takes what a task holds, by its configuration, before anything else is loaded.
+
+    Raises:
+        ValueError: If it takes something else, has no processor for the task, or its revision means nothing.
+        OSError: If it is not found.
+    """
+    name, revision = arguments.backbone, arguments.backbone_revision
+    is_new = name.startswith(NEW_PREFIX)
+    if revision is not None and (is_new or name.startswith(PACKAGE_PREFIX) or os.path.isdir(name)):
+        raise ValueError(
+            f"backbone_revision is {revision}, and the backbone {name} is not from the Hub, which alone has revisions; "
+            "leave it out."
+        )
+    config = new_backbone_config(name) if is_new else load_backbone_config(name, revision)[0]
+    kinds, noun = kinds_of_input(config), task.data.noun
+    if kinds and noun not in kinds:
+        found = " or ".join(sorted(kinds))
+        raise ValueError(
+            f"{task.name} is of {noun}, and the backbone {name}, a {config.model_type} model, takes {found}; expected "
+            f"a backbone that takes {noun}, or a task of {found}."
+        )
+    if is_new and task.processor is None:
+        raise ValueError(
+            f"The backbone {name} has random weights and no {MODALITIES[task.modality]}, which {task.name} needs; "
+            "expected a pretrained backbone, or a task with a processor of its own."
+        )
+
+
+def new_backbone_config(name: str) -> PreTrainedConfig:
+    """Return the default configuration of the type of model that `new:TYPE` names.
+
+    Raises:
+        ValueError: If transformers has no such type.
+    """
+    model_type = name.removeprefix(NEW_PREFIX)
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
+        hint = f"; did you mean {NEW_PREFIX}{close[0]}?" if close else ", such as new:stereo_conv or new:bert."
+        raise ValueError(f"The backbone is {name}; expected {NEW_PREFIX} and a model type of transformers{hint}")
+    return CONFIG_MAPPING[model_type]()
+
+
+def align_special_tokens(config: PreTrainedConfig, processor: Any) -> None:
+    """Give a backbone's configuration the special tokens of a tokenizer, as the Trainer would, which warns of it."""
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        token, known = getattr(processor, name, None), getattr(config, name, None)
+        if token is None or token in (known if isinstance(known, list) else [known]):
+            continue
+        setattr(config, name, [token, *known] if isinstance(known, list) and name == "eos_token_id" else token)
+
+
 def windows_for(arguments: DataArguments, task: Task, processor: Any) -> dict[str, int | list[int]]:
     """Return the fields of a model's configuration that say how texts are cut into windows; none if they are not.
 
@@ -304,7 +451,7 @@ def build_model(
         given |= {"num_labels": 1, "label_mean": float(values.mean()), "label_std": float(values.std())}
     backbone: Any = arguments.backbone
     if backbone.startswith(NEW_PREFIX):
-        backbone = AutoConfig.for_model(backbone.removeprefix(NEW_PREFIX))
+        backbone = new_backbone_config(backbone)
     return task.data.model_class().from_backbone(backbone, revision=arguments.backbone_revision, **given)
 
 

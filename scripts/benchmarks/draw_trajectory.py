@@ -45,9 +45,10 @@ def main() -> None:
         else:
             images = load_smallnorb(options.source)[options.split]
         sequence, fixed = select_sequence(images, options.factor, **fixed)
-        model = AutoModelForImageClassification.from_pretrained(options.model)
+        model = AutoModelForImageClassification.from_pretrained(options.model, trust_remote_code=False)
         images = [np.asarray(image, dtype=np.uint8) for image in sequence["image"]]
-        logits, poses = compute_capsules(model, AutoImageProcessor.from_pretrained(options.model), images)
+        processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
+        logits, poses = compute_capsules(model, processor, images)
         poses, index, n_activated = activated_poses(logits, poses)
         trajectory = pose_trajectory(poses)
         names = model.config.id2label

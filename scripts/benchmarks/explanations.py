@@ -41,7 +41,8 @@ def main() -> None:
             raise ValueError(f"task is {task.name}; expected a task of single texts, such as sst2_root.")
         texts = split.shuffle(seed=options.seed).select(range(min(options.max_texts or len(split), len(split))))["text"]
         model = CapsuleHeadForSequenceClassification.from_pretrained(options.model, freeze_backbone=False)
-        found = compare_methods(model, AutoTokenizer.from_pretrained(options.model), list(texts))
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        found = compare_methods(model, tokenizer, list(texts))
         if options.picture:
             curves = {name: torch.tensor([x.deletion for x in all_texts]).mean(0) for name, all_texts in found.items()}
             draw_deletion(curves).savefig(options.picture)

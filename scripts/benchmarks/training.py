@@ -312,7 +312,7 @@ def build_contestant(contestant: Contestant, backbone: str) -> nn.Module:
     set_seed(0)
     if contestant.fields is not None:
         return CapsuleHeadForSequenceClassification.from_backbone(backbone, num_labels=N_LABELS, **contestant.fields)
-    model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=N_LABELS)
+    model = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=N_LABELS, trust_remote_code=False)
     model.base_model.requires_grad_(False)
     return model
 

@@ -195,7 +195,10 @@ def test_a_capsule_head_is_no_backbone(make_model, backbone_dir, tmp_path):
 
 
 def test_a_missing_backbone_is_named():
-    with pytest.raises(OSError, match="The backbone no/such-model was not found"):
+    with pytest.raises(
+        OSError,
+        match="There is no directory no/such-model here, and no such model is in the cache, while the Hub is not asked",
+    ):
         CapsuleHeadForSequenceClassification.from_backbone("no/such-model")
 
 

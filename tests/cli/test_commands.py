@@ -1,6 +1,7 @@
 """The commands: each once in a process of its own, as a user runs it, and beyond that in this one."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,18 @@ def test_mistakes_in_training(fails, backbone, trees, tmp_path):
     assert error == f"error: {tmp_path}/none.yaml: No such file or directory"
     assert f"No SST at {tmp_path}/none" in fails("train", "--config", config, "--source", tmp_path / "none")
     assert f"{tmp_path}/none" in fails("train", "--config", config, "--backbone", tmp_path / "none")
+    error = fails("train", "--config", config, "--backbone", "no/such")
+    assert error.startswith(
+        "error: There is no directory no/such here, and no such model is in the cache, while the Hub"
+    )
+    error = fails("train", "--config", config, "--backbone", tmp_path)
+    assert error == f"error: {tmp_path} has no config.json; expected the directory or Hub name of a model."
+    error = fails("train", "--config", config, "--backbone", "new:vit")
+    assert error.startswith("error: sst5 is of texts, and the backbone new:vit, a vit model, takes images; expected a ")
+    error = fails("train", "--config", config, "--report_to", "dvclive")
+    assert error.startswith("error: report_to is dvclive: ")
+    error = fails("train", "--config", config, "--optim", "lomo")
+    assert error.startswith("error: optim is OptimizerNames.LOMO: ") or error.startswith("error: optim is lomo: ")
     assert "package 'none_such', which is not installed" in fails(
         "train", "--config", config, "--backbone=package:none_such/a"
     )
@@ -296,6 +309,153 @@ def test_mistakes_in_prediction(fails, backbone, tmp_path):
     assert f"{tmp_path}/none" in fails("predict", tmp_path / "none", "a text")
     assert "bert model, not of a capsule-head model" in fails("predict", backbone, "a text")
     assert "model" in fails("predict")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["predict", "a text"], ["explain", "a text"], ["evaluate", "--task", "reviews"], ["demo"]]
+)
+def test_models_that_are_not_there(fails, tmp_path, arguments):
+    command, *others = arguments
+    error = fails(command, "no/such", *others)
+    assert error.startswith(
+        "error: There is no directory no/such here, and no such model is in the cache, while the Hub"
+    )
+    assert error.endswith("; expected a directory with a model, or a name on the Hub.")
+    assert fails(command, "./none", *others).startswith("error: There is no directory ./none; expected one that holds")
+    assert fails("push", tmp_path / "none", "a/b").startswith(f"error: There is no directory {tmp_path}/none; expected")
+
+
+CODE = """
+from pathlib import Path
+
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+Path({marker!r}).touch()
+
+
+class OwnConfig(BertConfig):
+    model_type = "own_type_of_the_test"
+
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def add_code(folder, marker, file, auto_map, **fields):
+    """Let a JSON file of a model's folder name code that leaves a marker when it runs."""
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, "auto_map": auto_map, **fields}))
+
+
+@pytest.mark.parametrize("answer", ["y\n" * 9, "n\n", ""])
+def test_no_code_of_a_model_runs_and_nobody_is_asked(call, backbone, classifier, tmp_path, answer):
+    marker = tmp_path / "it_ran"
+    own, head = tmp_path / "own", tmp_path / "head"
+    shutil.copytree(backbone, own)
+    shutil.copytree(classifier, head)
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    add_code(own, marker, "config.json", auto_map, model_type="own_type_of_the_test")
+    fields = {"tokenizer_class": "OwnTokenizer"}
+    add_code(
+        head, marker, "tokenizer_config.json", {"AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]}, **fields
+    )
+    options = ("--task", "reviews", "--use_cpu", "--output_dir", tmp_path / "run", "--max_steps", 1)
+    for arguments, of in (
+        (
+            ("train", "--backbone", own, *options),
+            f"{own} comes with Python code of its own, which runs with your consent",
+        ),
+        (
+            ("predict", head, "a text"),
+            f"The tokenizer of {head} comes with Python code of its own, which runs with your",
+        ),
+        (("evaluate", head, "--task", "reviews"), f"The tokenizer of {head} comes with Python code of its own"),
+    ):
+        status, out, err = call(*arguments, stdin=answer)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"error: {of}") and "trust_remote_code=True" in err and err.count("\n") == 1
+        assert not marker.exists()
+
+
+@pytest.fixture
+def small_run(backbone, tmp_path):
+    """The arguments of a training run of five steps, with a checkpoint after two."""
+    keys = {"task": "reviews", "backbone": backbone, "output_dir": str(tmp_path / "run"), "max_steps": 5}
+    return ("train", "--config", write(tmp_path / "run.yaml", **{**keys, "save_strategy": "steps", "save_steps": 2}))
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_interrupted_training_says_what_is_saved(call, small_run, tmp_path, monkeypatch, step):
+    from capsule_heads.training import CapsuleTrainer
+
+    training_step = CapsuleTrainer.training_step
+
+    def interrupt(self, *args):
+        if self.state.global_step == step - 1:
+            raise KeyboardInterrupt
+        return training_step(self, *args)
+
+    monkeypatch.setattr(CapsuleTrainer, "training_step", interrupt)
+    status, _, err = call(*small_run)
+    assert status == 130
+    said = {
+        1: "there is no checkpoint yet, and nothing is saved.",
+        4: f"{tmp_path}/run/checkpoint-2 is saved: --resume_from_checkpoint last goes on from there.",
+    }
+    assert err.split("\n")[-2] == f"error: interrupted; {said[step]}"
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, KeyboardInterrupt])
+def test_an_evaluation_that_ends_after_training_says_where_the_model_is(call, small_run, tmp_path, monkeypatch, kind):
+    from capsule_heads.training import CapsuleTrainer
+
+    def end(self, *args, **kwargs):
+        raise kind("cat.png is damaged")
+
+    monkeypatch.setattr(CapsuleTrainer, "evaluate", end)
+    status, _, err = call(*small_run)
+    line = err.split("\n")[-2]
+    if kind is KeyboardInterrupt:
+        said = f"error: interrupted; the trained model is saved in {tmp_path}/run, and was not evaluated to the end."
+        assert (status, line) == (130, said)
+    else:
+        said = f"error: The trained model is saved in {tmp_path}/run, but its evaluation failed: cat.png is damaged"
+        assert (status, line) == (2, said)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def shown(err):
+    """What stands on stderr beside progress bars, of which there is one at a time."""
+    assert "\x1b[A" not in err  # a bar below another
+    pieces = [piece.strip() for piece in re.split(r"[\r\n]", err)]
+    return [piece for piece in pieces if piece and not re.match(r"(\w+( \w+)*: )?( *\d+%\|| *\d+it )", piece)]
+
+
+def test_commands_are_quiet(run, backbone, tmp_path):
+    keys = {"task": "reviews", "backbone": backbone, "output_dir": str(tmp_path / "run"), "max_steps": 4}
+    keys |= {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "disable_tqdm": False,
+    }
+    done = run("train", "--config", write(tmp_path / "run.yaml", **keys), "--cache_hidden_states", "--max_length", 11)
+    assert done.returncode == 0, done.stderr
+    (line,) = shown(done.stderr)
+    assert line.startswith("Computing the hidden states of ")
+    for bar in ("Tokenizing", "Computing hidden states", "Evaluating"):
+        assert f"{bar}: " in done.stderr
+    done = run("evaluate", tmp_path / "run", "--task", "reviews")
+    assert done.returncode == 0 and shown(done.stderr) == [] and "Tokenizing" not in done.stderr
+    done = run("predict", tmp_path / "run", "good food")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_damaged_model(fails, reviews_model, tmp_path):

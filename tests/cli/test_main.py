@@ -142,3 +142,105 @@ def test_a_task_of_ones_own(call, backbone, task_file, tmp_path):
     status, out, err = call("evaluate", tmp_path / "run", *own, "--split", "test")
     assert status == 0, err
     assert json.loads(out[out.index("{\n") :])["test_accuracy"] == results["test_accuracy"]
+
+
+ENDS = r"""
+from capsule_heads.cli.options import Command, OneLineParser, one_line_errors
+
+
+def make_parser(prog):
+    parser = OneLineParser(prog=prog)
+    parser.add_argument("how")
+    return parser
+
+
+def run(options):
+    import logging, warnings
+
+    import torch
+    from tqdm.auto import tqdm
+
+    outer, inner = tqdm(total=3), tqdm(total=3, leave=False)
+    outer.update(), inner.update()
+    if options.how == "warning":
+        logging.getLogger("capsule_heads.of_the_test").warning("ours")
+        warnings.warn("theirs")
+        outer.close(), inner.close()
+        return
+    errors = {
+        "mistake": ValueError("a\nmistake"),
+        "fault": KeyError("a fault"),
+        "runtime": RuntimeError("shapes differ"),
+        "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB."),
+        "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to take 9."),
+        "memory": MemoryError(),
+        "interrupt": KeyboardInterrupt(),
+    }
+    with one_line_errors():
+        raise errors[options.how]
+
+
+COMMAND = Command("End somehow.", make_parser, run)
+"""
+
+
+@pytest.fixture
+def ends(call, tmp_path, monkeypatch):
+    """ends(how): status and lines of stderr of a command that shows two bars and ends in that way."""
+    (tmp_path / "finish.py").write_text(ENDS)
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+
+    def end(how):
+        status, out, err = call("finish", how)
+        assert out == ""
+        return status, err.split("\n")  # not at carriage returns, as tools that search lines
+
+    yield end
+    del sys.modules["capsule_heads.cli.finish"]
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("mistake", 2, "error: a mistake"),
+        ("cuda", 2, "error: Out of memory (CUDA out of memory. Tried to allocate 3 GiB.); expected a smaller batch"),
+        ("cpu", 2, "error: Out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        ("memory", 2, "error: Out of memory (no more is said); expected a smaller batch"),
+        ("interrupt", 130, "error: interrupted."),
+    ],
+)
+def test_the_line_of_an_error_begins_a_line_below_the_bars(ends, how, status, said):
+    found, lines = ends(how)
+    assert found == status
+    *bars, line, end = lines
+    assert line.startswith(said) and end == ""
+    assert bars and all("/3 [" in bar for bar in bars)
+
+
+@pytest.mark.parametrize(("how", "kind"), [("fault", KeyError), ("runtime", RuntimeError)])
+def test_faults_of_the_program_keep_their_traceback(ends, how, kind):
+    with pytest.raises(kind):
+        ends(how)
+
+
+@pytest.mark.filterwarnings("always:theirs")
+def test_warnings_are_shown(ends):
+    with pytest.warns(UserWarning, match="theirs"):
+        status, lines = ends("warning")
+    assert status == 0
+    assert sum(line.endswith("ours") for line in lines) == 1
+
+
+def test_a_reader_that_goes_away_is_no_mistake(environment):
+    read, write = os.pipe()
+    os.close(read)
+    program = """
+from capsule_heads.cli.options.parser import ended_in_one_line
+with ended_in_one_line():
+    print("a prediction")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -60,8 +60,8 @@ cache_hidden_states: yes
 max_length: null
 save_strategy: "no"
 pad_token: <|endoftext|>
-lr_scheduler_type: cosine_with_min_lr
-lr_scheduler_kwargs: {min_lr: 0.1}
+lr_scheduler_type: one_cycle
+accelerator_config: {split_batches: true}
 """
     given = parse("--config", config(text))
     data, model, arguments = given.data, given.model, given.arguments
@@ -71,7 +71,7 @@ lr_scheduler_kwargs: {min_lr: 0.1}
     assert model.layers == [0, -1]
     assert model.class_weights == [1.0, 2.5]
     assert (arguments.learning_rate, arguments.min_learning_rate) == (5e-4, 2e-5)
-    assert arguments.lr_scheduler_kwargs == {"min_lr": 0.1}
+    assert arguments.accelerator_config.split_batches
     assert arguments.save_strategy == "no"
     # and all else is as the classes have it
     assert (data.phrases, arguments.optim, arguments.per_device_train_batch_size) == (True, "radam", 20)
@@ -206,6 +206,80 @@ def test_mistakes_of_the_command_line_do_not_blame_the_file(config, mistake, opt
     assert error.startswith("error: command line: ")
     assert "run.yaml" not in error
     assert re.search(said, error.rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("epochs", "num_train_epochs"),
+        ("epoch", "num_train_epochs"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("eval_batch_size", "per_device_eval_batch_size"),
+        ("bs", "per_device_train_batch_size"),
+        ("lr", "learning_rate"),
+        ("min_lr", "min_learning_rate"),
+        ("wd", "weight_decay"),
+        ("head", "head_type"),
+        ("steps", "max_steps"),
+        ("scheduler", "lr_scheduler_type"),
+        ("optimizer", "optim"),
+        ("model", "backbone"),
+        ("model_name_or_path", "backbone"),
+    ],
+)
+def test_names_that_others_have_for_an_option(config, mistake, given, meant):
+    path = config()
+    assert mistake("--config", path, f"--{given}", "3").endswith(f"unknown option --{given}; did you mean --{meant}?\n")
+    path = config(f"{given}: 3\n")
+    assert mistake("--config", path) == f"error: {path}: unknown key {given}; did you mean {meant}?\n"
+
+
+def test_a_name_that_may_mean_two_options(config, mistake):
+    assert mistake("--config", config("dataset: x\n")).endswith("unknown key dataset; did you mean task or source?\n")
+
+
+VOID = [
+    ("save_steps: 3\nsave_strategy: epoch", "save_steps is 3.0, without effect where save_strategy is epoch"),
+    ("save_total_limit: 3\nsave_strategy: 'no'", "save_total_limit is 3, without effect where save_strategy is no"),
+    ("load_best_model_at_end: true\nsave_strategy: 'no'", "load_best_model_at_end is True, without effect"),
+    ("logging_steps: 3\nlogging_strategy: epoch", "logging_steps is 3.0, without effect where logging_strategy"),
+    ("eval_steps: 3", "eval_steps is 3.0, without effect where eval_strategy is no"),
+    ("eval_delay: 3", "eval_delay is 3.0, without effect where eval_strategy is no"),
+    ("num_train_epochs: 3\nmax_steps: 4", "num_train_epochs is 3.0, without effect where max_steps is 4"),
+    ("min_learning_rate: 1e-5\nlr_scheduler_type: linear", "min_learning_rate is 1e-05, without effect where"),
+    ("min_adam_beta1: 0.8\nlr_scheduler_type: linear", "min_adam_beta1 is 0.8, without effect where"),
+    ("lr_scheduler_kwargs: {a: 1}", "without effect where lr_scheduler_type is one_cycle"),
+    ("optim_args: a=1", "optim_args is a=1, without effect where optim is radam"),
+    ("hub_model_id: a/b", "hub_model_id is a/b, without effect where push_to_hub is False"),
+    ("hub_private_repo: true", "hub_private_repo is True, without effect where push_to_hub is False"),
+    ("do_train: false", "do_train is False, which has no effect: the command trains and evaluates"),
+    ("do_predict: true", "do_predict is True, which has no effect"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), VOID, ids=[said.partition(" ")[0] for _, said in VOID])
+def test_options_that_others_make_void(config, mistake, text, said):
+    path = config(text + "\n")
+    error = mistake("--config", path)
+    assert (
+        error.startswith(f"error: {path}: ")
+        and said in error
+        and error.endswith("out\n" if "do_" not in text else "it out\n")
+    )
+
+
+def test_options_that_the_command_line_makes_void_are_no_mistake_of_the_file(config, mistake):
+    path = config("save_strategy: epoch\nsave_total_limit: 2\nnum_train_epochs: 3\nlr_scheduler_type: one_cycle\n")
+    given = parse("--config", path, "--save_strategy", "no", "--max_steps", "4")
+    assert (given.arguments.max_steps, given.arguments.save_total_limit) == (4, 2)
+    assert "eval_steps is 3.0" in mistake("--config", path, "--eval_steps", "3")
+    assert parse("--config", path, "--eval_strategy", "steps", "--logging_steps", "7").arguments.eval_steps == 7
+    assert parse("--config", path, "--hub_model_id", "a/b", "--push_to_hub").arguments.hub_model_id == "a/b"
+
+
+def test_files_of_arguments_that_are_not_there(config, mistake):
+    error = mistake("--config", config(), "--accelerator_config", "/none.json")
+    assert "No such file or directory: '/none.json'" in error
 
 
 def test_what_the_classes_check_names_both_sources(config, mistake):

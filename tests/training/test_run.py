@@ -8,9 +8,13 @@ from capsule_heads.tasks import get_task
 from capsule_heads.training.run import (
     DataArguments,
     ModelArguments,
+    align_special_tokens,
     build_model,
+    check_backbone,
     check_cache_options,
+    check_data_options,
     check_labels_match,
+    check_reporting,
     describe_head,
     evaluation_splits,
     windows_for,
@@ -137,3 +141,90 @@ def test_a_cache_is_kept_on_the_device_only_where_it_can_be():
         check_cache_options(DataArguments("reviews", cache_on_device=True), n_workers=0)
     with pytest.raises(ValueError, match="dataloader_num_workers is 2; cache_on_device expects 0"):
         check_cache_options(DataArguments("reviews", cache_hidden_states=True, cache_on_device=True), n_workers=2)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "said"),
+    [
+        ("toy_norb", {"max_length": 8}, "max_length is 8, which is for texts, and toy_norb is of images"),
+        ("audio_folder", {"max_length": 8}, "max_length is 8, which is for texts, and audio_folder is of audio"),
+        ("image_folder", {"cache_hidden_states": True}, "cache_hidden_states is True, which is for texts"),
+        ("toy_norb", {"pad_token": "[PAD]"}, r"pad_token is \[PAD\], which is for texts"),
+        ("reviews", {"phrases": False}, "phrases is false, and reviews has no phrases"),
+        ("sst5", {"early_stopping_patience": 0}, "early_stopping_patience is 0; expected 1 or more"),
+        ("sst5", {"early_stopping_patience": -1}, "early_stopping_patience is -1; expected 1 or more"),
+    ],
+)
+def test_options_of_the_data_without_effect(task, options, said):
+    with pytest.raises(ValueError, match=said):
+        check_data_options(DataArguments(task, **options), get_task(task))
+
+
+def test_options_of_the_data_with_an_effect():
+    check_data_options(DataArguments("sst5", phrases=False, max_length=8, early_stopping_patience=1), get_task("sst5"))
+    check_data_options(DataArguments("toy_norb"), get_task("toy_norb"))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "said"),
+    [
+        (
+            "reviews",
+            {"backbone": "new:vit"},
+            "reviews is of texts, and the backbone new:vit, a vit model, takes images",
+        ),
+        ("reviews", {"backbone": "new:wav2vec2"}, "wav2vec2 model, takes audio; expected a backbone that takes texts"),
+        ("reviews", {"backbone": "new:whisper"}, "whisper model, takes audio; expected"),
+        ("image_folder", {"backbone": "new:bert"}, "image_folder is of images, .* a bert model, takes texts"),
+        ("image_folder", {"backbone": "new:wav2vec2"}, "takes audio; expected a backbone that takes images"),
+        ("audio_folder", {"backbone": "new:bert"}, "audio_folder is of audio, .* takes texts"),
+        ("audio_folder", {"backbone": "new:resnet"}, "audio_folder is of audio, .* takes images"),
+        ("image_folder", {"backbone": "new:resnet"}, "new:resnet has random weights and no image processor"),
+        ("reviews", {"backbone": "new:bert"}, "new:bert has random weights and no tokenizer"),
+        ("reviews", {"backbone": "new:bret"}, r"The backbone is new:bret; .* did you mean new:bert\?"),
+        ("toy_norb", {"backbone": "new:zzzzzz"}, "The backbone is new:zzzzzz; expected new: and a model type"),
+        (
+            "toy_norb",
+            {"backbone": "new:stereo_conv", "backbone_revision": "main"},
+            "backbone_revision is main, and the",
+        ),
+        ("reviews", {"backbone": "package:a/b", "backbone_revision": "main"}, "backbone_revision is main, and the"),
+    ],
+)
+def test_backbones_that_do_not_fit_a_task(task, options, said):
+    with pytest.raises(ValueError, match=said):
+        check_backbone(ModelArguments(**options), get_task(task))
+
+
+def test_backbones_that_fit_a_task(bert):
+    check_backbone(ModelArguments(bert), REVIEWS)
+    check_backbone(ModelArguments("new:stereo_conv"), get_task("toy_norb"))
+    for task in ("reviews", "image_folder"):  # CLIP has a tower for both: only the processor is missing
+        with pytest.raises(ValueError, match="new:clip has random weights and no"):
+            check_backbone(ModelArguments("new:clip"), get_task(task))
+    with pytest.raises(ValueError, match=r"backbone_revision is main, and the backbone .* is not from the Hub"):
+        check_backbone(ModelArguments(bert, backbone_revision="main"), REVIEWS)
+
+
+def test_where_to_report_to():
+    check_reporting([])
+    with pytest.raises(ValueError, match="report_to is nowhere: nowhere is not supported"):
+        check_reporting(["nowhere"])
+    with pytest.raises(ImportError, match="report_to is dvclive: "):
+        check_reporting(["dvclive"])
+
+
+def test_special_tokens_are_those_of_the_tokenizer(bert, caplog):
+    from transformers.trainer_utils import align_special_tokens as align_loudly
+
+    tokenizer = REVIEWS.load_processor(bert)
+    tokenizer.pad_token, tokenizer.eos_token = "[SEP]", "[CLS]"
+    model = build_model(REVIEWS, ModelArguments(bert), SMALL, labelled([0, 1]))
+    config = model.config.get_text_config()
+    config.eos_token_id = [5]
+    align_special_tokens(config, tokenizer)
+    assert config.pad_token_id == tokenizer.pad_token_id
+    assert config.eos_token_id == [tokenizer.eos_token_id, 5]
+    before = config.to_dict()
+    align_loudly(model, tokenizer)  # as the Trainer does: nothing is left to it
+    assert config.to_dict() == before and caplog.text == ""

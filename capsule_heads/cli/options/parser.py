@@ -6,11 +6,17 @@ import argparse
 import contextlib
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+# What others call our options: close matches, words and initials find all else.
+NAMES_ELSEWHERE = {"model": ("backbone",), "dataset": ("task", "source"), "data": ("task", "source")}
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # in RuntimeErrors of torch
+INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports of a program that these signals ended
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage before it."""
 
     source = "command line"
+    common: Sequence[str] = ()  # options that are meant first, where a word is part of several
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -59,7 +66,7 @@ class OneLineParser(argparse.ArgumentParser):
         if not given.startswith("-"):
             self.error(f"unexpected value {given}")
         known = [option for action in self._actions for option in action.option_strings]
-        self.error(f"unknown option {given}{did_you_mean(given, known)}")
+        self.error(f"unknown option {given}{did_you_mean(given, known, self.common)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # The only place where argparse says which choices there are.
@@ -70,10 +77,42 @@ class OneLineParser(argparse.ArgumentParser):
             raise
 
 
-def did_you_mean(given: object, known: Iterable[Any]) -> str:
-    """Return "; did you mean X?" for what is almost a known word, else nothing."""
-    close = difflib.get_close_matches(str(given), [str(word) for word in known], n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def did_you_mean(given: object, known: Iterable[Any], common: Sequence[str] = ()) -> str:
+    """Return "; did you mean X?" for a word that stands for a known one, else nothing.
+
+    That is one that is almost the same; else what others call by that name (`model`); else one that has all words of
+    what was given (`batch_size`) or their initials (`lr`).
+
+    Args:
+        given: the word, perhaps with dashes before it.
+        known: all words that there are, with dashes before each or none.
+        common: names of those that are meant first, the likeliest first.
+    """
+    names: dict[str, str] = {}
+    for name in map(str, known):
+        names.setdefault(_plain(name), name)  # options are there with dashes within, too
+    word = _plain(given)
+    rank = {name: place for place, name in enumerate(common)}
+    meant = [name for name in NAMES_ELSEWHERE.get(word, ()) if name in names]
+    meant = meant or difflib.get_close_matches(word, names, n=1, cutoff=0.8)
+    meant = meant or sorted((x for x in names if _has(x, word)), key=lambda x: rank.get(x, len(rank)))[:1]
+    meant = meant or [x for part in word.split("_") for x in NAMES_ELSEWHERE.get(part, ()) if x in names]
+    meant = meant or difflib.get_close_matches(word, names, n=1, cutoff=0.7)
+    return f"; did you mean {' or '.join(names[name] for name in meant)}?" if meant else ""
+
+
+def _plain(word: object) -> str:
+    return str(word).lstrip("-").replace("-", "_")
+
+
+def _has(name: str, given: str) -> bool:
+    """Return whether each part of a word begins a part of a name, or is the initials of some that follow each other."""
+    parts = name.split("_")
+    initials = "".join(part[:1] for part in parts)
+    return all(
+        any(part.startswith(own) for part in parts) or own in initials if len(own) > 1 else own in parts
+        for own in given.split("_")
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -99,24 +138,64 @@ def file_to_write(text: str) -> Path:
     return path
 
 
-def fail(message: object) -> NoReturn:
-    """End the program with status 2 and one line on stderr."""
+def fail(message: object, status: int = 2) -> NoReturn:
+    """End the program with a status, and one line on stderr, which is below all progress bars."""
+    close_bars()
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def close_bars() -> None:
+    """Close the progress bars that are on the screen, so that what is printed next begins a line."""
+    tqdm = sys.modules.get("tqdm")  # not loaded: there are none
+    bars = list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else []
+    for bar in sorted(bars, key=lambda bar: abs(getattr(bar, "pos", 0))):
+        bar.leave = True  # else it is wiped out, and the cursor stays behind it
+        bar.close()
 
 
 @contextlib.contextmanager
-def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+def one_line_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     """End the program with one line where a user's mistake is found.
 
     Args:
         *kinds: the exceptions that mistakes raise. Default: those of reading options, data and models.
+        prefix: what the line says before the error's own words.
     """
     kinds = kinds or (ImportError, OSError, TypeError, ValueError)
     try:
         yield
+    except BrokenPipeError:  # an OSError; no mistake
+        raise
     except kinds as error:
-        fail(error)
+        fail(f"{prefix}{error}")
+
+
+@contextlib.contextmanager
+def ended_in_one_line() -> Iterator[None]:
+    """End the program with one line where memory runs out, or the user or the reader of its output ends it.
+
+    All else that is no mistake of the user's keeps its traceback.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail("interrupted.", INTERRUPTED)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # Python would try once more as it ends, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE_CLOSED)
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
+            raise
+        fail(
+            f"Out of memory ({reason[:200] or 'no more is said'}); expected a smaller batch "
+            "(per_device_train_batch_size in training, batch_size elsewhere), shorter inputs or a smaller model."
+        )
 
 
 def add_import_option(parser: argparse._ActionsContainer) -> None:

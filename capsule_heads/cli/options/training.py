@@ -22,6 +22,7 @@ from ...training.arguments import CapsuleTrainingArguments
 from ...training.run import DataArguments, ModelArguments
 from .configs import SUFFIXES, config_folder, describe_config, named_configs, read_config
 from .parser import OneLineParser, add_import_option, did_you_mean, fail, import_modules
+from .void import find_void
 
 DESCRIPTION = (
     "Train a capsule head on a backbone, evaluate it, and write the model, its processor and results.json to "
@@ -82,15 +83,19 @@ class TrainParser(OneLineParser):
             sys.exit(0 if args else 2)
         head_class = _head_class()
         parser = _GivenOptions((DataArguments, ModelArguments, head_class, CapsuleTrainingArguments))
-        values = _parse_config(parser, config, own.config)
+        in_file = _parse_config(parser, config, own.config)
         overrides, unknown = parser.parse(rest, self.source)
         if unknown and not own.config and (unknown[0] in named_configs() or Path(unknown[0]).suffix in SUFFIXES):
             self.error(f"unexpected value {unknown[0]}; did you mean --config {unknown[0]}?")
         parser.refuse(unknown)
-        values |= overrides
+        values = in_file | overrides
         values.setdefault("output_dir", f"runs/{name or values.get('task')}")
         source = " with the ".join(filter(None, (own.config, self.source if overrides or not own.config else None)))
         data, model, arguments = (_make(cls, values, source) for cls in CLASSES)
+        for where, given, later in ((own.config, in_file, overrides), (self.source, overrides, {})):
+            void = find_void(given, arguments, later)
+            if void is not None:
+                fail(f"{where}: {void}")
         head = {name: value for name, value in values.items() if name in _fields(head_class)}
         return argparse.Namespace(data=data, model=model, head=head, arguments=arguments)
 
@@ -111,6 +116,8 @@ class TrainParser(OneLineParser):
 
 class _GivenOptions(OneLineParser, HfArgumentParser):
     """Parses what is given and nothing else: here no option is required, and none has a default."""
+
+    common = COMMON
 
     def __init__(self, dataclass_types: Sequence[type]) -> None:
         super().__init__(dataclass_types, add_help=False)
@@ -176,7 +183,12 @@ def _make(cls: type, values: Mapping[str, Any], source: str) -> Any:
             fail(f"{source}: {name} is missing; give the option --{name}, or the key in a YAML file")
     try:
         return cls(**{name: value for name, value in values.items() if name in fields})
-    except (ImportError, TypeError, ValueError) as error:  # what the dataclass itself checks
+    except (
+        ImportError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:  # what the dataclass itself checks, and files it reads
         fail(f"{source}: {error}")
 
 
@@ -193,7 +205,7 @@ def _parse_config(parser: _GivenOptions, config: Mapping[str, Any], source: str)
     values: dict[str, Any] = {}
     for name, value in config.items():
         if name not in hints:
-            fail(f"{source}: unknown key {name}{did_you_mean(name, hints)}")
+            fail(f"{source}: unknown key {name}{did_you_mean(name, hints, COMMON)}")
         kinds = get_args(hints[name])
         if value is None:
             if type(None) not in kinds:
