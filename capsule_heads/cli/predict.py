@@ -146,7 +146,7 @@ def _classify_texts(
         print(cut, file=sys.stderr)
     classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
     # verbose: it would warn of texts that run in windows.
-    found = classify(given, batch_size=batch_size, truncation=most is not None, verbose=False, top_k=None)
+    found: Any = classify(given, batch_size=batch_size, truncation=most is not None, verbose=False, top_k=None)
     return [_describe(model, scores) for scores in found]
 
 

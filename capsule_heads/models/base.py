@@ -116,7 +116,7 @@ class CapsuleHeadPreTrainedModel(CheckpointModel):
         """Compute what the head takes, and the attentions; and the hidden states that `forward` returns, if any."""
         config = self.config
         if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
+            output_hidden_states = config.output_hidden_states or False
         if output_attentions is None:
             output_attentions = config.output_attentions
         check_indices(output_hidden_states, len(config.hidden_sizes))
@@ -156,9 +156,9 @@ def layers_asked(output_hidden_states: bool | int | Sequence[int], config: Capsu
     """Return the layers whose hidden states are to be returned: True stands for those in use."""
     if output_hidden_states is True:
         return set(config.layers)
-    is_index = isinstance(output_hidden_states, int) and output_hidden_states
-    indices = [output_hidden_states] if is_index else output_hidden_states or ()
-    return {index % len(config.hidden_sizes) for index in indices}
+    if isinstance(output_hidden_states, int):  # False and 0 are none, as in transformers
+        output_hidden_states = [output_hidden_states] if output_hidden_states else ()
+    return {index % len(config.hidden_sizes) for index in output_hidden_states}
 
 
 def check_indices(output_hidden_states: object, n_states: int) -> None:

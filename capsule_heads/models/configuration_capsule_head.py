@@ -101,7 +101,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         given = {name: kwargs.pop(name) for name in head.Options.names() if name in kwargs}
         _check_keys(kwargs, head_type)
         check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
-        self.base_config = _as_config(base_config)
+        self.base_config: PreTrainedConfig = _as_config(base_config)  # type: ignore[assignment]  # None: no model yet
         for name, value in (
             ("base_model_name_or_path", base_model_name_or_path),
             ("base_model_revision", base_model_revision),
@@ -359,7 +359,9 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     if id2label is None and label2id is None:
         return {}
     for name, classes in (("id2label", id2label), ("label2id", label2id)):
-        indices = [] if not isinstance(classes, dict) else classes if name == "id2label" else classes.values()
+        indices: list[Any] = []
+        if isinstance(classes, dict):
+            indices = list(classes if name == "id2label" else classes.values())
         if classes is not None and (not indices or {str(x) for x in indices} != {str(x) for x in range(len(indices))}):
             raise ValueError(f"{name} is {shown(classes)}; expected the name of each class by its index, from 0 on.")
     by_index = {int(index): str(name) for index, name in (id2label or {}).items()}

@@ -112,7 +112,7 @@ def _kernels() -> ModuleType:
     """Return the kernels. Importing them needs numba, which not everyone has."""
     from . import cpu_kernels
 
-    kept = cpu_kernels.statistics.stats.cache_path  # None where there is no place for them
+    kept = cpu_kernels.statistics.stats.cache_path  # type: ignore[attr-defined]  # None where there is no place
     if kept is None or not any(Path(kept).glob("cpu_kernels.*.nbi")):
         logger.warning("Compiling the kernels of routing, once on this machine: the first step takes 20 to 60 seconds.")
     return cpu_kernels

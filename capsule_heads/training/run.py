@@ -144,7 +144,7 @@ class TrainingRun:
         if data.early_stopping_patience and not arguments.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end.")
         check_cache_options(data, arguments.dataloader_num_workers)
-        check_reporting(arguments.report_to)
+        check_reporting(list(arguments.report_to or ()))
         self.output_dir = str(arguments.output_dir)  # __post_init__ of TrainingArguments has set it
         self.checkpoint = resolve_checkpoint(arguments.resume_from_checkpoint, self.output_dir)
         check_backbone(model, self.task)
