@@ -391,16 +391,20 @@ def load_classifier(name_or_path: str) -> CapsuleHeadClassifier:
     """Load a saved classifier of texts, images or audio, whichever it is.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If it is none of them, or its weights do not fit its configuration.
         OSError: If it is not found.
     """
     from .models import CapsuleHeadConfig
+    from .models.checkpoint import MismatchedShapes
 
     config = CapsuleHeadConfig.from_pretrained(name_or_path)
     classes = [modality.model_class() for modality in MODALITIES.values()]
     for model_class in classes:
         if config.architectures == [model_class.__name__]:
-            return model_class.from_pretrained(name_or_path)
+            try:
+                return model_class.from_pretrained(name_or_path)
+            except MismatchedShapes as error:
+                raise ValueError(str(error)) from error
     raise ValueError(
         f"{name_or_path} is of {config.architectures}; expected {' or '.join(cls.__name__ for cls in classes)}."
     )

@@ -36,6 +36,10 @@ SET_BY_MODEL = {"base_config", "base_model_name_or_path", "base_model_revision",
 UNFINISHED = "unfinished-model"  # the folder, in a model's, of the files that are being written
 
 
+class MismatchedShapes(RuntimeError):
+    """Weights of a checkpoint have other shapes than its configuration makes them: transformers' RuntimeError."""
+
+
 class CheckpointModel(PreTrainedModel):
     """A backbone and a head that are loaded and saved together, or the head alone.
 
@@ -187,7 +191,7 @@ class CheckpointModel(PreTrainedModel):
         Raises:
             ValueError: If the checkpoint is of another kind of model, lacks weights or has the backbone's where they
                 are to be quantised, or the backbone has code of its own that is not trusted.
-            RuntimeError: If weights have other shapes than the configuration makes them, as in transformers; with
+            MismatchedShapes: If weights have other shapes than the configuration makes them, as in transformers; with
                 `ignore_mismatched_sizes=True` these start from random values.
             OSError: If the checkpoint, or the backbone it refers to, is not found or cannot be read. Of the checkpoint,
                 nothing but safetensors files is read.
@@ -475,7 +479,7 @@ def check_weights(source: str | os.PathLike[str], loading_info: dict[str, Any], 
 
     Raises:
         ValueError: If weights are missing.
-        RuntimeError: If they have another shape.
+        MismatchedShapes: If they have another shape.
     """
     missing, mismatched = loading_info["missing_keys"], sorted(loading_info["mismatched_keys"])
     lacking = sorted(key for key in missing if key.startswith("backbone."))
@@ -489,7 +493,7 @@ def check_weights(source: str | os.PathLike[str], loading_info: dict[str, Any], 
     remedy = "expected its own configuration, or ignore_mismatched_sizes=True to start from random values with these"
     if mismatched:
         key, found, expected = mismatched[0]
-        raise RuntimeError(
+        raise MismatchedShapes(
             f"{source} has {key} of shape {tuple(found)}, where the configuration makes it {tuple(expected)}, and "
             f"{len(mismatched) - 1} more such weights; {remedy}."
         )

@@ -158,6 +158,8 @@ class CapsuleTrainingArguments(TrainingArguments):
             if value is not None and not least <= value < below:
                 expected = f"{least} or more" if below == math.inf else f"{least} or more, and less than {below}"
                 raise ValueError(f"{name} is {value}; expected a number, {expected}.")
+        if self.max_steps == 0:  # transformers would make one step
+            raise ValueError("max_steps is 0; expected 1 or more, or -1 for num_train_epochs.")
         self._check_effects()
 
     def _check_effects(self) -> None:

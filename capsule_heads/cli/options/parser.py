@@ -154,6 +154,12 @@ def close_bars() -> None:
         bar.close()
 
 
+def _words(error: Exception) -> str:
+    """Return what an error says, without the traceback that torch puts around one of a data loader's worker process."""
+    text = str(error)
+    return text.strip().rpartition("\n")[2].partition(": ")[2] if "\nOriginal Traceback" in text else text
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     """End the program with one line where a user's mistake is found.
@@ -168,7 +174,7 @@ def one_line_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]
     except BrokenPipeError:  # an OSError; no mistake
         raise
     except kinds as error:
-        fail(f"{prefix}{error}")
+        fail(f"{prefix}{_words(error)}")
 
 
 @contextlib.contextmanager
