@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from ..backbones.processors import MODALITIES, load_processor
 from .modeling_capsule_head import CapsuleHeadClassifier
 
-
 FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 
 
