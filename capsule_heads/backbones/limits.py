@@ -36,8 +36,7 @@ class Positions(NamedTuple):
 
 def find_positions(backbone: PreTrainedModel) -> Positions | None:
     """Return the positions that a backbone has for tokens; None if they are computed, and have no end."""
-    config = backbone.config.get_text_config()
-    sizes = {size for name in SIZES if isinstance(size := getattr(config, name, None), int)}
+    sizes = _sizes(backbone.config)
     found = []
     for name, module in backbone.named_modules():
         if not ("position" in name or name.endswith("wpe")) or not _is_table(module):
@@ -53,6 +52,19 @@ def find_positions(backbone: PreTrainedModel) -> Positions | None:
         if name.rpartition(".")[2] in TABLES_OF_SINES and len(buffer) in sizes:
             found.append(Positions(len(buffer), len(buffer) - 1))
     return min(found, default=None)
+
+
+def _sizes(config: PreTrainedConfig) -> set[int]:
+    """Return the lengths that a configuration says of tables of positions."""
+    text_config = config.get_text_config()
+    return {size for name in SIZES if isinstance(size := getattr(text_config, name, None), int)}
+
+
+def _surely_taken(config: PreTrainedConfig) -> int:
+    """Return a number of tokens that needs no look through a backbone's modules, which each step would pay for."""
+    pad_token_id = getattr(config.get_text_config(), "pad_token_id", None)
+    for_padding = max(1, pad_token_id if isinstance(pad_token_id, int) else 0) + 1
+    return min(_sizes(config), default=0) - for_padding
 
 
 def _is_table(module: nn.Module) -> TypeGuard[nn.Embedding]:
@@ -73,7 +85,9 @@ def check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreTr
     Raises:
         ValueError: If there are more tokens, or greater positions.
     """
-    positions = None if torch.compiler.is_compiling() else find_positions(backbone)
+    if torch.compiler.is_compiling() or (position_ids is None and tokens.shape[1] <= _surely_taken(backbone.config)):
+        return
+    positions = find_positions(backbone)
     if positions is None:
         return
     if tokens.shape[1] > positions.n_tokens:

@@ -164,22 +164,22 @@ class CapsuleTrainingArguments(TrainingArguments):
 
     def _check_effects(self) -> None:
         """Refuse what would have no effect, or turn the cycle upside down."""
+        schedule = self.lr_scheduler_type.value if isinstance(self.lr_scheduler_type, Enum) else self.lr_scheduler_type
+        void: dict[str, tuple[str, Any]] = {}
         if self.optim == RADAM and self.optim_args:
-            raise ValueError(f'optim_args is {self.optim_args!r}, and optim="{RADAM}" takes none; leave it out.')
-        if self.lr_scheduler_type != ONE_CYCLE:
-            for name in ("min_learning_rate", "min_adam_beta1"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)}, and lr_scheduler_type is {str(self.lr_scheduler_type)!r}; "
-                        f'expected lr_scheduler_type="{ONE_CYCLE}", or leave {name} out.'
-                    )
-            return
-        if self.lr_scheduler_kwargs:
+            void["optim_args"] = ("optim", RADAM)
+        if schedule == ONE_CYCLE and self.lr_scheduler_kwargs:
+            void["lr_scheduler_kwargs"] = ("lr_scheduler_type", schedule)
+        elif schedule != ONE_CYCLE:
+            own = ("min_learning_rate", "min_adam_beta1")
+            changed = [name for name in own if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+            void |= {name: ("lr_scheduler_type", schedule) for name in changed}
+        for name, (other, setting) in void.items():
             raise ValueError(
-                f'lr_scheduler_kwargs is {self.lr_scheduler_kwargs}, and lr_scheduler_type="{ONE_CYCLE}" takes none; '
-                "expected min_learning_rate, min_adam_beta1 and warmup_steps instead."
+                f"{name} is {getattr(self, name)}, without effect where {other} is {setting}; change {other}, or leave "
+                f"{name} out."
             )
-        if 0 < self.learning_rate < self.min_learning_rate:
+        if schedule == ONE_CYCLE and 0 < self.learning_rate < self.min_learning_rate:
             raise ValueError(
                 f"learning_rate is {self.learning_rate}, the peak of the cycle, and min_learning_rate, its ends, is "
                 f"{self.min_learning_rate}; expected a lower one."

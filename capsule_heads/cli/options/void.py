@@ -1,4 +1,7 @@
-"""Options of training that others make void: given together, one of them would have no effect."""
+"""Options of training that others make void: given together, one of them would have no effect.
+
+`CapsuleTrainingArguments` refuses those of its own; here are transformers', which matter where they were given.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
-from ...training.arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments
+from ...training.arguments import RADAM, CapsuleTrainingArguments
 
 _SAVES: tuple[str, Callable[[Any], bool]] = ("save_strategy", lambda x: x != "no")
 _PUSHES: tuple[str, Callable[[Any], bool]] = ("push_to_hub", bool)
@@ -20,10 +23,6 @@ NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eval_steps": ("eval_strategy", lambda x: x == "steps"),
     "eval_delay": ("eval_strategy", lambda x: x != "no"),
     "num_train_epochs": ("max_steps", lambda x: x <= 0),
-    "min_learning_rate": ("lr_scheduler_type", lambda x: x == ONE_CYCLE),
-    "min_adam_beta1": ("lr_scheduler_type", lambda x: x == ONE_CYCLE),
-    "lr_scheduler_kwargs": ("lr_scheduler_type", lambda x: x != ONE_CYCLE),
-    "optim_args": ("optim", lambda x: x != RADAM),
     "optim_target_modules": ("optim", lambda x: x != RADAM),
     **dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "hub_always_push"), _PUSHES),
 }
