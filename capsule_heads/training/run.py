@@ -25,7 +25,7 @@ from ..data.tokenization import window_fields
 from ..files import write_json
 from ..heads import DEFAULT_HEAD, get_head
 from ..metrics import compute_metrics_for, metric_names
-from ..models.configuration_capsule_head import label_fields
+from ..models.configuration_capsule_head import BALANCED, label_fields
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from ..tasks import Task, get_task
 from .arguments import CapsuleTrainingArguments, describe_arguments
@@ -106,7 +106,23 @@ class ModelArguments:
         default=0.0,
         metadata={"help": "Parameter of the distribution of mixup's ratios; 0 for no mixup. The paper's: 0.2."},
     )
-    class_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each class in the loss."})
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": 'Weight of each class in the loss; "balanced" for weights in inverse proportion to the numbers of '
+            "training examples."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.class_weights is None or self.class_weights == [BALANCED]:
+            return
+        try:
+            self.class_weights = [float(weight) for weight in self.class_weights]  # type: ignore[misc]  # as they are used
+        except ValueError:
+            raise ValueError(
+                f'class_weights is {" ".join(self.class_weights)}; expected a number for each class, or "{BALANCED}".'
+            ) from None
 
 
 class TrainingRun:
@@ -443,6 +459,8 @@ def build_model(
     """
     given = {x.name: getattr(arguments, x.name) for x in fields(arguments) if not x.name.startswith("backbone")}
     given |= {**head_options, **more_fields}
+    if given["class_weights"] == [BALANCED]:
+        given["class_weights"] = BALANCED
     label = train.features["label"]
     if isinstance(label, ClassLabel):
         given |= label_fields(label.names)

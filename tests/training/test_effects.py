@@ -109,7 +109,7 @@ def test_a_loss_of_ones_own_leaves_nothing_out_in_silence(make, fields, options,
         ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "without effect where lr_scheduler_type is one_cycle"),
         (
             {"lr_scheduler_type": "linear", "min_learning_rate": 1e-7},
-            "min_learning_rate is 1e-07, without effect where",
+            "min_learning_rate is 1e-07, without effect",
         ),
         ({"lr_scheduler_type": "cosine", "min_adam_beta1": 0.5}, "without effect where lr_scheduler_type is cosine"),
         ({"max_steps": 0}, "max_steps is 0; expected 1 or more, or -1"),

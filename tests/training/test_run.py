@@ -42,6 +42,15 @@ def test_build_model_for_classes(bert):
     assert model.head.routings[1].n_out == 2
 
 
+def test_build_model_for_balanced_classes(bert):
+    model = build_model(REVIEWS, ModelArguments(bert, class_weights=["balanced"]), SMALL, labelled([0, 1, 1]))
+    assert model.config.class_weights == "balanced"
+    with pytest.raises(
+        ValueError, match=r'class_weights is 1 balance; expected a number for each class, or "balanced"'
+    ):
+        ModelArguments(bert, class_weights=["1", "balance"])
+
+
 def test_build_model_for_numbers(bert):
     model = build_model(REVIEWS, ModelArguments(bert), SMALL, labelled([1.0, 2.0, 6.0], names=None))
     assert model.config.problem_type == "regression"
