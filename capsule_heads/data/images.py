@@ -180,10 +180,23 @@ def load_images(task: str, source: str | os.PathLike[str] | None = None) -> data
     splits = splits.select_columns([image, label])
     for old, new in ((image, "image"), (label, "label")):
         splits = splits if old == new else splits.rename_column(old, new)
-    splits = with_validation(splits, str(source or name), "image")
+    splits = with_validation(_with_classes(splits, str(source or name)), str(source or name), "image")
     if "test" in splits and set(splits["test"].unique("label")) == {-1}:
         del splits["test"]
     return splits
+
+
+def _with_classes(splits: datasets.DatasetDict, source: str) -> datasets.DatasetDict:
+    """Make classes of labels that are words or numbers, as a metadata file has them; the same ones in all splits."""
+    import datasets
+
+    if all(isinstance(rows.features["label"], datasets.ClassLabel) for rows in splits.values()):
+        return splits
+    values = {label for rows in splits.values() for label in rows.unique("label")}
+    if None in values:
+        raise ValueError(f"An image of {source} has no label; expected one for each in the files of metadata.")
+    classes = datasets.ClassLabel(names=[str(label) for label in sorted(values)])
+    return splits.cast_column("label", datasets.Value("string")).cast_column("label", classes)
 
 
 def _load_folder(root: Path) -> datasets.DatasetDict:

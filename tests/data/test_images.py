@@ -4,6 +4,7 @@ import base64
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,22 @@ def test_images_that_are_left_out_are_counted(folder, caplog):
     load_images("image_folder", folder)
     (message,) = (x.getMessage() for x in caplog.records if x.name.startswith("capsule_heads"))
     assert re.match(r"10 of the 20 image files in .* are in no split", message)
+
+
+@pytest.mark.parametrize("labels", [("wild", "tame"), (7, 3)], ids=["words", "numbers"])
+def test_labels_of_metadata_become_classes(folder, labels):
+    shutil.rmtree(folder / "test")
+    given = dict(zip(("cat", "dog"), labels))
+    rows = [f"{name}/{index}.png,{label}\n" for name, label in given.items() for index in range(N_PER_CLASS)]
+    (folder / "train" / "metadata.csv").write_text("".join(["file_name,label\n", *rows]))
+    splits = load_images("image_folder", folder)
+    assert [split.features["label"].names for split in splits.values()] == [sorted(map(str, labels))] * 2
+    for row in splits["train"].cast_column("image", ImageFeature(decode=False)):
+        name = splits["train"].features["label"].int2str(row["label"])
+        assert name == str(given[Path(row["image"]["path"]).parent.name])
+    (folder / "train" / "metadata.csv").write_text("".join(["file_name,label\n", *rows[:-1], "dog/9.png,\n"]))
+    with pytest.raises(ValueError, match=r"An image of .* has no label; expected one for each"):
+        load_images("image_folder", folder)
 
 
 def test_a_name_that_is_not_utf_8(folder):
