@@ -11,6 +11,7 @@ from transformers import AutoModel, BertConfig
 
 from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification, Routing
 from capsule_heads.checks import plain, shown
+from capsule_heads.heads.token_depth import _warn_of_one_iteration
 from capsule_heads.ops import route
 
 SCALARS = {
@@ -137,9 +138,13 @@ def test_names_of_classes_are_known_both_ways(base, tmp_path):
     assert load(tmp_path, num_labels=2).label2id == {"LABEL_0": 0, "LABEL_1": 1}
 
 
-def test_one_iteration_sees_no_hidden_state(base):
-    with pytest.raises(ValueError, match="n_iters is 1; expected 2 or more"):
-        make_config(base, n_iters=1)
+def test_one_iteration_is_said_to_see_no_hidden_state(base, caplog):
+    _warn_of_one_iteration.cache_clear()
+    for n_iters in (2, 1, 1):
+        CapsuleHeadForSequenceClassification(make_config(base, n_iters=n_iters))
+    assert [record.message[:60] for record in caplog.records] == [
+        "n_iters is 1: scores of classes do not depend on the hidden "
+    ]
 
 
 def test_the_same_backbone_config_is_kept():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,16 @@ from .base import option, register
 from .inputs import TokenHead
 from .routing import RoutingHead, RoutingOptions
 
+logger = logging.getLogger(__name__)
+
+
+@functools.cache  # once in a process: a head is built more than once
+def _warn_of_one_iteration() -> None:
+    logger.warning(
+        "n_iters is 1: scores of classes do not depend on the hidden states, as the first iteration weights all votes "
+        "alike; expected 2 or more (the paper uses 3), unless the head is a control."
+    )
+
 
 @dataclass(frozen=True)
 class TokenDepthOptions(RoutingOptions):
@@ -17,14 +29,6 @@ class TokenDepthOptions(RoutingOptions):
 
     d_inp: int = option(64, "Size of the capsules that hidden states become.")
     d_cap: int = option(2, "Columns of the pose of part and class capsules.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_iters < 2:  # the first iteration weights all votes alike, and scores are of the mask alone
-            raise ValueError(
-                f"n_iters is {self.n_iters}; expected 2 or more (the paper uses 3): after one iteration the scores do "
-                "not depend on the hidden states yet."
-            )
 
 
 @register("token_depth")
@@ -49,5 +53,7 @@ class TokenDepthHead(TokenHead, RoutingHead):
 
     def __init__(self, *, hidden_sizes: Sequence[int], n_out: int | None, **options: Any) -> None:
         super().__init__(hidden_sizes=hidden_sizes, n_out=n_out, **options)
+        if self.options.n_iters == 1:
+            _warn_of_one_iteration()
         self.detect_parts = self.make_detectors(self.options.d_inp)
         self.routings = self.make_routings(1, self.options.d_inp, self.options.d_cap)

@@ -30,7 +30,6 @@ CHECKS = r"_?check_(?!weights$)\w+"
 WITHOUT = {
     "backbones.backbone": ["Backbone.find", "Backbone.candidates", "Backbone.probe", "Backbone.fields"],
     "heads.base": ["HeadOptions.__post_init__"],
-    "heads.token_depth": ["TokenDepthOptions.__post_init__"],
     "heads.routing": ["RoutingOptions.__post_init__", "RoutingHead.split_by_layer"],
     "heads.inputs": ["TokenHead.split_by_layer"],
     "heads.spatial_pose": ["SpatialPoseHead.split_by_layer"],
@@ -159,7 +158,7 @@ def register(name: str) -> Callable[[AnyHead], AnyHead]:
     "models.base": {
         "CapsuleHeadPreTrainedModel._run": '''
     def _run(
-        self, inputs: Inputs, attention_mask: Tensor | None, hidden_states: Any, returns: Any, attends: bool | None
+        self, inputs: Mapping[str, Any], attention_mask: Any, hidden_states: Any, returns: Any, attends: bool | None
     ) -> tuple[BackboneOutput, tuple[Tensor, ...] | None]:
         """Compute what the head takes; and the hidden states that `forward` returns, if any."""
         if attends or not isinstance(returns, bool | None):

@@ -201,6 +201,7 @@ class CheckpointModel(PreTrainedModel):
         if source is None:  # with a state_dict, as transformers' own tools do
             loaded = super().from_pretrained(None, *model_args, config=config, output_loading_info=True, **kwargs)
             check_weights("The state_dict", loaded[1], may_differ=True)
+            loaded[0].freeze()
             return loaded if output_loading_info else loaded[0]
         loading_kwargs = {k: kwargs.pop(k) for k in (*BACKBONE_KWARGS, *REPOSITORY_KWARGS) if k in kwargs}
         check_dtype(loading_kwargs.get("dtype", loading_kwargs.get("torch_dtype")))
@@ -237,7 +238,8 @@ class CheckpointModel(PreTrainedModel):
             model._load_backbone(source, backbone_kwargs)
         elif config.head_only and quantization_config is not None:
             model.config.base_config.quantization_config = quantization_config
-        model.eval()  # which freezes the backbone too
+        model.freeze()  # the weights that were loaded are new parameters
+        model.eval()
         return (model, loading_info) if output_loading_info else model
 
     def _load_backbone(self, source: str | os.PathLike[str], loading: dict[str, Any]) -> None:

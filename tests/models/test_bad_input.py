@@ -283,7 +283,10 @@ def test_a_package_folder_outside_the_package(name):
 
 @pytest.mark.parametrize("name", [None, 3, ["bert"]])
 def test_a_backbone_that_is_no_name(name):
-    with pytest.raises(TypeError, match=r"The backbone is .*; expected a name on the Hub, a directory, or a model\."):
+    with pytest.raises(
+        TypeError,
+        match=r"The backbone is .*; expected a name on the Hub, a directory, a configuration, or a loaded model",
+    ):
         create(name)
 
 
