@@ -106,7 +106,7 @@ def test_positions_are_those_the_backbone_would_count_itself(kind, backbone_dir,
     batch = {"input_ids": ids[0][None], "attention_mask": torch.ones_like(ids[0][None])}
     with torch.no_grad():
         expected = backbone(**batch, output_hidden_states=True).hidden_states
-        states, _ = run_backbone(backbone, [0, 1], [16] * 3, **batch)
+        states = run_backbone(backbone, [0, 1], [16] * 3, **batch).states
     assert torch.equal(states[0], expected[0]) and torch.equal(states[1], expected[1])
 
 

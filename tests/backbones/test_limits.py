@@ -99,6 +99,6 @@ def test_positions_are_counted_as_the_backbone_counts_them(model_type):
     with torch.no_grad():
         expected = backbone(input_ids=ids, output_hidden_states=True).hidden_states
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        states, _ = all_hidden_states(backbone, "encoder", given)
+        states = all_hidden_states(backbone, "encoder", given).states
     for x, y in zip(states, expected, strict=True):
         torch.testing.assert_close(x, y)
