@@ -448,8 +448,8 @@ def test_commands_are_quiet(run, backbone, tmp_path):
     }
     done = run("train", "--config", write(tmp_path / "run.yaml", **keys), "--cache_hidden_states", "--max_length", 11)
     assert done.returncode == 0, done.stderr
-    (line,) = shown(done.stderr)
-    assert line.startswith("Computing the hidden states of ")
+    cut, line = shown(done.stderr)
+    assert cut.startswith("Cut to 11 tokens: ") and line.startswith("Computing the hidden states of ")
     for bar in ("Tokenizing", "Computing hidden states", "Evaluating"):
         assert f"{bar}: " in done.stderr
     done = run("evaluate", tmp_path / "run", "--task", "reviews")

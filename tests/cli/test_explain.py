@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
-from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
+from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification, tasks
 from capsule_heads.data import load_reviews
 from capsule_heads.tasks import Task, register_task
 
@@ -79,7 +79,13 @@ def load_without_a_test_split(source):
     return splits
 
 
-def test_a_task_without_a_test_split(fails, classifier, tmp_path):
+@pytest.fixture
+def own_tasks(monkeypatch):
+    """Tasks that are registered meanwhile are gone at the end."""
+    monkeypatch.setattr(tasks, "_TASKS", {**tasks.registered_tasks()})
+
+
+def test_a_task_without_a_test_split(fails, classifier, tmp_path, own_tasks):
     register_task(Task("reviews_without_test", "reviews", "text", load_without_a_test_split, is_own_data=True))
     line = fails("explain", classifier, "--task", "reviews_without_test", "--output_dir", tmp_path / "found")
     assert line == (
@@ -88,7 +94,7 @@ def test_a_task_without_a_test_split(fails, classifier, tmp_path):
     )
 
 
-def test_a_task_of_other_classes(fails, classifier, tmp_path):
+def test_a_task_of_other_classes(fails, classifier, tmp_path, own_tasks):
     from datasets import ClassLabel
 
     def load_other_classes(source):

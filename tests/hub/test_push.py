@@ -124,11 +124,11 @@ print(json.dumps(errors))
 def test_mistakes_of_a_user_who_has_not_logged_in(hub, client, pushed):
     errors = client(MISTAKES, token=None)
     for name in ("me/secret", "me/none"):
-        assert errors[name].startswith(f"OSError: {name} is not a local folder and is not a valid model identifier")
-        assert "If this is a private repository, make sure to pass a token" in errors[name]
+        assert errors[name].startswith(f"OSError: There is no directory {name} here, and the Hub has no such model")
+        assert "a private one takes `hf auth login`" in errors[name]
     assert "ValueError: me/backbone is of a bert model, not of a capsule-head model" in errors["me/backbone"]
     assert "CapsuleHeadForSequenceClassification.from_backbone(name_or_path, num_labels=n)" in errors["me/backbone"]
-    assert errors["revision"].startswith("OSError: v9 is not a valid git identifier")
+    assert errors["revision"].startswith("OSError: me/head has no such revision; expected a branch, tag or commit")
     assert errors["push"].startswith("OSError: me/nobodys cannot be pushed to: it takes a token with write access")
     assert "me/nobodys" not in hub.repositories
     assert errors["name"].startswith("HFValidationError: ") and "not a name" in errors["name"]

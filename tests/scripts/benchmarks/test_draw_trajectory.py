@@ -60,8 +60,8 @@ def stand_ins(monkeypatch):
         return {"pixel_values": torch.from_numpy(np.stack(images)).float() / 255}
 
     monkeypatch.setattr(smallnorb, "load_smallnorb", load_smallnorb)
-    monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", lambda path: Model())
-    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda path: process)
+    monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", lambda path, **_: Model())
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda path, **_: process)
     return sources
 
 
