@@ -26,8 +26,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from ..checks import shown
-
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
@@ -74,8 +72,8 @@ def resolve_backbone(name_or_path: str | os.PathLike[str]) -> str:
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(
-            f"The backbone is {shown(name_or_path)}; expected a name on the Hub, a directory, a configuration, or a "
-            "loaded model of transformers."
+            f"The backbone is of type {type(name_or_path).__name__}; expected a name on the Hub, a directory, a "
+            "configuration, or a loaded model of transformers."
         )
     name_or_path = os.fspath(name_or_path)
     if not name_or_path.startswith(PACKAGE_PREFIX):

@@ -81,8 +81,25 @@ def check_hidden_sizes(hidden_sizes: Sequence[int], at_most: int | None = None) 
     """Return the sizes of the hidden states that a head takes as a tuple."""
     return tuple(hidden_sizes)
 ''',
+        "plain": '''
+def plain(value: Any) -> Any:
+    """Return a value as it is: numbers in a configuration's file are Python's own."""
+    return value
+''',
     },
     "backbones.backbone": {
+        "Backbone.build": '''
+    def build(self, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+        """Return the backbone with random weights, without what a head does not need. It keeps the configuration."""
+        from transformers import MODEL_MAPPING, AutoModel
+
+        if dtype is not None:
+            self.config.dtype = dtype
+        is_known = type(self.config) in MODEL_MAPPING
+        code_kwargs = {"code_revision": self.revision} if trust_remote_code and not is_known else {}
+        complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
+        return part_of(complete, self.part)
+''',
         "Backbone.run": '''
     def run(
         self, module: PreTrainedModel, layers: Sequence[int], inputs: Inputs, *, trains: bool = False
@@ -94,10 +111,16 @@ def check_hidden_sizes(hidden_sizes: Sequence[int], at_most: int | None = None) 
 ''',
     },
     "backbones.loading": {
-        "not_found": '''
-def not_found(name_or_path: str | os.PathLike[str], error: OSError) -> str:
-    """Return a sentence about a model that is not found."""
-    return f"The backbone {name_or_path} was not found. {error}"
+        "load_backbone_config": '''
+def load_backbone_config(
+    name_or_path: str | os.PathLike[str], revision: str | None, **kwargs: Any
+) -> tuple[PreTrainedConfig, str | None]:
+    """Return the configuration of a backbone's checkpoint, and its commit (None for a local directory)."""
+    name_or_path, trusts = resolve_backbone(name_or_path), bool(kwargs.get("trust_remote_code"))
+    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+    commit = extract_commit_hash(cached_file(name_or_path, "config.json", revision=revision, **hub_kwargs), None)
+    revision = commit or revision
+    return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trusts, **hub_kwargs), commit
 ''',
     },
     "backbones.running": {
@@ -181,6 +204,13 @@ def register(name: str) -> Callable[[AnyHead], AnyHead]:
 ''',
     },
     "models.checkpoint": {
+        "check_weights": '''
+def check_weights(source: str | os.PathLike[str], loading_info: dict[str, Any], may_differ: bool) -> None:
+    """Refuse a checkpoint that left weights random."""
+    random = sorted([*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])])
+    if random and not (may_differ and not any(key.startswith("backbone.") for key in random)):
+        raise ValueError(f"{source} lacks {len(random)} weights, or has them in another shape, among them {random[0]}.")
+''',
         "hidden_sizes_in_use": '''
 def hidden_sizes_in_use(config: CapsuleHeadConfig) -> list[int]:
     """Return the sizes of the hidden states that the head takes."""
@@ -210,6 +240,23 @@ def hidden_sizes_in_use(config: CapsuleHeadConfig) -> list[int]:
         "_resolve_layers": """
 def _resolve_layers(layers: list[int] | None, n_hidden_states: int) -> list[int]:
     return sorted(layer % n_hidden_states for layer in (range(n_hidden_states) if layers is None else layers))
+""",
+        "_as_config": """
+def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+    if base_config is None or isinstance(base_config, PreTrainedConfig):
+        return base_config
+    base_config = dict(base_config)
+    model_type = base_config.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The backbone is of the type {model_type}, which comes with code of its own. If you trust its repository, "
+            "pass trust_backbone_code=True to from_pretrained; trust_remote_code is not about it."
+        )
+    return AutoConfig.for_model(model_type, **base_config)
+""",
+        "_named_classes": """
+def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {}  # config.json has the names of classes both ways
 """,
         "CapsuleHeadConfig._set_options": """
     def _set_options(self, options: HeadOptions) -> None:

@@ -228,7 +228,7 @@ def test_images_of_16_bits_are_scaled(viewer, tmp_path, caplog):
     wide = Image.fromarray(values.astype(np.int32))
     given = [tmp_path / "a.png", tmp_path / "a.tif", Image.fromarray(values), wide, wide.convert("I;16B"), eight]
     for explanation in explain(model, given, batch_size=2):
-        torch.testing.assert_close(explanation.probabilities, expected, rtol=0, atol=1e-6)  # batches differ
+        torch.testing.assert_close(explanation.probabilities, expected, rtol=0, atol=1e-5)  # batches differ
     (record,) = caplog.records
     assert record.getMessage().startswith("5 images have grey values of 16 bits, which are scaled to 8 bits")
     caplog.clear()
