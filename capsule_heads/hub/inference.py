@@ -249,7 +249,7 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
     model_type = base_config.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"The backbone is of the type {model_type}, which comes with code of its own. If you trust its repository, "
+            f"The backbone is of a type that comes with code of its own, {model_type}. If you trust its repository, "
             "pass trust_backbone_code=True to from_pretrained; trust_remote_code is not about it."
         )
     return AutoConfig.for_model(model_type, **base_config)
