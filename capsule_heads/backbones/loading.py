@@ -151,18 +151,20 @@ def check_config_file(path: str | None, name_or_path: str, trusts: bool) -> None
     """Check what transformers would answer with several sentences, or a question on the terminal.
 
     Args:
-        path: config.json of a backbone; None if there is none.
+        path: config.json of a backbone; None where the file is missing.
         name_or_path: the backbone.
         trusts: whether its code may run.
 
     Raises:
-        OSError: If there is no such file.
+        OSError: If there is no such file, or it is nested too deeply to read.
         ValueError: If its model is of a type that transformers does not have, or has code that is not trusted.
     """
     if path is None:
         raise OSError(f"{name_or_path} has no config.json; expected the directory or Hub name of a model.")
     try:
         fields = json.loads(Path(path).read_bytes())
+    except RecursionError:
+        raise OSError(f"{path} cannot be read: it is nested too deeply; fetch or save it again.") from None
     except ValueError:
         return  # transformers says what is wrong with it
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
@@ -215,7 +217,7 @@ def _check_index(path: Path) -> None:
         index = json.loads(path.read_bytes())
         names = sorted(set(index["weight_map"].values()))
         metadata = index["metadata"]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         names, metadata = [], None
     if not names or not isinstance(metadata, dict):
         raise OSError(
