@@ -193,11 +193,16 @@ class Explanation:
         return int(self.logits.argmax())
 
     @property
-    def predicted_labels(self) -> tuple[str, ...]:
-        """Return the names of the predicted classes: of several labels, all whose probability is above 0.5."""
+    def predicted_classes(self) -> tuple[int, ...]:
+        """Return the predicted classes: of several labels, all whose probability is above 0.5."""
         if not self.is_multi_label:
-            return (self.labels[self.predicted],)
-        return tuple(name for name, p in zip(self.labels, self.probabilities.tolist()) if p > 0.5)
+            return (self.predicted,)
+        return tuple(k for k, p in enumerate(self.probabilities.tolist()) if p > 0.5)
+
+    @property
+    def predicted_labels(self) -> tuple[str, ...]:
+        """Return the names of the predicted classes."""
+        return tuple(self.labels[k] for k in self.predicted_classes)
 
     @property
     def is_uniform(self) -> bool:
@@ -464,8 +469,7 @@ def _explain_batch(
         )
     is_multi_label = model.config.problem_type == "multi_label_classification"
     probabilities = found.scores.sigmoid() if is_multi_label else found.scores.softmax(-1)
-    names = model.config.id2label or {}
-    labels = tuple(name for _, name in sorted(names.items(), key=lambda item: int(item[0])))
+    labels = tuple(model.config.class_names)
     is_token = [mask.bool().cpu() for mask in masks]
     explanations = []
     for row, of_row in enumerate(known):

@@ -59,10 +59,8 @@ def shown_classes(explanation: Explanation) -> list[int]:
 
     Where no label is above 0.5 the most probable one is shown, as that of a model with one class an input.
     """
-    if not explanation.is_multi_label:
-        return [explanation.predicted]
-    order = explanation.probabilities.argsort(descending=True).tolist()
-    return [k for k in order if explanation.probabilities[k] > 0.5] or order[:1]
+    shown = explanation.predicted_classes or (explanation.predicted,)
+    return sorted(shown, key=lambda k: -float(explanation.probabilities[k]))
 
 
 def colour_strength(explanation: Explanation, target: int) -> float:
@@ -214,7 +212,7 @@ def _set_title(axes: Axes, explanation: Explanation, target: int) -> None:
 
 
 def _name_tokens(axes: Axes, tokens: Sequence[str], most: int) -> None:
-    """Name at most so many tokens below the columns of a heat map, evenly spaced."""
+    """Name at most `most` tokens below the columns of a heat map, evenly spaced."""
     ticks = range(0, len(tokens), math.ceil(len(tokens) / most))
     names, style = _drawable(tokens, "#", ticks)
     axes.set_xticks(ticks, names, rotation=60, ha="right", rotation_mode="anchor", **style)

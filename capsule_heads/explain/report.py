@@ -17,13 +17,12 @@ import jinja2
 import torch
 
 from .attributions import Explanation
-from .pictures import FULL_COLOUR, PALEST, colour_strength, draw_explanation, shown_classes
+from .pictures import BLUE, FULL_COLOUR, PALEST, RED, colour_strength, draw_explanation, shown_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, RED = (33, 102, 172), (178, 24, 43)
-MOST_CLASSES = 10  # whose probabilities are shown; a multi-label model's text is coloured for at most so many
+MOST_CLASSES = 10  # whose probabilities are shown, and for which a multi-label model's text is coloured
 MOST_WORDS = 1000  # that are coloured
 MOST_TOKENS = 100  # that are columns of a table
 MOST_CHARACTERS = 40  # of a token in a table
@@ -54,8 +53,8 @@ def render_report(
     pairs = list(zip(explanations, truths))
     unknown = [pair for pair in pairs if pair[1] is None]
     known = sorted((pair for pair in pairs if pair[1] is not None), key=lambda pair: _confidence(pair[0]))
-    wrong = [pair for pair in known if _predicted(pair[0]) != pair[1]]
-    right = [pair for pair in known if _predicted(pair[0]) == pair[1]]
+    wrong = [pair for pair in known if frozenset(pair[0].predicted_classes) != pair[1]]
+    right = [pair for pair in known if frozenset(pair[0].predicted_classes) == pair[1]]
     sections = [
         ("Not labelled" if known else "", unknown),
         ("Wrong, the most confident first", wrong[::-1]),
@@ -150,12 +149,6 @@ def _is_unknown(label: Any, isna: Any) -> bool:
     return bool(isna(label)) or label == -1
 
 
-def _predicted(explanation: Explanation) -> frozenset[int]:
-    if not explanation.is_multi_label:
-        return frozenset([explanation.predicted])
-    return frozenset(torch.nonzero(explanation.probabilities > 0.5).flatten().tolist())
-
-
 def _confidence(explanation: Explanation) -> float:
     """Return the probability of what is predicted: of a multi-label model, of its least sure decision."""
     p = explanation.probabilities
@@ -167,7 +160,7 @@ def _confidence(explanation: Explanation) -> float:
 
 def _entry(explanation: Explanation, truth: Truth) -> dict[str, Any]:
     """Return what the template shows of one explanation."""
-    predicted, shown = _predicted(explanation), shown_classes(explanation)
+    predicted, shown = explanation.predicted_classes, shown_classes(explanation)
     entry = _probabilities(
         explanation.labels, explanation.probabilities.tolist(), [k for k in shown if k in predicted], truth
     )
@@ -266,5 +259,5 @@ def _between(gap: str, is_cut: bool) -> Iterator[tuple[str, str, float, str]]:
 
 
 def _colour(credit: float, most: float) -> str:
-    red, green, blue = BLUE if credit > 0 else RED
+    red, green, blue = bytes.fromhex((BLUE if credit > 0 else RED).removeprefix("#"))
     return f"rgba({red},{green},{blue},{0.7 * abs(credit) / (most or 1.0):.3f})"  # pale enough to read what is on it

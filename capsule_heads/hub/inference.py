@@ -49,6 +49,7 @@ WITHOUT = {
         "CheckpointModel.push_to_hub",
     ],
     "models.configuration_capsule_head": [
+        "CapsuleHeadConfig.class_names",
         "CapsuleHeadConfig.get_config_dict",
         "CapsuleHeadConfig.register_for_auto_class",
     ],

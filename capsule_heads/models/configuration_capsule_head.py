@@ -264,18 +264,19 @@ class CapsuleHeadConfig(PreTrainedConfig):
         refuse_auto_class(cls)
 
     @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of their indices."""
+        return [name for _, name in sorted((self.id2label or {}).items())]
+
+    @property
     def backbone(self) -> Backbone:
         """The backbone that the fields describe.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If the configuration has no backbone.
         """
         if self.base_config is None:
-            raise ValueError(
-                "base_config is None; expected the backbone's configuration, an object such as AutoConfig"
-                ".from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
-                ".from_backbone(name, num_labels=n) builds it for you."
-            )
+            raise ValueError(_expected_base_config(None))
         return Backbone(
             self.base_config,
             self.base_model_name_or_path,
@@ -381,15 +382,19 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"id2label": dict(sorted(by_index.items())), "label2id": dict(sorted(expected.items(), key=lambda x: x[1]))}
 
 
+def _expected_base_config(found: object) -> str:
+    return (
+        f"base_config is {shown(found)}; expected the backbone's configuration, an object such as "
+        "AutoConfig.from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
+        ".from_backbone(name, num_labels=n) builds it for you."
+    )
+
+
 def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
     if base_config is None or isinstance(base_config, PreTrainedConfig):
         return base_config
     if not isinstance(base_config, dict) or not isinstance(base_config.get("model_type"), str):
-        raise ValueError(
-            f"base_config is {shown(base_config)}; expected the backbone's configuration, an object such as "
-            "AutoConfig.from_pretrained(name) or a dict with its model_type. CapsuleHeadForSequenceClassification"
-            ".from_backbone(name, num_labels=n) builds it for you."
-        )
+        raise ValueError(_expected_base_config(base_config))
     base_config = dict(base_config)
     model_type = base_config.pop("model_type")
     if "auto_map" in base_config and model_type not in CONFIG_MAPPING:

@@ -514,7 +514,7 @@ def check_labels_match(model: CapsuleHeadClassifier, dataset: Dataset) -> None:
     label = dataset.features["label"]
     expected = list(label.names) if isinstance(label, ClassLabel) else None
     regression = model.config.problem_type == "regression"
-    found = None if regression else [name for _, name in sorted(dict(model.config.id2label or {}).items())]
+    found = None if regression else model.config.class_names
     if found != expected:
         raise ValueError(
             f"The model was trained for {found or 'numbers'}, and the dataset has {expected or 'numbers'}; expected "
