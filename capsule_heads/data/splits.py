@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +39,14 @@ def check_dataset(name: str, given: object, *kinds: str) -> None:
         f"{name} is a {found}; expected a {expected} of the package datasets, as Dataset.from_dict, from_list and "
         "from_pandas make it."
     )
+
+
+def read_columns(dataset: Any, names: Iterable[str]) -> dict[str, list]:
+    """Return those of some columns that a dataset has: one of `datasets`, or a `HiddenStateCache`."""
+    columns = getattr(dataset, "column_names", None) or ()
+    if hasattr(dataset, "with_format"):  # plain numbers, whatever its rows are read as
+        dataset = dataset.with_format(None)
+    return {name: dataset[name][:] for name in names if name in columns}
 
 
 def row_of(split: str, row: int) -> str:

@@ -164,7 +164,7 @@ class CapsuleTrainingArguments(TrainingArguments):
 
     def _check_effects(self) -> None:
         """Refuse what would have no effect, or turn the cycle upside down."""
-        schedule = self.lr_scheduler_type.value if isinstance(self.lr_scheduler_type, Enum) else self.lr_scheduler_type
+        schedule = word_of(self.lr_scheduler_type)
         void: dict[str, tuple[str, Any]] = {}
         if self.optim == RADAM and self.optim_args:
             void["optim_args"] = ("optim", RADAM)
@@ -186,6 +186,11 @@ class CapsuleTrainingArguments(TrainingArguments):
             )
 
 
+def word_of(value: Any) -> Any:
+    """Return an option's value as a word, where transformers made an Enum of it."""
+    return value.value if isinstance(value, Enum) else value
+
+
 def describe_arguments(arguments: TrainingArguments) -> dict[str, int | float | str | bool]:
     """Return the training arguments that a model card shows, those that are set."""
     values: dict[str, Any] = {name: getattr(arguments, name, None) for name in DESCRIBED}
@@ -193,5 +198,5 @@ def describe_arguments(arguments: TrainingArguments) -> dict[str, int | float | 
     del values["num_train_epochs" if values["max_steps"] > 0 else "max_steps"]
     if values["lr_scheduler_type"] != ONE_CYCLE:
         del values["min_learning_rate"], values["min_adam_beta1"]
-    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    values = {name: word_of(value) for name, value in values.items()}
     return {name: value for name, value in values.items() if value}

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from ..checks import shown
+from ..data.splits import read_columns
 from ..files import read_json
 from ..models.base import CapsuleHeadPreTrainedModel
 from ..weights import sample_weights
+from .arguments import word_of
 from .schedule import OneCycle
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def describe_run(trainer: Trainer, model: CapsuleHeadPreTrainedModel) -> dict[st
         "head_type": config.head_type,
         **{x.name: getattr(options, x.name) for x in fields(options) if x.metadata["describes"]},
         "layers": list(config.layers),
-        "classes": [name for _, name in sorted((config.id2label or {}).items())],
+        "classes": config.class_names,
         "windows": None if config.windowing is None else list(config.windowing),
         "backbone": _digest_of_backbone(model),
         "trainable parameters": f"{len(trained)} tensors, {_digest(trained)}",
@@ -46,8 +47,8 @@ def describe_run(trainer: Trainer, model: CapsuleHeadPreTrainedModel) -> dict[st
         "seed": args.seed,
         "data_seed": args.data_seed,
         "train_sampling_strategy": args.train_sampling_strategy,
-        "optim": _word(args.optim),
-        "lr_scheduler_type": _word(args.lr_scheduler_type),
+        "optim": word_of(args.optim),
+        "lr_scheduler_type": word_of(args.lr_scheduler_type),
     }
     return {**described, **({} if _has_closed_form(args) else {f"learning_rate {ADAPTIVE}": args.learning_rate})}
 
@@ -117,11 +118,7 @@ def apply_arguments(trainer: Trainer, before: Iterable[Mapping[str, Any]]) -> No
 
 def _has_closed_form(args: TrainingArguments) -> bool:
     """Return whether a schedule is a function of the step alone."""
-    return _word(args.lr_scheduler_type) not in ("reduce_lr_on_plateau", "greedy")
-
-
-def _word(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+    return word_of(args.lr_scheduler_type) not in ("reduce_lr_on_plateau", "greedy")
 
 
 def _digest(content: Any) -> str:
@@ -142,8 +139,5 @@ def _describe_data(dataset: Any, length_column: str) -> str | None:
     """Return the number of training examples, and a digest of their labels and lengths where these can be read."""
     if not hasattr(dataset, "__len__"):
         return None
-    columns = getattr(dataset, "column_names", None) or ()
-    names = [name for name in ("label", "labels", length_column) if name in columns]
-    if hasattr(dataset, "with_format"):  # else a HiddenStateCache
-        dataset = dataset.with_format(None)
-    return f"{len(dataset):,} examples, {_digest([dataset[name][:] for name in names])}"
+    columns = read_columns(dataset, ("label", "labels", length_column))
+    return f"{len(dataset):,} examples, {_digest(list(columns.values()))}"

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +29,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.training_args import TrainingArguments
 
+from ..data.splits import read_columns
 from ..data.tokenization import check_pad_token
 from ..files import write_json
 from ..hub import check_backbone_is_shared, write_model_card
@@ -83,6 +83,7 @@ class CapsuleTrainer(Trainer):
             check_pad_token(self.processing_class)
         self.add_callback(_Resuming)
         self._checkpoint: Path | None = None  # the one that is being written
+        self._description: dict[str, Any] = {}  # of the run, in each checkpoint
         self._step_check = StepCheck(self)
         self._filters_losses = False
 
@@ -112,8 +113,9 @@ class CapsuleTrainer(Trainer):
             return self._train(resolve_checkpoint(resume_from_checkpoint, self.run_dir), *args, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._description = describe_run(self, self.capsule_model)  # once: it reads all labels
         if resume_from_checkpoint is not None:
-            check_resumable(resume_from_checkpoint, describe_run(self, self.capsule_model), self.args)
+            check_resumable(resume_from_checkpoint, self._description, self.args)
         self._balance_classes()
         if isinstance(self.model, CapsuleHeadPreTrainedModel):
             # Every process has loaded the same; DDP would send its buffers at each step.
@@ -133,15 +135,12 @@ class CapsuleTrainer(Trainer):
         config = self.capsule_model.config
         if config.class_weights != BALANCED:
             return
-        columns = getattr(self.train_dataset, "column_names", None) or ()
-        name = next((name for name in (*self.label_names, "label") if name in columns), None)
-        if name is None:
+        labels = next(iter(read_columns(self.train_dataset, (*self.label_names, "label")).values()), None)
+        if labels is None:
             raise ValueError(
                 f'class_weights is "{BALANCED}", and the training data has no column of labels to count; expected one '
                 "number for each class."
             )
-        dataset: Any = self.train_dataset
-        labels = (dataset.with_format(None) if hasattr(dataset, "with_format") else dataset)[name][:]
         config.class_weights = balanced_weights(labels, config.num_labels or 2)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -183,7 +182,7 @@ class CapsuleTrainer(Trainer):
             with writing(checkpoint):
                 super()._save_checkpoint(model, trial)
                 if args.should_save:
-                    write_json(unfinished / RUN, describe_run(self, self.capsule_model))
+                    write_json(unfinished / RUN, self._description)
                 if state.best_model_checkpoint == str(unfinished):
                     state.best_model_checkpoint = str(checkpoint)
                     if args.should_save:
@@ -368,9 +367,7 @@ class CapsuleTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         if args.length_column_name not in columns:  # images have none; nor do texts tokenized elsewhere
             return super()._get_train_sampler(train_dataset) if "input_ids" in columns else RandomSampler(dataset)
-        if isinstance(dataset, datasets.Dataset):  # else a HiddenStateCache
-            dataset = dataset.with_format(None)
-        lengths = dataset[args.length_column_name][:]
+        lengths = read_columns(dataset, [args.length_column_name])[args.length_column_name]
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return _SeededSampler(batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)
 

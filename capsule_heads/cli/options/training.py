@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 from ...heads import registered_heads
 from ...tasks import registered_tasks, source_help
-from ...training.arguments import CapsuleTrainingArguments
+from ...training.arguments import CapsuleTrainingArguments, word_of
 from ...training.run import DataArguments, ModelArguments
 from .configs import SUFFIXES, config_folder, describe_config, named_configs, read_config
 from .parser import OneLineParser, add_import_option, did_you_mean, fail, import_modules
@@ -253,7 +253,7 @@ def _help(field: dataclasses.Field) -> str:
     choices = _choices().get(field.name) or field.metadata.get("choices") or ()
     if isinstance(field.type, type) and issubclass(field.type, Enum):
         choices = [x.value for x in field.type]
-    default = field.default.value if isinstance(field.default, Enum) else field.default
+    default = word_of(field.default)
     if choices:
         words += f" One of {', '.join(map(str, choices))}."
     if field.default is field.default_factory is dataclasses.MISSING:

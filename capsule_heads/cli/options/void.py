@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import Enum
 from typing import Any
 
-from ...training.arguments import RADAM, CapsuleTrainingArguments
+from ...training.arguments import RADAM, CapsuleTrainingArguments, word_of
 
 _SAVES: tuple[str, Callable[[Any], bool]] = ("save_strategy", lambda x: x != "no")
 _PUSHES: tuple[str, Callable[[Any], bool]] = ("push_to_hub", bool)
@@ -44,8 +43,7 @@ def find_void(given: Mapping[str, Any], arguments: CapsuleTrainingArguments, lat
         if name not in NEEDS or value is None or value is False or name in later:
             continue
         other, has_effect = NEEDS[name]
-        setting = getattr(arguments, other)
-        setting = setting.value if isinstance(setting, Enum) else setting
+        setting = word_of(getattr(arguments, other))
         if other not in later and not has_effect(setting):
             if name == "logging_steps" and arguments.eval_strategy == "steps" and "eval_steps" not in given:
                 continue  # it then says when to evaluate too
