@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import Command, OneLineParser, at_least, one_line_errors
+from .predict import score
 
 if TYPE_CHECKING:
     import gradio
@@ -126,31 +127,18 @@ def _make_show(model: CapsuleHeadClassifier) -> Callable[..., str]:
         else:
             value = MODALITIES[name].read(first, processor)  # a file, as on the command line
         if why_not:
-            return render_scores(*_score(model, name, value, processor), model.config.problem_type, why_not)
+            (scores,) = score(model, name, [value], processor)
+            labels, numbers = [x["label"] for x in scores], [x["score"] for x in scores]
+            return render_scores(labels, numbers, model.config.problem_type, why_not)
         (explanation,) = explain(model, [value], processor)
         return render_explanation(explanation)
 
     return show
 
 
-def _score(model: CapsuleHeadClassifier, name: str, value: Any, processor: Any) -> tuple[list[str], list[float]]:
-    """Return the labels and scores of all classes, as transformers' pipelines make them."""
-    from transformers import AudioClassificationPipeline, ImageClassificationPipeline, TextClassificationPipeline
-
-    if name == "text":
-        pair = dict(zip(("text", "text_pair"), (value,) if isinstance(value, str) else value))
-        classify_text = TextClassificationPipeline(model=model, tokenizer=processor)
-        found = classify_text(pair, top_k=None, truncation=model.config.windowing is None)
-    elif name == "image":
-        found = ImageClassificationPipeline(model=model, image_processor=processor)(value, top_k=None)
-    else:  # one without padding, so it needs no mask, which the pipeline does not pass
-        found = AudioClassificationPipeline(model=model, feature_extractor=processor)(value, top_k=None)
-    return [x["label"] for x in found], [x["score"] for x in found]
-
-
 def _title(model: CapsuleHeadClassifier) -> str:
     """Return a question of the classes, such as "negative or positive?"."""
-    names = [str(name) for _, name in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0]))]
+    names = model.config.class_names
     if model.config.problem_type == "regression":
         return f"{', '.join(names)}: how much?"
     if len(names) > MOST_CLASSES:

@@ -22,6 +22,7 @@ DESCRIPTION = (
     "inputs, standard input is read: UTF-8, one input a line, of which a blank one is an empty text. A tab in a text "
     "separates the two texts of a pair. A stereo pair is one image, the two views side by side."
 )
+Scores = Sequence[Mapping[str, Any]]  # label and score of each class
 # A first line of nothing but names, one of them known, is the header of a table.
 HEADER = re.compile(r"""["']?\w+["']?([,;\t]["']?\w+["']?)+""")
 NAMES_IN_HEADERS = {"text", "sentence", "sentence1", "label", "labels"}
@@ -117,18 +118,43 @@ def _classify(
     """Return what is printed of each input."""
     from ..tasks import MODALITIES
 
+    is_text = modality == "text"
+    values = [MODALITIES[modality].read(given, processor) for given in inputs] if is_text else inputs
+    return [_describe(model, scores) for scores in score(model, modality, values, processor, batch_size, where)]
+
+
+def score(
+    model: CapsuleHeadClassifier,
+    modality: str,
+    inputs: Sequence[Any],
+    processor: Any,
+    batch_size: int = 1,
+    where: str = "input",
+) -> list[Scores]:
+    """Return the label and score of each class, of each input: those that transformers' pipelines give.
+
+    Args:
+        model: the classifier.
+        modality: what it classifies: "text", "image" or "audio".
+        inputs: texts, and tuples of two; or what `as_image` or `as_audio` reads.
+        processor: the model's.
+        batch_size: number of inputs that are scored at once.
+        where: what a message calls an input, before its number.
+
+    Raises:
+        ValueError: If an input cannot be read, or nothing is left of it.
+    """
     if modality == "audio":
-        return _classify_audio(model, inputs, processor, batch_size)
+        return _score_audio(model, inputs, processor, batch_size)
     if modality == "image":
-        return _classify_images(model, inputs, processor, batch_size)
-    texts = [MODALITIES[modality].read(given, processor) for given in inputs]
-    return _classify_texts(model, texts, processor, batch_size, where)
+        return _score_images(model, inputs, processor, batch_size)
+    return _score_texts(model, inputs, processor, batch_size, where)
 
 
-def _classify_texts(
+def _score_texts(
     model: CapsuleHeadClassifier, texts: Sequence[Any], tokenizer: Any, batch_size: int, where: str
-) -> list[dict[str, Any]]:
-    """Return what is printed of each text, or pair of texts; say how many were cut."""
+) -> list[Scores]:
+    """Score texts, or pairs of texts; say how many were cut."""
     from transformers import TextClassificationPipeline
 
     from ..data.tokenization import describe_cuts, token_limit
@@ -147,13 +173,11 @@ def _classify_texts(
     classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
     # verbose: it would warn of texts that run in windows.
     found: Any = classify(given, batch_size=batch_size, truncation=most is not None, verbose=False, top_k=None)
-    return [_describe(model, scores) for scores in found]
+    return found
 
 
-def _classify_images(
-    model: CapsuleHeadClassifier, files: Sequence[str], processor: Any, batch_size: int
-) -> list[dict[str, Any]]:
-    """Return what is printed of each file."""
+def _score_images(model: CapsuleHeadClassifier, images: Sequence[Any], processor: Any, batch_size: int) -> list[Scores]:
+    """Score images; say how many were scaled to 8 bits."""
     from transformers import ImageClassificationPipeline
 
     from ..data.images import as_image, is_scaled, resizes, warn_of_scaled
@@ -161,38 +185,37 @@ def _classify_images(
     scaled: list[bool] = []
 
     def read() -> Iterator[Any]:  # one batch after another
-        for file in files:
-            image = as_image(file)
+        for given in images:
+            image = as_image(given)
             scaled.append(is_scaled(image))
             yield image
 
     step = batch_size if resizes(processor) else 1
     classify: Any = ImageClassificationPipeline(model=model, image_processor=processor)
-    found = classify(read(), batch_size=step, top_k=model.config.num_labels)
-    predictions = [_describe(model, scores) for scores in found]
+    found = list(classify(read(), batch_size=step, top_k=model.config.num_labels))
     warn_of_scaled(sum(scaled))
-    return predictions
+    return found
 
 
-def _classify_audio(
-    model: CapsuleHeadClassifier, files: Sequence[str], processor: Any, batch_size: int
-) -> list[dict[str, Any]]:
-    """Return what is printed of each file, prepared as in training; transformers' pipeline needs ffmpeg."""
+def _score_audio(
+    model: CapsuleHeadClassifier, recordings: Sequence[Any], processor: Any, batch_size: int
+) -> list[Scores]:
+    """Score audio, prepared as in training; transformers' pipeline needs ffmpeg for files."""
     import torch
 
     from ..data.audio import AudioCollator, as_audio, audio_features, check_length, least_samples
 
     collate = AudioCollator(processor)
-    names: dict[Any, str] = dict(model.config.id2label or {})
+    names = model.config.class_names
     least = least_samples(processor, model)
 
     def read() -> Iterator[dict[str, Any]]:
-        for file in files:
-            samples = as_audio(file, processor.sampling_rate)
-            check_length(samples, least, file)
+        for given in recordings:
+            samples = as_audio(given, processor.sampling_rate)
+            check_length(samples, least, given if isinstance(given, str) else "The audio")
             yield audio_features(samples, processor)
 
-    predictions = []
+    found: list[Scores] = []
     for rows in _batches_of_one_shape(read(), batch_size):
         with torch.no_grad():
             logits = model(**collate(rows)).logits
@@ -200,12 +223,11 @@ def _classify_audio(
             scores = logits.sigmoid()
         else:
             scores = logits if model.config.problem_type == "regression" else logits.softmax(-1)
-        for row in scores.tolist():
-            predictions.append(_describe(model, [{"label": names[i], "score": score} for i, score in enumerate(row)]))
-    return predictions
+        found += ([{"label": name, "score": x} for name, x in zip(names, row)] for row in scores.tolist())
+    return found
 
 
-def _describe(model: CapsuleHeadClassifier, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _describe(model: CapsuleHeadClassifier, scores: Scores) -> dict[str, Any]:
     """Return what is printed of an input, from the label and score of each class."""
     by_label = {x["label"]: x["score"] for x in sorted(scores, key=lambda x: x["score"], reverse=True)}
     if model.config.problem_type == "regression":
