@@ -12,6 +12,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .backbones.processors import load_processor
+    from .data import load_data
+    from .estimator import HeadClassifier
     from .layers import Routing
     from .models import (
         CapsuleHeadConfig,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         CapsuleHeadForImageClassification,
         CapsuleHeadForSequenceClassification,
         CapsuleHeadModel,
+        make_ensemble,
     )
     from .training import CapsuleTrainer, CapsuleTrainingArguments
 
@@ -30,9 +33,12 @@ __all__ = [
     "CapsuleHeadModel",
     "CapsuleTrainer",
     "CapsuleTrainingArguments",
+    "HeadClassifier",
     "Routing",
     "__version__",
+    "load_data",
     "load_processor",
+    "make_ensemble",
 ]
 
 refuse_other_versions()
@@ -40,8 +46,11 @@ refuse_other_versions()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "HeadClassifier": "estimator",
         "Routing": "layers",
+        "load_data": "data.own",
         "load_processor": "backbones.processors",
+        "make_ensemble": "models",
         "CapsuleTrainer": "training",
         "CapsuleTrainingArguments": "training",
         **{name: "models" for name in __all__ if name.startswith("CapsuleHead")},

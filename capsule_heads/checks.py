@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,11 @@ def shown(value: object) -> str:
     """Return a value for a message: as Python writes it or, where that is long, its kind."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN and "\n" not in text else f"a {type(value).__name__}"
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_size(name: str, size: object, or_none: str | None = None) -> None:

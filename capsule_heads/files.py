@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,51 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(
-            f"{path} could not be written: {error.strerror or error}; make room, or choose another place."
-        ) from error
+        with writing(path, "make room, or choose another place"):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Name the file in the error of a full disk, which names none.
+
+    Args:
+        path: the file that is written.
+        remedy: what to do, for the message.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}; {remedy}.") from error
+
+
+@contextlib.contextmanager
+def holding(path: Path, seconds: float, otherwise: str) -> Iterator[None]:
+    """Hold a lock; a process that ends, however it ends, holds it no more.
+
+    Args:
+        path: the file of the lock.
+        seconds: to wait for it.
+        otherwise: the message if another process holds it.
+
+    Raises:
+        OSError: If another process holds it, or nothing can be written there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise OSError(otherwise) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -20,6 +20,7 @@ from .data.glue import GLUE_TASKS, HUB_REPOSITORY
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+    from .data import OwnData
     from .models import CapsuleHeadClassifier
 
 # Of files of texts. What looks like the name of one was not meant as a text.
@@ -28,6 +29,7 @@ DATA_SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet
 
 logger = logging.getLogger(__name__)
 
+OWN_DATA = "own_data"  # in results.json, where a registered task has its name
 LONG_CHECK = 10  # seconds from which on a check of files is mentioned
 
 
@@ -110,7 +112,7 @@ class _Texts(Modality):
                 found = "is a file" if is_file else "is the name of a file that does not exist"
                 raise ValueError(
                     f"{text} {found}, and the model classifies texts; expected a text: pass the lines of a file by "
-                    f"standard input, with < {text}."
+                    f"standard input, with < {text}, and the rows of a table with --data."
                 )
 
     def read(self, given: str, processor: Any) -> str | tuple[str, str]:
@@ -361,6 +363,16 @@ def get_task(name: str) -> Task:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"task is {name!r}; expected one of {', '.join(_TASKS)}.{hint}")
     return _TASKS[name]
+
+
+def own_task(data: OwnData) -> Task:
+    """Return the task of a user's own data, which is in no registry.
+
+    Args:
+        data: from `load_data` or `load_examples`.
+    """
+    metric = {"multi_label_classification": "multilabel", "regression": "stsb"}.get(data.problem_type, "classification")
+    return Task(OWN_DATA, "your own data", data.modality, lambda source: data, metric=metric, is_own_data=True)
 
 
 def check_task_fits(task: Task, model: CapsuleHeadClassifier) -> None:

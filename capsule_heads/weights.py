@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -44,3 +45,17 @@ def same_weights(module: nn.Module, sample: dict[str, Tensor]) -> bool:
     """
     found = sample_weights(module)
     return all(torch.equal(found[name], x.to(found[name].dtype)) for name, x in sample.items() if name in found)
+
+
+def digest_weights(module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Return a digest of some numbers of every weight and buffer, and their names.
+
+    Args:
+        module: with the weights.
+        dtype: to cast the numbers to first, so that the digest does not depend on the dtype of the module; None to take
+            them as they are.
+    """
+    digest = hashlib.sha256()
+    for name, x in sample_weights(module).items():
+        digest.update(name.encode() + x.to(dtype or x.dtype).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -32,3 +32,18 @@ def pytest_runtest_setup(item):
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and to be asked for: pytest -m gpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels():
+    """Compile the kernels of small routings: the first process on a machine says that it does, which is of no test."""
+    import torch
+
+    from capsule_heads.ops import STRATEGIES, route
+
+    if STRATEGIES["kept"].missing() is not None:
+        return
+    for dtype in (torch.float32, torch.float64):
+        inputs = torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3, 1, 4, dtype=dtype, requires_grad=True)
+        weights = (torch.ones(1, 5, *shape, dtype=dtype) for shape in ((4, 2), (1, 2), (), ()))
+        route(*inputs, *weights, n_out=5, strategy="kept")[0].sum().backward()

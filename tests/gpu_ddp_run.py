@@ -35,6 +35,7 @@ def train(name, device, backbone, folder):
     data = [{"input_ids": torch.randint(3, 100, (9,)), "labels": n % 3} for n in range(N_EXAMPLES)]
     arguments = CapsuleTrainingArguments(
         str(folder / name),
+        recipe="paper",
         use_cpu=device == "cpu",
         max_steps=30,
         per_device_train_batch_size=N_EXAMPLES // 2,

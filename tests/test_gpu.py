@@ -28,7 +28,7 @@ from capsule_heads.ops import STRATEGIES, route
 from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 
 DEVICE = "cuda"
-ON_CUDA = ("auto", *(name for name in STRATEGIES if name != "cpu"))
+ON_CUDA = ("auto", *(name for name in STRATEGIES if name not in ("kept", "cpu")))
 N_LABELS, N_EXAMPLES, N_TOKENS = 3, 12, 9
 HEAD = {"num_labels": N_LABELS, "d_inp": 8, "n_parts": 6}
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "film", "plot", "is", "was", "good", "bad", "not", "dull"]
@@ -164,6 +164,7 @@ def train(model, data, folder, collator=None, **fields):
     losses = Losses()
     arguments = CapsuleTrainingArguments(
         str(folder),
+        recipe="paper",
         use_cpu=DEVICE == "cpu",
         max_steps=60,
         per_device_train_batch_size=N_EXAMPLES,

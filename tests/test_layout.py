@@ -28,11 +28,12 @@ FLOORS = (
     ("hub",),
     ("models",),
     ("data", "metrics"),
-    ("explain",),
+    ("explain", "predicting"),
     ("paper",),
     ("tasks",),
     ("training",),
     ("cli",),
+    ("estimator",),
     ("__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

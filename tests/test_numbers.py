@@ -89,6 +89,19 @@ def test_messages_are_short():
         Routing(pd.DataFrame({"a": range(100)}), 2, 3)
 
 
+def test_what_is_given_with_a_configuration_counts_or_is_refused(backbone_config):
+    make = CapsuleHeadForSequenceClassification.from_backbone
+    for name in ("dtype", "torch_dtype"):
+        model = make(backbone_config("bert"), d_inp=8, n_parts=4, **{name: "bfloat16"})
+        assert model.backbone.dtype == torch.bfloat16 and model.head.routings[0].W.dtype == torch.float32
+    assert make(backbone_config("bert"), dtype="auto").backbone.dtype == torch.float32
+    for given in ({"attn_implementation": "eager"}, {"quantization_config": "x"}, {"revision": "main"}):
+        with pytest.raises(
+            TypeError, match=f"^{next(iter(given))} given with a configuration; expected a name to load"
+        ):
+            make(backbone_config("bert"), **given)
+
+
 def test_a_loaded_model_is_a_backbone(backbone_config, tmp_path):
     model = AutoModel.from_config(backbone_config("bert"))
     made = CapsuleHeadForSequenceClassification.from_backbone(model, num_labels=3, d_inp=8, n_parts=4)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from capsule_heads.weights import plain_weights, same_weights, sample_weights
+from capsule_heads.weights import digest_weights, plain_weights, same_weights, sample_weights
 
 
 @pytest.fixture
@@ -37,6 +37,14 @@ def test_a_cast_is_none_and_what_it_rounds_off_is(module):
     assert same_weights(module.double(), sample)
     assert same_weights(module.bfloat16(), sample)
     assert not same_weights(module.float(), sample)
+
+
+def test_a_digest_is_of_the_numbers_and_of_the_dtype_they_are_in_unless_one_is_given(module):
+    plain, rounded = digest_weights(module), digest_weights(module, torch.bfloat16)
+    assert digest_weights(module.bfloat16(), torch.bfloat16) == rounded
+    assert digest_weights(module) != plain
+    module[0].weight.data.mul_(2)
+    assert digest_weights(module, torch.bfloat16) != rounded
 
 
 def test_weights_without_numbers_are_left_out():

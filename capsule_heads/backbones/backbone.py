@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from .loading import load_backbone_config, reading_weights, reference_of, resolve_backbone
+from .loading import (
+    MismatchedShapes,
+    check_fields,
+    check_quantisation,
+    load_backbone_config,
+    reading_weights,
+    reference_of,
+    resolve_backbone,
+)
 from .parts import (
     AUDIO_INPUTS,
     ENCODER,
@@ -91,12 +99,17 @@ class Backbone:
         Raises:
             ValueError: If no part of the model runs on these inputs, or its hidden states have an unknown layout.
             OSError: If there is no such checkpoint.
-            TypeError: If arguments of loading come with a model that is loaded.
+            TypeError: If arguments of loading come with a model that is loaded, or with a configuration.
         """
         from transformers.modeling_utils import PreTrainedModel  # here: see candidates
 
         loaded: Any = None
+        dtype = loading.get("dtype", loading.get("torch_dtype"))
         if isinstance(name_or_path, PreTrainedConfig):
+            without_effect = [name for name in loading if name not in ("dtype", "torch_dtype", "trust_remote_code")]
+            if without_effect or revision is not None:
+                given = ", ".join([*without_effect, *(["revision"] if revision is not None else [])])
+                raise TypeError(f"{given} given with a configuration; expected a name to load, or a field set in it.")
             backbone = cls(name_or_path, part=part)
         elif isinstance(name_or_path, PreTrainedModel):
             if loading or revision is not None:
@@ -113,9 +126,11 @@ class Backbone:
                 if loaded is not None:
                     module = part_of(loaded, choice.part)
                 elif choice.name_or_path is None:
-                    module = choice.build(trust_remote_code=loading.get("trust_remote_code", False))
+                    module = choice.build(
+                        None if dtype == "auto" else dtype, trust_remote_code=loading.get("trust_remote_code", False)
+                    )
                 else:
-                    choice, module = choice.load(**loading)
+                    choice, module, _ = choice.load(**loading)
                 check_main_input(module, main_inputs)
                 sizes = tuple(hidden_sizes or probe_hidden_sizes(module, choice.part.stack))
                 return dataclasses.replace(choice, hidden_sizes=sizes), module
@@ -158,34 +173,42 @@ class Backbone:
 
         if dtype is not None:
             self.config.dtype = dtype
+        self._check_fields()
         is_known = type(self.config) in MODEL_MAPPING  # then no code is loaded, and from_config passes the keyword on
         code_kwargs = {"code_revision": self.revision} if trust_remote_code and not is_known else {}
         try:
             complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])  # a trace of torch's follows
             raise ValueError(
                 f"A backbone of type {self.config.model_type} cannot be built from its configuration ({reason})."
             ) from error
         return part_of(complete, self.part)
 
-    def load(self, **loading: Any) -> tuple[Backbone, PreTrainedModel]:
+    def load(
+        self, *, may_differ: bool = False, **loading: Any
+    ) -> tuple[Backbone, PreTrainedModel, list[tuple[str, Any, Any]]]:
         """Load the backbone's weights.
 
         Args:
+            may_differ: whether weights may have other shapes than the configuration makes them; these are then random.
             **loading: arguments of `BACKBONE_KWARGS`.
 
         Returns:
-            The backbone with the configuration that it can be built from again, and the module.
+            The backbone with the configuration that it can be built from again; the module; and name, shape in the
+            checkpoint and shape here of the weights that are random.
 
         Raises:
             ValueError: If the checkpoint is itself a capsule-head model, or lacks weights of the backbone.
+            MismatchedShapes: If weights have other shapes than the configuration makes them.
             OSError: If there is no such checkpoint.
         """
         from transformers import AutoModel
 
         if self.name_or_path is None:
             raise ValueError(f"The {self.config.model_type} backbone has random weights, and no checkpoint to load.")
+        self._check_fields()
+        check_quantisation(loading.get("quantization_config"), f"Loading {self.name_or_path}")
         own_config, commit = load_backbone_config(self.name_or_path, self.revision, **loading)
         source = resolve_backbone(self.name_or_path)
         if hasattr(own_config, "quantization_config"):  # it says that the checkpoint itself is quantised
@@ -193,10 +216,15 @@ class Backbone:
         loading = {"trust_remote_code": False, **loading}  # transformers would ask on the terminal
         with reading_weights(source):
             complete, found = AutoModel.from_pretrained(
-                source, config=self.config, revision=commit or self.revision, output_loading_info=True, **loading
+                source,
+                config=self.config,
+                revision=commit or self.revision,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # what differs is said below, in one sentence
+                **loading,
             )
         module = part_of(complete, self.part)
-        used = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        used = {id(tensor): key for key, tensor in module.state_dict(keep_vars=True).items()}
         state_dict = complete.state_dict(keep_vars=True)
         missing = sorted(key for key in found["missing_keys"] if key in state_dict and id(state_dict[key]) in used)
         if missing:
@@ -205,7 +233,19 @@ class Backbone:
                 f"{complete.config.model_type} backbone, among them {missing[0]}; expected a checkpoint with all of "
                 "them."
             )
-        return dataclasses.replace(self, config=complete.config), module
+        mismatched = [
+            (used[id(state_dict[key])], tuple(there), tuple(here))
+            for key, there, here in sorted(found["mismatched_keys"])
+            if key in state_dict and id(state_dict[key]) in used
+        ]
+        if mismatched and not may_differ:
+            key, there, here = mismatched[0]
+            raise MismatchedShapes(
+                f"The checkpoint of {source} has {key} of shape {there}, where the configuration of the backbone makes "
+                f"it {here}, and {len(mismatched) - 1} more such weights; expected its own configuration, or "
+                "from_pretrained with ignore_mismatched_sizes=True to start from random values with these."
+            )
+        return dataclasses.replace(self, config=complete.config), module, mismatched
 
     def probe(self) -> Backbone:
         """Return the backbone with the sizes of its hidden states, found without weights.
@@ -215,7 +255,11 @@ class Backbone:
         Raises:
             ValueError: If it does not run on a text, an image or audio alone.
         """
+        self._check_fields()
         return dataclasses.replace(self, hidden_sizes=tuple(probe_hidden_sizes_without_weights(self.config, self.part)))
+
+    def _check_fields(self) -> None:
+        check_fields(self.config, f"The configuration of the {self.config.model_type} backbone")
 
     def run(
         self,

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import os
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checks import shown
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -44,6 +48,63 @@ BACKBONE_KWARGS = (
     "trust_remote_code",
     "use_safetensors",
 )
+
+MOST_LAYERS = 10_000  # of a backbone, or experts of a layer: beyond all that there are, and still built in seconds
+_COUNTS = re.compile(
+    "(^|_)(layers?|blocks?|depths?|experts)$"
+)  # fields that say how many modules there are, or list it
+MOST_LABELS = 10_000_000  # each has a name
+QUANTISATION = "quantization_config"
+
+
+class MismatchedShapes(RuntimeError):
+    """Weights of a checkpoint have other shapes than its configuration makes them: transformers' RuntimeError."""
+
+
+def check_fields(fields: Mapping[str, Any] | PreTrainedConfig, source: object) -> None:
+    """Refuse fields of a backbone's configuration that transformers would never come to an end with, or stumble over.
+
+    Args:
+        fields: of config.json, or a configuration, with others in it.
+        source: of the fields, for the message.
+
+    Raises:
+        ValueError: If there are too many layers, or quantization_config does not say how a backbone is quantised.
+    """
+    for name, value in (vars(fields) if isinstance(fields, PreTrainedConfig) else fields).items():
+        if name == QUANTISATION:
+            check_quantisation(value, source)
+        elif isinstance(value, Mapping | PreTrainedConfig):
+            check_fields(value, source)
+        elif name == "num_labels" or (isinstance(name, str) and _COUNTS.search(name)):
+            most = MOST_LABELS if name == "num_labels" else MOST_LAYERS
+            counts = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(count, int | float) and count > most for count in counts):
+                raise ValueError(
+                    f"{source} has {name}={shown(value)}; expected at most {most:,}: give the backbone's own number."
+                )
+
+
+def check_quantisation(given: object, source: object) -> None:
+    """Refuse what does not say how a backbone is quantised.
+
+    Args:
+        given: an object of transformers, a dict, or None.
+        source: where it stands, for the message.
+
+    Raises:
+        ValueError: If it is something else, or the dict names no method.
+    """
+    if given is None or isinstance(given, QuantizationConfigMixin):
+        return
+    if isinstance(given, dict) and any(
+        (isinstance(given.get("quant_method"), str), given.get("load_in_4bit"), given.get("load_in_8bit"))
+    ):
+        return
+    raise ValueError(
+        f"{source} has {QUANTISATION}={shown(given)}; expected an object of transformers, such as BitsAndBytesConfig, "
+        "or a dict with the quant_method of one: leave it out for a backbone that is not quantised."
+    )
 
 
 def check_model_type(config: dict[str, Any], source: object) -> None:
@@ -157,7 +218,8 @@ def check_config_file(path: str | None, name_or_path: str, trusts: bool) -> None
 
     Raises:
         OSError: If there is no such file, or it is nested too deeply to read.
-        ValueError: If its model is of a type that transformers does not have, or has code that is not trusted.
+        ValueError: If its model is of a type that transformers does not have, or has code that is not trusted, or a
+            field has no such value.
     """
     if path is None:
         raise OSError(f"{name_or_path} has no config.json; expected the directory or Hub name of a model.")
@@ -167,6 +229,8 @@ def check_config_file(path: str | None, name_or_path: str, trusts: bool) -> None
         raise OSError(f"{path} cannot be read: it is nested too deeply; fetch or save it again.") from None
     except ValueError:
         return  # transformers says what is wrong with it
+    if isinstance(fields, dict):
+        check_fields(fields, name_or_path)
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
     if model_type is None or model_type in CONFIG_MAPPING or trusts:
         return

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import Command, OneLineParser, at_least, one_line_errors
-from .predict import score
 
 if TYPE_CHECKING:
     import gradio
@@ -24,7 +23,14 @@ DESCRIPTION = (
 )
 PORT = 7860
 NOUNS = {"text": "a text", "image": "an image", "audio": "audio"}
-MOST_CLASSES = 4  # that the title names
+MOST_CLASSES, MOST_CHARACTERS = 4, 60  # that the title names, of their names
+# An error's sentence, shown instead of a result. gradio.Error would cover it with a badge.
+ALERT = '<p role="alert" style="border-left: 4px solid #b2182b; padding-left: 0.7rem; overflow-wrap: anywhere">{}</p>'
+EXAMPLES = (
+    ("Better than I had expected, though the ending is slow.", ""),
+    ("The staff were rude, and the soup was cold.", ""),
+    ("A man is playing a guitar.", "Somebody is making music."),
+)
 
 
 def make_parser(prog: str) -> OneLineParser:
@@ -88,16 +94,18 @@ def build_demo(model: str) -> gradio.Blocks:
         try:
             yield show(*given)
         except (ImportError, OSError, TypeError, ValueError) as error:
-            yield f"<p>{html.escape(str(error))}</p>"  # stays when the message over the page goes
-            raise gradio.Error(str(error), print_exception=False) from error
+            sentence = str(error)
+            if name != "text" and given[0]:  # the path is that of a copy
+                sentence = sentence.replace(given[0], Path(given[0]).name)
+            yield ALERT.format(html.escape(sentence))
 
-    title = _title(classifier)
+    title = title_of(classifier)
     with gradio.Blocks(title=title) as page:
         gradio.HTML(f"<h1>{html.escape(title)}</h1>")
         inputs = _inputs(name)
         button = gradio.Button("Explain", variant="primary")
-        gradio.Examples([_example(name)], inputs[:1], label="Example")
         result = gradio.HTML()
+        gradio.Examples(_examples(name), inputs, label="Examples" if name == "text" else "Example")
         boxes = inputs if name == "text" else []
         gradio.on([button.click, *(box.submit for box in boxes)], explain_input, inputs, result, api_name="explain")
         gradio.on([given.change for given in inputs], None, None, result, js="() => ''")  # in the browser, at each key
@@ -108,11 +116,13 @@ def _make_show(model: CapsuleHeadClassifier) -> Callable[..., str]:
     """Return what makes HTML of what the input components hold."""
     from ..explain import explain
     from ..explain.attributions import check_explained
+    from ..explain.parts import load_parts
     from ..explain.report import render_explanation, render_scores
     from ..models.processors import modality_of, processor_of
+    from ..predicting import score_inputs
     from ..tasks import MODALITIES
 
-    name, processor = modality_of(model), processor_of(model)
+    name, processor, parts = modality_of(model), processor_of(model), load_parts(str(model.config.name_or_path))
     try:
         check_explained(model.config)
         why_not = ""
@@ -127,26 +137,28 @@ def _make_show(model: CapsuleHeadClassifier) -> Callable[..., str]:
         else:
             value = MODALITIES[name].read(first, processor)  # a file, as on the command line
         if why_not:
-            (scores,) = score(model, name, [value], processor)
-            labels, numbers = [x["label"] for x in scores], [x["score"] for x in scores]
-            return render_scores(labels, numbers, model.config.problem_type, why_not)
+            (scores,) = score_inputs(model, [value], processor).tolist()
+            config = model.config
+            return render_scores(config.class_names, scores, config.problem_type, why_not, config.label_thresholds)
         (explanation,) = explain(model, [value], processor)
-        return render_explanation(explanation)
+        return render_explanation(explanation, parts)
 
     return show
 
 
-def _title(model: CapsuleHeadClassifier) -> str:
-    """Return a question of the classes, such as "negative or positive?"."""
+def title_of(model: CapsuleHeadClassifier) -> str:
+    """Return a question of the classes, such as "negative or positive?", that names as many as there is room for."""
     names = model.config.class_names
     if model.config.problem_type == "regression":
         return f"{', '.join(names)}: how much?"
-    if len(names) > MOST_CLASSES:
-        names = [*names[: MOST_CLASSES - 1], f"{len(names) - MOST_CLASSES + 1:,} others"]
-    *others, last = names
-    if model.config.problem_type == "multi_label_classification":
-        return f"{', '.join(others)} and {last}: which of them?" if others else f"{last}?"
-    return f"{', '.join(others)} or {last}?" if others else f"{last}?"
+    is_multi_label = model.config.problem_type == "multi_label_classification"
+    join, end = (" and ", ": which of them?") if is_multi_label else (" or ", "?")
+    for n in range(len(names) if len(names) <= MOST_CLASSES else MOST_CLASSES - 1, 0, -1):
+        shown = names[:n] + [f"{len(names) - n:,} others"] * (n < len(names))
+        if len(", ".join(shown)) <= MOST_CHARACTERS:
+            break
+    *others, last = shown
+    return f"{', '.join(others)}{join}{last}{end}" if others else f"{last}?"
 
 
 def _inputs(name: str) -> list[Any]:
@@ -154,7 +166,10 @@ def _inputs(name: str) -> list[Any]:
     import gradio
 
     if name == "image":
-        return [gradio.Image(type="filepath", image_mode=None, label="Image")]
+        image: Any = gradio.Image(type="filepath", image_mode=None, label="Image")
+        # Gradio would open the file, and has no sentence for a text. No subclass: Gradio would write a .pyi file here.
+        image.preprocess = lambda given: given and given.path
+        return [image]
     if name == "audio":
         return [gradio.Audio(type="filepath", label="Audio")]
     return [
@@ -165,13 +180,13 @@ def _inputs(name: str) -> list[Any]:
     ]
 
 
-def _example(name: str) -> list[str]:
-    """Return an example for the components, of no model in particular: a text, or the file of an image or a tone."""
+def _examples(name: str) -> list[list[str]]:
+    """Return examples for the components, of no model in particular: texts and a pair, or an image or a tone."""
     if name == "text":
-        return ["It was better than I had expected, although the ending is a little slow."]
+        return [[*texts] for texts in EXAMPLES]
     path = Path(tempfile.mkdtemp(prefix="capsule-heads-")) / ("discs.png" if name == "image" else "tone.wav")
     (_draw_discs if name == "image" else _play_tone)(path)
-    return [str(path)]
+    return [[str(path)]]
 
 
 def _draw_discs(path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .demo import title_of
 from .options import Command, OneLineParser, at_least, one_line_errors
 from .options.quiet import without_data_bars
 
@@ -13,14 +14,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..models import CapsuleHeadClassifier
-    from ..tasks import Task
 
 DESCRIPTION = (
     "Write report.html, one page that needs no network, and a picture of each input: tokens by layers, or patches over "
-    "the image. Without inputs a sample of a task's test split is explained, and wrong predictions come first."
+    "the image. Without inputs a sample of labelled data is explained, and wrong predictions come first."
 )
 MAX_INPUTS = 50
-OF_TASKS = ("source", "max_inputs", "seed")  # options without effect on inputs that are given
+OF_SAMPLES = ("max_inputs", "seed")  # options without effect on inputs that are given
+OF_DATA = ("text", "label", "split")
 
 
 def make_parser(prog: str) -> OneLineParser:
@@ -32,16 +33,20 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument(
         "inputs", nargs="*", help="Texts (a tab separates those of a pair), or files of images or audio."
     )
+    parser.add_argument("--data", help="Labelled data of your own to explain a sample of: what --data of train takes.")
+    parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="Column of texts, or two for pairs.")
+    parser.add_argument("--label", metavar="COLUMN[,COLUMN]", help="Column of labels, or several of 0 and 1.")
+    parser.add_argument("--split", help="Split of the data (default: the only one).")
     parser.add_argument(
-        "--task", metavar="TASK", choices=registered_tasks(), help="Task whose test split is explained, without inputs."
+        "--task", metavar="TASK", choices=registered_tasks(), help="Task of whose test split a sample is explained."
     )
     parser.add_argument("--source", help=source_help())
     parser.add_argument(
         "--max_inputs",
         type=at_least(0),
-        help=f"Number of the task's inputs, drawn at random; 0 for all (default: {MAX_INPUTS}).",
+        help=f"Number of inputs of the sample, drawn at random; 0 for all (default: {MAX_INPUTS}).",
     )
-    parser.add_argument("--seed", type=at_least(0), help="Random seed of the task's sample (default: 0).")
+    parser.add_argument("--seed", type=at_least(0), help="Random seed of the sample (default: 0).")
     parser.add_argument("--output_dir", default="explanations", help="Folder to write to (default: %(default)s).")
     return parser
 
@@ -49,19 +54,20 @@ def make_parser(prog: str) -> OneLineParser:
 def run(options: argparse.Namespace) -> None:
     """Explain the inputs, and print the path of the page."""
     from ..explain import explain
+    from ..explain.parts import load_parts
     from ..explain.pictures import draw_explanation
     from ..explain.report import render_report
     from ..files import write_text
     from ..models.processors import modality_of, processor_of
-    from ..tasks import MODALITIES, get_task, load_classifier
+    from ..tasks import MODALITIES, load_classifier
 
     with one_line_errors(), without_data_bars():
         _check_options(options)
         model = load_classifier(options.model)
         modality, processor = MODALITIES[modality_of(model)], processor_of(model)
         labels = None
-        if options.task:
-            split = _load_sample(get_task(options.task), model, options)
+        if options.task or options.data:
+            split = _load_sample(model, options)
             labels, inputs = split["label"][:], modality.inputs(split, processor)
         else:
             modality.check_arguments(options.inputs)
@@ -69,7 +75,9 @@ def run(options: argparse.Namespace) -> None:
         explanations = explain(model, inputs, processor)
         folder = Path(options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "report.html", render_report(explanations, labels, f"Explanations of {options.model}"))
+        title = f"{title_of(model)} {len(explanations):,} explained"
+        page = render_report(explanations, labels, title, load_parts(options.model))
+        write_text(folder / "report.html", page)
         n_digits = max(3, len(str(len(explanations))))  # so that names sort
         for n, explanation in enumerate(explanations, 1):
             draw_explanation(explanation).savefig(folder / f"{n:0{n_digits}}.png")
@@ -86,36 +94,49 @@ def _check_options(options: argparse.Namespace) -> None:
     from ..explain.attributions import check_explained
     from ..models import CapsuleHeadConfig
 
-    if bool(options.inputs) == bool(options.task):
-        raise ValueError("Expected either texts or files, or --task with a test split to explain.")
-    for name in OF_TASKS:
-        value = getattr(options, name)
-        if value is not None and not options.task:
-            raise ValueError(f"--{name} is {value}, but it is of a task's test split; give --task, or leave it out.")
+    if sum(map(bool, (options.inputs, options.task, options.data))) != 1:
+        raise ValueError("Expected texts or files to explain, --data with labelled data, or --task: one of them.")
+    for names, needed, has_effect in (
+        (OF_SAMPLES, "--data or --task", options.task or options.data),
+        (OF_DATA, "--data", options.data),
+        (("source",), "--task", options.task),
+    ):
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not has_effect:
+                raise ValueError(f"--{name} is {value}, which has no effect without {needed}; leave it out.")
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output_dir is {folder}, which is a file; expected a folder.")
     check_explained(CapsuleHeadConfig.from_pretrained(options.model))
 
 
-def _load_sample(task: Task, model: CapsuleHeadClassifier, options: argparse.Namespace) -> Dataset:
-    """Load a sample of a task's test split.
+def _load_sample(model: CapsuleHeadClassifier, options: argparse.Namespace) -> Dataset:
+    """Load a sample of labelled data, a user's own or a task's test split.
 
     Raises:
-        ValueError: If the task does not fit the model, or has no test split.
+        ValueError: If it does not fit the model, or the task has no test split.
     """
-    from ..tasks import check_task_fits
+    from ..tasks import check_task_fits, get_task, own_task
     from ..training.run import check_labels_match
+    from .evaluate import load_own
 
-    check_task_fits(task, model)
-    splits: Any = task.load(options.source, phrases=False)
-    if "test" not in splits:
-        raise ValueError(
-            f"{task.name} has {', '.join(splits)} and no test split to explain; expected texts or files instead of "
-            "--task."
-        )
-    check_labels_match(model, splits["test"])
-    split = splits["test"].shuffle(seed=options.seed or 0)
+    if options.data:
+        own = load_own(options, model)
+        check_task_fits(own_task(own), model)
+        (split,) = own.values()
+    else:
+        task = get_task(options.task)
+        check_task_fits(task, model)
+        splits: Any = task.load(options.source, phrases=False)
+        if "test" not in splits:
+            raise ValueError(
+                f"{task.name} has {', '.join(splits)} and no test split to explain; expected texts or files instead of "
+                "--task."
+            )
+        split = splits["test"]
+        check_labels_match(model, split)
+    split = split.shuffle(seed=options.seed or 0)
     most = MAX_INPUTS if options.max_inputs is None else options.max_inputs
     return split.select(range(min(most or len(split), len(split))))
 

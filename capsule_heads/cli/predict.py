@@ -1,28 +1,29 @@
-"""`capsule-heads predict`: classify texts, or files of images or audio."""
+"""`capsule-heads predict`: classify texts, files of images or audio, or all rows of a file."""
 
 from __future__ import annotations
 
 import argparse
 import codecs
-import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .options import Command, OneLineParser, at_least, one_line_errors
+from .options import Command, OneLineParser, at_least, fail, one_line_errors
+from .options.parser import INTERRUPTED, probability
 
 if TYPE_CHECKING:
-    from ..models import CapsuleHeadClassifier
+    from ..predicting import Prediction
 
 DESCRIPTION = (
-    "Classify texts, or files of images or audio, and print one JSON object per input: its label and score; the labels "
-    "whose score is above 0.5, and the scores of all, where a model gives several; the value of a regression. Without "
-    "inputs, standard input is read: UTF-8, one input a line, of which a blank one is an empty text. A tab in a text "
-    "separates the two texts of a pair. A stereo pair is one image, the two views side by side."
+    "Classify the rows of a file, or the files of a folder of images or audio, with --data and --output: all rows and "
+    "columns stay as they are, and the answers are new columns. Or classify texts, or files of images or audio, and "
+    "print one JSON object per input: its label and score; the labels whose score is above their threshold, and the "
+    "scores of all, where a model gives several; the value of a regression. Without inputs, standard input is read: "
+    "UTF-8, one input a line, of which a blank one is an empty text. A tab in a text separates the two texts of a pair."
 )
-Scores = Sequence[Mapping[str, Any]]  # label and score of each class
 # A first line of nothing but names, one of them known, is the header of a table.
 HEADER = re.compile(r"""["']?\w+["']?([,;\t]["']?\w+["']?)+""")
 NAMES_IN_HEADERS = {"text", "sentence", "sentence1", "label", "labels"}
@@ -33,27 +34,94 @@ def make_parser(prog: str) -> OneLineParser:
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("model", help="Directory or Hub name of the model.")
     parser.add_argument("inputs", nargs="*", help="Texts, or files of images or audio.")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="CSV, TSV, JSON, JSON Lines or Parquet file of texts; or a folder of images or audio.",
+    )
+    parser.add_argument("--output", metavar="FILE", help="File to write for --data: .csv, .jsonl or .parquet.")
+    parser.add_argument(
+        "--text",
+        metavar="COLUMN[,COLUMN]",
+        help="Column of texts, or two for pairs (default: those of training, or of a usual name).",
+    )
+    parser.add_argument("--top_k", type=at_least(1), help="Number of the most probable classes to give (default: all).")
+    parser.add_argument(
+        "--abstain_below", type=probability, metavar="P", help="Give no label where the best probability is below P."
+    )
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="Batch size (default: %(default)s).")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Classify the inputs, and print a line for each."""
+    """Classify the rows of a file; or the inputs, and print a line for each."""
+    if options.data is not None:
+        _predict_file(options)
+        return
     from ..models.processors import modality_of, processor_of
+    from ..predicting import Answers, score_inputs
     from ..tasks import MODALITIES, load_classifier
 
     with one_line_errors():
+        _check_options(options)
         _check_arguments(options.inputs)
         model = load_classifier(options.model)
         name = modality_of(model)
+        answers = Answers(model.config, options.top_k, options.abstain_below)
         MODALITIES[name].check_arguments(options.inputs)
         inputs = options.inputs or read_lines(sys.stdin.buffer.read(), is_text=name == "text")
         if not inputs:
             raise ValueError("There is nothing to classify; expected texts or files, or lines to read.")
-        where = "input" if options.inputs else "standard input, line"
-        predictions = _classify(model, name, inputs, processor_of(model), options.batch_size, where)
-    for value, prediction in zip(inputs, predictions):
-        print(json.dumps({name: value, **prediction}, ensure_ascii=False))
+        where, processor = "input" if options.inputs else "standard input, line", processor_of(model)
+        values = [MODALITIES[name].read(x, processor) for x in inputs] if name == "text" else inputs
+        scores = score_inputs(model, values, processor, options.batch_size, where)
+    for given, of_input in zip(inputs, scores):
+        print(json.dumps({name: given, **answers.line(answers.answer(of_input))}, ensure_ascii=False))
+
+
+def _predict_file(options: argparse.Namespace) -> None:
+    """Write the answers to the rows of a file, and print the name of what is written."""
+    from ..predicting import Prediction, predict_file
+    from ..tasks import load_classifier
+
+    prediction = None
+    try:
+        with one_line_errors():
+            _check_options(options)
+            prediction = Prediction(
+                Path(options.data),
+                Path(options.output),
+                None if options.text is None else options.text.split(","),
+                options.top_k,
+                options.abstain_below,
+                options.batch_size,
+            )
+            prediction.check()
+            predict_file(load_classifier(options.model), prediction)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {_what_is_kept(prediction)}.", INTERRUPTED)
+    print(prediction.output)
+
+
+def _what_is_kept(prediction: Prediction | None) -> str:
+    """Return a clause about what a prediction that was interrupted has left."""
+    from ..predicting import unfinished_rows
+
+    n_rows = 0 if prediction is None else unfinished_rows(prediction)
+    if not n_rows or prediction is None:
+        return "no rows are done yet"
+    return f"{n_rows} rows are done, and kept in {prediction.unfinished}: the same command resumes there"
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.data is not None and options.output is None:
+        raise ValueError(f"--data is {options.data}, and there is no --output; expected a file to write.")
+    if options.data is not None and options.inputs:
+        raise ValueError(f"Expected either --data or inputs, not both: --data {options.data}, and {options.inputs[0]}.")
+    for name in ("output", "text"):
+        value = getattr(options, name)
+        if value is not None and options.data is None:
+            raise ValueError(f"--{name} is {value}, which is for a file of rows; expected --data FILE beside it.")
 
 
 def _check_arguments(inputs: Sequence[str]) -> None:
@@ -96,11 +164,14 @@ def read_lines(content: bytes, is_text: bool) -> list[str]:
 
 def _check_first_line(line: str) -> None:
     if _is_json(line):
-        raise ValueError("Standard input begins with JSON; expected one text a line, and nothing else in the line.")
+        raise ValueError(
+            "Standard input begins with JSON; expected one text a line, and nothing else in the line, or the file with "
+            "--data."
+        )
     if HEADER.fullmatch(line) and NAMES_IN_HEADERS & set(re.findall(r"\w+", line.lower())):
         raise ValueError(
             f"Standard input begins with the header of a table, {line!r}; expected one text a line, without a header "
-            "and other columns."
+            "and other columns, or the file with --data."
         )
 
 
@@ -112,137 +183,4 @@ def _is_json(line: str) -> bool:
         return False
 
 
-def _classify(
-    model: CapsuleHeadClassifier, modality: str, inputs: Sequence[str], processor: Any, batch_size: int, where: str
-) -> list[dict[str, Any]]:
-    """Return what is printed of each input."""
-    from ..tasks import MODALITIES
-
-    is_text = modality == "text"
-    values = [MODALITIES[modality].read(given, processor) for given in inputs] if is_text else inputs
-    return [_describe(model, scores) for scores in score(model, modality, values, processor, batch_size, where)]
-
-
-def score(
-    model: CapsuleHeadClassifier,
-    modality: str,
-    inputs: Sequence[Any],
-    processor: Any,
-    batch_size: int = 1,
-    where: str = "input",
-) -> list[Scores]:
-    """Return the label and score of each class, of each input: those that transformers' pipelines give.
-
-    Args:
-        model: the classifier.
-        modality: what it classifies: "text", "image" or "audio".
-        inputs: texts, and tuples of two; or what `as_image` or `as_audio` reads.
-        processor: the model's.
-        batch_size: number of inputs that are scored at once.
-        where: what a message calls an input, before its number.
-
-    Raises:
-        ValueError: If an input cannot be read, or nothing is left of it.
-    """
-    if modality == "audio":
-        return _score_audio(model, inputs, processor, batch_size)
-    if modality == "image":
-        return _score_images(model, inputs, processor, batch_size)
-    return _score_texts(model, inputs, processor, batch_size, where)
-
-
-def _score_texts(
-    model: CapsuleHeadClassifier, texts: Sequence[Any], tokenizer: Any, batch_size: int, where: str
-) -> list[Scores]:
-    """Score texts, or pairs of texts; say how many were cut."""
-    from transformers import TextClassificationPipeline
-
-    from ..data.tokenization import describe_cuts, token_limit
-
-    given = [dict(zip(("text", "text_pair"), (x,) if isinstance(x, str) else x)) for x in texts]
-    lengths = [len(tokenizer(**x, verbose=False)["input_ids"]) for x in given]
-    if 0 in lengths:
-        raise ValueError(
-            f"The text of {where} {lengths.index(0) + 1} is {texts[lengths.index(0)]!r}, of which the tokenizer makes "
-            "no token; leave it out."
-        )
-    most = token_limit(tokenizer) if model.config.windowing is None else None
-    cut = describe_cuts({"": lengths}, most)
-    if cut:
-        print(cut, file=sys.stderr)
-    classify = TextClassificationPipeline(model=model, tokenizer=tokenizer)
-    # verbose: it would warn of texts that run in windows.
-    found: Any = classify(given, batch_size=batch_size, truncation=most is not None, verbose=False, top_k=None)
-    return found
-
-
-def _score_images(model: CapsuleHeadClassifier, images: Sequence[Any], processor: Any, batch_size: int) -> list[Scores]:
-    """Score images; say how many were scaled to 8 bits."""
-    from transformers import ImageClassificationPipeline
-
-    from ..data.images import as_image, is_scaled, resizes, warn_of_scaled
-
-    scaled: list[bool] = []
-
-    def read() -> Iterator[Any]:  # one batch after another
-        for given in images:
-            image = as_image(given)
-            scaled.append(is_scaled(image))
-            yield image
-
-    step = batch_size if resizes(processor) else 1
-    classify: Any = ImageClassificationPipeline(model=model, image_processor=processor)
-    found = list(classify(read(), batch_size=step, top_k=model.config.num_labels))
-    warn_of_scaled(sum(scaled))
-    return found
-
-
-def _score_audio(
-    model: CapsuleHeadClassifier, recordings: Sequence[Any], processor: Any, batch_size: int
-) -> list[Scores]:
-    """Score audio, prepared as in training; transformers' pipeline needs ffmpeg for files."""
-    import torch
-
-    from ..data.audio import AudioCollator, as_audio, audio_features, check_length, least_samples
-
-    collate = AudioCollator(processor)
-    names = model.config.class_names
-    least = least_samples(processor, model)
-
-    def read() -> Iterator[dict[str, Any]]:
-        for given in recordings:
-            samples = as_audio(given, processor.sampling_rate)
-            check_length(samples, least, given if isinstance(given, str) else "The audio")
-            yield audio_features(samples, processor)
-
-    found: list[Scores] = []
-    for rows in _batches_of_one_shape(read(), batch_size):
-        with torch.no_grad():
-            logits = model(**collate(rows)).logits
-        if model.config.problem_type == "multi_label_classification":
-            scores = logits.sigmoid()
-        else:
-            scores = logits if model.config.problem_type == "regression" else logits.softmax(-1)
-        found += ([{"label": name, "score": x} for name, x in zip(names, row)] for row in scores.tolist())
-    return found
-
-
-def _describe(model: CapsuleHeadClassifier, scores: Scores) -> dict[str, Any]:
-    """Return what is printed of an input, from the label and score of each class."""
-    by_label = {x["label"]: x["score"] for x in sorted(scores, key=lambda x: x["score"], reverse=True)}
-    if model.config.problem_type == "regression":
-        return {"value": scores[0]["score"]} if len(scores) == 1 else {"values": by_label}
-    if model.config.problem_type == "multi_label_classification":
-        return {"labels": [label for label, score in by_label.items() if score > 0.5], "scores": by_label}
-    label, score = next(iter(by_label.items()))
-    return {"label": label, "score": score}
-
-
-def _batches_of_one_shape(rows: Iterable[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows in batches without padding, which would change the scores of some backbones."""
-    for _, alike in itertools.groupby(rows, key=lambda row: [x.shape for x in row.values()]):
-        while batch := list(itertools.islice(alike, batch_size)):
-            yield batch
-
-
-COMMAND = Command("Classify texts, images or audio.", make_parser, run)
+COMMAND = Command("Classify texts, images or audio, or all rows of a file.", make_parser, run)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
 from .options import Command, OneLineParser, one_line_errors
 
@@ -18,6 +20,11 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument("directory", help="output_dir of capsule-heads train, or another directory with a model.")
     parser.add_argument("repo_id", help='Name of the repository, "name" or "owner/name"; created if it does not exist.')
     parser.add_argument(
+        "--head_only",
+        choices=("true", "false"),
+        help="Whether to leave out the weights of the backbone, which the head then names (default: as it is saved).",
+    )
+    parser.add_argument(
         "--include_code", action="store_true", help="Push code too, so that the model runs without this package."
     )
     parser.add_argument("--private", action="store_true", help="Make the repository a private one, if it is made.")
@@ -31,9 +38,12 @@ def run(options: argparse.Namespace) -> None:
     """Push a run, and print the address of the commit."""
     from ..hub import push_run
 
-    with one_line_errors(OSError, TypeError, ValueError):
+    with one_line_errors(OSError, TypeError, ValueError), tempfile.TemporaryDirectory() as folder:
+        is_saved_again = options.head_only is not None and Path(options.directory).is_dir()
+        if is_saved_again:
+            _save_again(Path(options.directory), Path(folder), head_only=options.head_only == "true")
         commit = push_run(
-            options.directory,
+            folder if is_saved_again else options.directory,
             options.repo_id,
             include_code=options.include_code,
             private=options.private or None,  # else the owner's default
@@ -42,6 +52,16 @@ def run(options: argparse.Namespace) -> None:
             commit_message=options.commit_message,
         )
     print(commit.commit_url)
+
+
+def _save_again(directory: Path, folder: Path, head_only: bool) -> None:
+    """Put the files of a run into an empty folder, the model with the weights of its backbone or without."""
+    from ..tasks import load_classifier
+
+    for path in directory.iterdir():
+        if path.is_file():
+            (folder / path.name).symlink_to(path.resolve())
+    load_classifier(str(directory)).save_pretrained(folder, head_only=head_only)
 
 
 COMMAND = Command("Push a trained model to the Hub, with a card.", make_parser, run)

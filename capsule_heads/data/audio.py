@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from .folders import SPLIT_NAMES
 from .inputs import AUDIO_SUFFIXES, count_kinds, download, is_address
 from .splits import made_when_read, with_validation
 
@@ -24,13 +25,8 @@ if TYPE_CHECKING:
 
     from ..models import CapsuleHeadClassifier
 
+OPEN_END = 0x7FFFF000  # bytes of samples that WAV files announce, or more, whose end was not known when they began
 LONGEST_FRAME = 1  # seconds: no backbone's frame is longer
-# Names of folders with a split's files, as `datasets` knows them for folders of images.
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 LAYOUT = "train/CLASS/*.wav and the like"
 # Whole numbers that stand for audio: what is silence, and what is 1.
 SCALES = {np.dtype("uint8"): (128, 128), np.dtype("int16"): (0, 2**15), np.dtype("int32"): (0, 2**31)}
@@ -81,7 +77,7 @@ def load_audio_folder(source: str | os.PathLike[str] | None) -> DatasetDict:
     kinds = count_kinds(root)
     if not kinds["audio"] and kinds["image"]:
         raise ValueError(f"{source} has {kinds['image']} images and no audio files; use the task image_folder.")
-    files = {split: _find_files(root, folders) for split, folders in SPLIT_FOLDERS.items()}
+    files = {split: _find_files(root, folders) for split, folders in SPLIT_NAMES.items()}
     files = {split: found for split, found in files.items() if found}
     names = sorted({path.parent.name for found in files.values() for path in found})
     if len(names) < 2:
@@ -183,12 +179,42 @@ def _read_file(given: str | os.PathLike[str] | bytes, name: str) -> tuple[np.nda
             'To read audio files, soundfile is needed, which is not installed: pip install "capsule-heads[audio]".'
         ) from error
     try:
+        with io.BytesIO(given) if isinstance(given, bytes) else open(given, "rb") as content:
+            n_missing = _missing_from_wav(content)
         file = io.BytesIO(given) if isinstance(given, bytes) else given
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError for a file of samples alone
+        with soundfile.SoundFile(file) as opened:
+            samples, rate = opened.read(dtype="float32", always_2d=True), opened.samplerate
+            n_frames = opened.frames
+    except (OSError, soundfile.SoundFileError, TypeError) as error:  # TypeError for a file of samples alone
         reason = getattr(error, "error_string", error)
         raise ValueError(f"{name} is not an audio file that can be read: {reason}") from None
+    if n_missing:
+        raise ValueError(
+            f"{name} is cut short: its header announces {n_missing} bytes more than there are; fetch it again."
+        )
+    if len(samples) < n_frames:
+        raise ValueError(
+            f"{name} is cut short: its header announces {n_frames} samples, and {len(samples)} are there; fetch it "
+            "again."
+        )
     return _checked(samples.mean(axis=1), name), rate
+
+
+def _missing_from_wav(file: BinaryIO) -> int:
+    """Return how many bytes of samples a WAV file lacks of those that its header announces; 0 for other files.
+
+    The library that reads it takes what is there. Programs that write to a pipe announce as much as can be.
+    """
+    header = file.read(12)
+    if header[:4] != b"RIFF" or header[8:] != b"WAVE":
+        return 0
+    while len(chunk := file.read(8)) == 8:
+        size = int.from_bytes(chunk[4:], "little")
+        if chunk[:4] == b"data":
+            start = file.tell()
+            return 0 if size >= OPEN_END else max(0, size - (file.seek(0, os.SEEK_END) - start))
+        file.seek(size + size % 2, os.SEEK_CUR)
+    return 0
 
 
 def _read_samples(given: Any, name: str) -> np.ndarray:

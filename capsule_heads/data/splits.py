@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 VALIDATION_FRACTION = 0.1  # of the training examples, where a dataset has no validation split
+FEW, FRACTION_OF_FEW = 1000, 0.2  # examples, of which a tenth would be too few to measure anything
 
 
 def check_dataset(name: str, given: object, *kinds: str) -> None:
@@ -81,6 +82,31 @@ def with_validation(splits: DatasetDict, source: str, kind: str) -> DatasetDict:
     parts = splits["train"].train_test_split(n_validation, seed=0, stratify_by_column="label")
     splits["train"], splits["validation"] = _with_all_classes(parts["train"], parts["test"])
     return splits
+
+
+def hold_out(n_rows: int, classes: Sequence[int] | None, seed: int) -> tuple[list[int], list[int]]:
+    """Return the rows to train on and those to validate on: a tenth, or a fifth of fewer than 1,000.
+
+    Args:
+        n_rows: number of rows.
+        classes: `[n_rows]`, of which each keeps its share where it has two rows or more; None for no classes.
+        seed: random seed.
+
+    Returns:
+        Two lists of rows, in order. The second is empty if there is nothing that can be spared.
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = collections.Counter(classes or [0] * n_rows)
+    of_row = [0] * n_rows if classes is None else list(classes)
+    rows = [row for row in range(n_rows) if counts[of_row[row]] > 1]
+    strata = [of_row[row] for row in rows]
+    n_held_out = max(math.ceil((FRACTION_OF_FEW if n_rows < FEW else VALIDATION_FRACTION) * n_rows), len(set(strata)))
+    if len(rows) - n_held_out < len(set(strata)) or not rows:
+        return list(range(n_rows)), []
+    _, held_out = train_test_split(rows, test_size=n_held_out, stratify=strata, random_state=seed)
+    held_out.sort()
+    return sorted(set(range(n_rows)) - set(held_out)), held_out
 
 
 def _with_all_classes(train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..backbones.processors import limit_tokens
+from .columns import TEXTS
 from .labels import number_labels
 from .splits import check_dataset, row_of
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEXTS = ("text", "text_pair")
 UNCUT = "tokens_before_cutting"  # a column, while a dataset is tokenized
 
 
@@ -96,7 +96,7 @@ def _limit_of_backbone(tokenizer: PreTrainedTokenizerBase) -> float | None:
 def tokenize(
     datasets: Data, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, in_windows: bool = False
 ) -> Data:
-    """Tokenize the columns `text` and, if there is one, `text_pair`.
+    """Tokenize the columns `text` and, if there is one, `text_pair`. Where that is empty, `text` is a single text.
 
     Labels that are words, or true and false, become classes: those of all splits, sorted, as `class_encode_column` of
     `datasets` has them. The model's `id2label` is for you to set, to the names in the order of
@@ -214,22 +214,53 @@ def _encoder_of(
                         f"{column} of {row_of(split, row)} is None; expected a text in every row: leave such rows out, "
                         f"with dataset.filter(lambda row: row[{column!r}] is not None)."
                     )
-        texts = [batch[column] for column in columns]
-        # verbose: it would warn of texts that are longer than the backbone takes.
-        encoding: dict[str, list] = dict(tokenizer(*texts, verbose=False))
-        uncut = list(map(len, encoding["input_ids"]))
+        texts = list(zip(*(batch[column] for column in columns)))
+        encodings, uncut = encode_texts(tokenizer, texts, most)
         if 0 in uncut:
             row = uncut.index(0)
             raise ValueError(
-                f"text of {row_of(split, rows[row])} is {texts[0][row]!r}, of which {type(tokenizer).__name__} makes "
+                f"text of {row_of(split, rows[row])} is {texts[row][0]!r}, of which {type(tokenizer).__name__} makes "
                 "no token; expected a token at least: leave such rows out with dataset.filter(lambda row: ...)."
             )
-        long = [index for index, length in enumerate(uncut) if most is not None and length > most]
-        if long:
-            of_long = ([of_column[index] for index in long] for of_column in texts)
-            for name, values in tokenizer(*of_long, truncation=True, max_length=most).items():
-                for index, value in zip(long, values):
-                    encoding[name][index] = value
+        encoding = {name: [row[name] for row in encodings] for name in encodings[0]}
         return {**encoding, "length": list(map(len, encoding["input_ids"])), UNCUT: uncut}
 
     return encode
+
+
+def without_empty_pair(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return a text, or the two of a pair; one if the second is empty, as transformers' pipelines have it."""
+    return tuple(texts[:1]) if len(texts) == 2 and not texts[1] else tuple(texts)
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Sequence[str]], most: int | None
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Tokenize single texts and pairs: what training, evaluation and prediction see of them.
+
+    Args:
+        tokenizer: the backbone's.
+        texts: tuples of one text, or of the two of a pair.
+        most: tokens to cut to; None to cut nothing.
+
+    Returns:
+        What a model takes of each text, and its number of tokens before it is cut.
+    """
+    texts = list(map(without_empty_pair, texts))
+    encodings: list[dict[str, Any]] = [{}] * len(texts)
+
+    def encode(rows: Sequence[int], **options: Any) -> None:
+        for n_texts in (1, 2):  # a tokenizer takes texts or pairs, and not both
+            alike = [row for row in rows if len(texts[row]) == n_texts]
+            if alike:
+                columns = map(list, zip(*(texts[row] for row in alike)))
+                # verbose: it would warn of texts that are longer than the backbone takes.
+                encoded = dict(tokenizer(*columns, verbose=False, **options))
+                for n, row in enumerate(alike):
+                    encodings[row] = {name: values[n] for name, values in encoded.items()}
+
+    encode(range(len(texts)))
+    lengths = [len(encoding["input_ids"]) for encoding in encodings]
+    if most is not None:
+        encode([row for row, length in enumerate(lengths) if length > most], truncation=True, max_length=most)
+    return encodings, lengths

@@ -14,13 +14,17 @@ another:
   not. A class score is no linear function of the parts, so these credits add up to `sum_j a_j da_k/da_j` and not to the
   score. The probabilities of the first routing are taken as given. And a backbone mixes tokens, so the state of one
   token at a later layer says something about other tokens too.
+
+A linear term (`capsule_heads.heads.linear_term`) is a sum over tokens and layers, and a bias, for each class. A
+model's logits are then the mean of its scores and the head's. Its credits are exact, and are added to those of the
+tokens, all halved. Halved credits of parts, of the term and its bias add up to the logit.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,9 +34,10 @@ from torch import Tensor
 from ..data.audio import LONGEST_FRAME, AudioCollator, as_audio, audio_features, check_length, least_samples
 from ..data.images import as_image, is_scaled, process_images, resizes, warn_of_scaled
 from ..data.inputs import is_input, list_inputs
+from ..data.tokenization import without_empty_pair
 from ..heads import Head, RoutingHead, get_head, registered_heads
 from ..layers import Routing
-from ..models.configuration_capsule_head import CapsuleHeadConfig
+from ..models.configuration_capsule_head import DEFAULT_THRESHOLD, CapsuleHeadConfig
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from ..models.processors import modality_of, processor_of
 
@@ -54,7 +59,8 @@ class Credits(NamedTuple):
     Attributes:
         scores: `[batch, n_out]`, the class scores.
         parts: `[batch, n_parts, n_out]`, exact: their sum over parts is `scores`.
-        inputs: per layer `[batch, tokens, n_out]`, the chain of the two routings, to first order.
+        inputs: per layer `[batch, tokens, n_out]`, the chain of the two routings, to first order; none where they are
+            left out.
     """
 
     scores: Tensor
@@ -71,7 +77,9 @@ class Word(NamedTuple):
     credit: Tensor
 
 
-def compute_credits(head: Head, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> Credits:
+def compute_credits(
+    head: Head, hidden_states: Sequence[Tensor], masks: Sequence[Tensor], parts_only: bool = False
+) -> Credits:
     """Compute the credits of parts, and of all tokens at all layers, for all classes.
 
     It costs a forward pass of the head and, for each class, a backward pass of its second routing, which is small. Its
@@ -81,6 +89,7 @@ def compute_credits(head: Head, hidden_states: Sequence[Tensor], masks: Sequence
         head: a head with two routings, such as `TokenDepthHead`.
         hidden_states: per layer `[batch, tokens, hidden_size]`, as the head takes them.
         masks: per layer `[batch, tokens]`.
+        parts_only: whether to leave the credits of tokens out, and with them the backward passes.
 
     Returns:
         `Credits`, in float32 or wider.
@@ -92,6 +101,10 @@ def compute_credits(head: Head, hidden_states: Sequence[Tensor], masks: Sequence
     first, second = (routing for routing in head.routings if isinstance(routing, Routing))
     with torch.no_grad():
         a_inp, mu_inp = head.detect(hidden_states, masks)
+        if parts_only:
+            a, mu, _ = first(a_inp, mu_inp)
+            scores, _, _, R = second(a, mu, return_R=True)
+            return Credits(scores, second.credits(a, R), [])
         a, mu, _, R = first(a_inp, mu_inp, return_R=True)  # of the parts
         to_parts = first.credits(a_inp, R)  # [bij]
         fractions = a_inp.to(R.dtype).sigmoid().unsqueeze(-1) * R
@@ -134,8 +147,9 @@ def _check_routes(head: Head) -> RoutingHead:
 
 def _no_credits(head: type[Head]) -> ValueError:
     names = [name for name, known in registered_heads().items() if known.explains]
+    article = "An" if head.__name__[0] in "AEIOU" else "A"
     return ValueError(
-        f"A {head.__name__} has no credits to explain; expected a head with capsules of classes, such as "
+        f"{article} {head.__name__} has no credits to explain; expected a head with capsules of classes, such as "
         f'head_type="{names[0]}".'
     )
 
@@ -154,21 +168,25 @@ class Explanation:
 
     Attributes:
         labels: names of the classes.
-        logits: `[classes]`, their scores.
+        logits: `[classes]`, their scores, divided by the model's temperature, as its own are. So are all credits.
         probabilities: `[classes]`, that the model gives them.
         is_multi_label: whether each class has a probability of its own; otherwise they add up to 1.
-        parts: `[n_parts, classes]`, credits of parts, in logits: exact, their sum over parts is `logits`.
-        credits: per layer `[tokens, classes]`, credits of tokens, in logits, to first order (see the module).
+        parts: `[n_parts, classes]`, credits of parts, in logits: exact, their sum over parts and `linear` is `logits`.
+        credits: per layer `[tokens, classes]`, credits of tokens, in logits, to first order (see the module), those of
+            the linear term included; none where they are left out.
         layers: the index of each hidden state.
-        tokens: the tokens' texts; None for an image or audio.
+        linear: `[classes]`, what the linear term and its bias add, in logits; None for a model without one.
+        tokens: the text that each token stands for, or the name of a special one; None for an image or audio.
         is_special: for each token, whether the tokenizer added it.
         spans: for each word, its first and last character in `text`, and its tokens; empty without a fast tokenizer.
         text: the text; the two texts of a pair, with a tab between them.
         n_cut: number of tokens that were cut off the end of the text, since the model takes no more; 0 for none.
+        thresholds: for each class, the probability above which a multi-label model predicts it; None for 0.5.
         image: the image as the processor gets it (see `capsule_heads.data.images.as_image`); where its channels are no
             colours, the first one, as the backbone takes it.
         n_pixels: rows and columns of the image as the backbone takes it.
         patch_size: rows and columns of a patch, where the backbone's configuration has them.
+        seconds: from one token of audio to the next, of a backbone with a frame of convolutions for each; else None.
     """
 
     labels: tuple[str, ...]
@@ -178,14 +196,17 @@ class Explanation:
     parts: Tensor
     credits: tuple[Tensor, ...]
     layers: tuple[int, ...]
+    linear: Tensor | None = None
     tokens: tuple[str, ...] | None = None
     is_special: tuple[bool, ...] | None = None
     spans: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     text: str | None = None
     n_cut: int = 0
+    thresholds: tuple[float, ...] | None = None
     image: Image | NDArray | Tensor | None = None
     n_pixels: tuple[int, int] | None = None
     patch_size: tuple[int, int] | None = None
+    seconds: float | None = None
 
     @property
     def predicted(self) -> int:
@@ -194,10 +215,11 @@ class Explanation:
 
     @property
     def predicted_classes(self) -> tuple[int, ...]:
-        """Return the predicted classes: of several labels, all whose probability is above 0.5."""
+        """Return the predicted classes: of several labels, all whose probability is above its threshold."""
         if not self.is_multi_label:
             return (self.predicted,)
-        return tuple(k for k, p in enumerate(self.probabilities.tolist()) if p > 0.5)
+        thresholds = self.thresholds or (DEFAULT_THRESHOLD,) * len(self.labels)
+        return tuple(k for k, p in enumerate(self.probabilities.tolist()) if p > thresholds[k])
 
     @property
     def predicted_labels(self) -> tuple[str, ...]:
@@ -309,7 +331,11 @@ def _as_grid(credits: Tensor, n_pixels: tuple[int, int], patch_size: tuple[int, 
 
 
 def explain(
-    model: CapsuleHeadClassifier, inputs: Any, processor: Any | None = None, batch_size: int = 16
+    model: CapsuleHeadClassifier,
+    inputs: Any,
+    processor: Any | None = None,
+    batch_size: int = 16,
+    parts_only: bool = False,
 ) -> list[Explanation]:
     """Explain the scores of a classifier: those that transformers' pipeline gives for the same inputs.
 
@@ -324,6 +350,7 @@ def explain(
             saved with the model, or with its backbone.
         batch_size: number of inputs to explain at once. Audio, and images that are not resized, go one at a time,
             without padding.
+        parts_only: whether to leave the credits of tokens out, which cost a backward pass for each class.
 
     Returns:
         One `Explanation` for each input. The model is left in the mode that it was in. Texts that are cut and images
@@ -339,7 +366,7 @@ def explain(
     model.eval()
     try:
         if isinstance(inputs, Mapping) and not is_input(inputs):
-            return _explain_batch(model, inputs)
+            return _explain_batch(model, inputs, parts_only=parts_only)
         processor = processor_of(model) if processor is None else processor
         modality = modality_of(model)
         given = list_inputs(inputs, modality)
@@ -349,7 +376,7 @@ def explain(
         explanations = []
         for start in range(0, len(given), step):
             batch = dict(zip(names[start : start + step], given[start : start + step]))
-            explanations += _explain_batch(model, *prepare(model, batch, processor))
+            explanations += _explain_batch(model, *prepare(model, batch, processor), parts_only=parts_only)
     finally:
         model.train(was_training)
     _warn_of_losses(explanations)
@@ -383,9 +410,9 @@ def _prepare_texts(
         n_tokens = len(tokenizer(*pair, verbose=False)["input_ids"])  # verbose: it would warn of the long ones
         known.append(
             {
-                "tokens": tuple(tokenizer.convert_ids_to_tokens(ids)),
+                "tokens": tuple(_token_texts(tokenizer, pair, encoding)),
                 "is_special": tuple(map(bool, tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True))),
-                "spans": _spans(encoding, [0, len(pair[0]) + 1]) if tokenizer.is_fast else (),
+                "spans": _spans(encoding, "\t".join(pair), [0, len(pair[0]) + 1]) if tokenizer.is_fast else (),
                 "text": "\t".join(pair),
                 "n_cut": n_tokens - len(ids),
             }
@@ -398,17 +425,37 @@ def _as_pair(given: Any, name: str) -> tuple[str, ...]:
     """Return a text, or the two of a pair."""
     pair = given if isinstance(given, tuple) else (given,)
     if isinstance(given, Mapping) and {"text"} <= set(given) <= {"text", "text_pair"}:
-        pair = (given["text"],) if given.get("text_pair") is None else (given["text"], given["text_pair"])
+        pair = (given["text"], given.get("text_pair") or "")
     if len(pair) not in (1, 2) or not all(isinstance(text, str) for text in pair):
         raise TypeError(
             f'{name} is {given!r:.200}; expected a text, or a pair: a tuple of two, or {{"text": ..., "text_pair": '
             "...}."
         )
-    return pair
+    return without_empty_pair(pair)
 
 
-def _spans(encoding: Any, starts: Sequence[int]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-    """Return the span of each word, of texts that begin at `starts` of their joined text, and its tokens."""
+def _token_texts(tokenizer: Any, pair: Sequence[str], encoding: Any) -> Iterator[str]:
+    """Yield what each token stands for in a text, without spaces; the name of one that stands for nothing there.
+
+    Names of tokens of bytes, such as GPT-2's, are not meant to be read.
+    """
+    names = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
+    if not tokenizer.is_fast:
+        yield from (tokenizer.convert_tokens_to_string([name]).strip() or name for name in names)
+        return
+    for name, sequence, (start, end) in zip(names, encoding.sequence_ids(), encoding["offset_mapping"]):
+        text = "" if sequence is None else pair[sequence][start:end]
+        yield text.strip() if text else name
+
+
+def _spans(encoding: Any, text: str, starts: Sequence[int]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """Return the span of each word of a text without the spaces around it, and its tokens.
+
+    Args:
+        encoding: of one text, or two.
+        text: the text, or both, joined.
+        starts: where each begins in it.
+    """
     words: dict[tuple[int, int], list[int]] = {}
     for token, (word, sequence) in enumerate(zip(encoding.word_ids(), encoding.sequence_ids())):
         if word is not None and sequence is not None:
@@ -417,6 +464,9 @@ def _spans(encoding: Any, starts: Sequence[int]) -> tuple[tuple[int, int, tuple[
     for (sequence, _), tokens in words.items():
         ends = [encoding["offset_mapping"][token] for token in tokens]
         start, end = starts[sequence] + min(x for x, _ in ends), starts[sequence] + max(x for _, x in ends)
+        word = text[start:end]
+        if word.strip():  # GPT-2's words begin with the space before them
+            start, end = start + len(word) - len(word.lstrip()), end - len(word) + len(word.rstrip())
         spans.append((start, end, tuple(tokens)))
     return tuple(spans)
 
@@ -444,23 +494,41 @@ def _prepare_images(
 def _prepare_audio(
     model: CapsuleHeadClassifier, given: Mapping[str, Any], extractor: Any
 ) -> tuple[Mapping[str, Any], list[Known]]:
-    """Return inputs of the model, and what is known of each audio: nothing."""
+    """Return inputs of the model, and what is known of each audio: the seconds of a token."""
     rows = []
     for name, audio in given.items():
         samples = as_audio(audio, extractor.sampling_rate, name)
         if len(samples) < LONGEST_FRAME * extractor.sampling_rate:
             check_length(samples, least_samples(extractor, model), name)
         rows.append(audio_features(samples, extractor, name))
-    return AudioCollator(extractor)(rows), [{} for _ in rows]
+    n_samples = getattr(model.config.base_config, "inputs_to_logits_ratio", None)
+    seconds = n_samples / extractor.sampling_rate if n_samples else None
+    return AudioCollator(extractor)(rows), [{"seconds": seconds} for _ in rows]
+
+
+def _at_temperature(found: Credits, temperature: float) -> Credits:
+    """Return scores, and credits of them, as the model's own logits are; the credits add up as before."""
+    return Credits(found.scores / temperature, found.parts / temperature, [x / temperature for x in found.inputs])
 
 
 def _explain_batch(
-    model: CapsuleHeadClassifier, inputs: Mapping[str, Any], known: list[Known] | None = None
+    model: CapsuleHeadClassifier,
+    inputs: Mapping[str, Any],
+    known: list[Known] | None = None,
+    parts_only: bool = False,
 ) -> list[Explanation]:
     given = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     with torch.no_grad():
         states, masks = model.compute_hidden_states(**given)
-    found = compute_credits(model.head, states, masks)
+    found, linear = compute_credits(model.head, states, masks, parts_only), None
+    if model.linear_term is not None:
+        with torch.no_grad():
+            linear = model.linear_term(states, masks)
+            own = [] if parts_only else model.linear_term.credits(states, masks)
+        both = Credits(found.scores + linear, found.parts, [x + y for x, y in zip(found.inputs, own, strict=True)])
+        found = _at_temperature(both, 2)  # the model's logits are the mean of both
+        linear = linear / 2 / model.config.calibration_temperature
+    found = _at_temperature(found, model.config.calibration_temperature)
     known = [{} for _ in found.scores] if known is None else known
     if len(known) != len(found.scores):
         raise ValueError(
@@ -482,9 +550,11 @@ def _explain_batch(
                 logits=found.scores[row].cpu(),
                 probabilities=probabilities[row].cpu(),
                 is_multi_label=is_multi_label,
+                thresholds=tuple(model.config.label_thresholds),
                 parts=found.parts[row].cpu(),
                 credits=credits,
                 layers=tuple(model.config.layers),
+                linear=None if linear is None else linear[row].cpu(),
                 **of_row,
             )
         )

@@ -1,8 +1,7 @@
 """Pictures of explanations: tokens by layers, patches over an image, layers, parts; and deletion curves.
 
-The colours of one explanation are in proportion to its credits, and `colour_strength` says how strong they are: an
-unsure prediction looks paler than a sure one. No side of a picture is longer than `MOST_INCHES`: of many tokens, layers
-or classes some are named.
+Colours have one absolute scale, see `lead_per_credit`: an unsure prediction looks paler than a sure one. No side of a
+picture is longer than `MOST_INCHES`: of many tokens, layers or classes some are named.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ if TYPE_CHECKING:
 
 PALETTE = "RdBu"  # red is against the class, blue is for it: told apart by those who see no green
 BLUE, RED = "#2166ac", "#b2182b"
-# Logits by which a prediction in full colours is ahead of the next class: a probability of 0.95 against 0.05. It is an
-# absolute scale of predictions, not of credits, which are small (0.01 to 0.3 logits a word), smaller in longer texts,
-# and often larger where the prediction is close: by credits alone a guess would look surer.
-FULL_COLOUR = 3.0
-PALEST = 0.15  # of a full colour, where two classes are equal: pale, and not gone
+FULL_COLOUR = 1.0  # logits of the lead
+SCALE = "share of the lead (logits)"
+SCALE_TICKS = (-1.0, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 1.0)  # up to a full colour
 MOST_INCHES = 16.0  # 2,400 pixels; Agg draws at most 65,535, and few screens have more
 INCHES_A_NAME = 0.34  # between the names of tokens, which are slanted
+INCHES_WITHOUT_NAMES = 9.0  # of audio
 INCHES_A_ROW = 0.24  # of a layer or class
 MOST_CHARACTERS = 24  # of a name in a picture
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # of Pillow: one number a pixel, its brightness
@@ -55,25 +53,47 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
 
 
 def shown_classes(explanation: Explanation) -> list[int]:
-    """Return the classes that are predicted: of a multi-label model all above 0.5, the most probable one first.
+    """Return the classes that are predicted, the most probable one first; of a multi-label model there may be several.
 
-    Where no label is above 0.5 the most probable one is shown, as that of a model with one class an input.
+    Where no label is above its threshold the most probable one is shown, as that of a model with one class an input.
     """
     shown = explanation.predicted_classes or (explanation.predicted,)
     return sorted(shown, key=lambda k: -float(explanation.probabilities[k]))
 
 
-def colour_strength(explanation: Explanation, target: int) -> float:
-    """Return how strong the colours for a class are, from `PALEST` to 1 for a full colour.
-
-    It is the distance in logits from the next class, or of a multi-label model from 0.5, as a fraction of
-    `FULL_COLOUR`: 0.15 at a probability of 0.54 against 0.46, 0.37 at 0.75, 1 from 0.95.
-    """
+def lead_of(explanation: Explanation, target: int) -> float:
+    """Return how far a class is from the next one, in logits; of a multi-label model from a probability of 0.5."""
     logits = explanation.logits
-    others = logits.new_zeros(1) if explanation.is_multi_label else torch.cat([logits[:target], logits[target + 1 :]])
-    if not len(others):
-        return 1.0  # one class alone
-    return min(1.0, max(PALEST, abs(float(logits[target] - others.max())) / FULL_COLOUR))
+    if explanation.is_multi_label or len(logits) == 1:
+        return abs(float(logits[target]))
+    return abs(float(logits[target] - torch.cat([logits[:target], logits[target + 1 :]]).max()))
+
+
+def lead_per_credit(explanation: Explanation, target: int) -> float:
+    """Return what credits for a class are multiplied by, to be what a page and a picture show.
+
+    They show how the lead of a class is divided among tokens, in logits, in proportion to their credits: without their
+    signs these numbers add up to the lead. Credits themselves are no scale of colours: they are often larger where a
+    prediction is close, so a guess would look surer than a sure prediction.
+    """
+    credits = explanation.by_token() if explanation.is_uniform else torch.cat(explanation.credits)
+    total = float(explanation.against_others(credits)[:, target].abs().sum())
+    return lead_of(explanation, target) / (total or 1.0)
+
+
+def shade(share: float) -> float:
+    """Return how strong the colour of a share of the lead is, from 0 to 1.
+
+    A root, as a text of hundreds of words has shares of hundredths of a logit.
+    """
+    return min(1.0, math.sqrt(abs(share) / FULL_COLOUR))
+
+
+def percent(probability: float) -> str:
+    """Return a probability in percent, never one of 100% or 0% by rounding."""
+    if 0.995 <= probability < 1:
+        return ">99%"
+    return "<1%" if 0 < probability < 0.005 else f"{probability:.0%}"
 
 
 def has_patches(explanation: Explanation) -> bool:
@@ -117,23 +137,26 @@ def draw_tokens(explanation: Explanation, target: int | None = None) -> Figure:
         ValueError: If hidden states differ in tokens.
     """
     k = explanation.predicted if target is None else target
-    credits = explanation.against_others(explanation.by_token_and_layer())[..., k].numpy()
-    n_tokens, n_layers = credits.shape
-    figure = new_figure(max(5.0, 2.2 + INCHES_A_NAME * n_tokens), 2.8 + INCHES_A_ROW * n_layers)
+    shares = _shares(explanation, explanation.by_token_and_layer(), k)
+    n_tokens, n_layers = shares.shape
+    width = max(5.0, 2.2 + INCHES_A_NAME * n_tokens) if explanation.tokens else INCHES_WITHOUT_NAMES
+    figure = new_figure(width, 2.8 + INCHES_A_ROW * n_layers)
     sums, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.1, INCHES_A_ROW * n_layers + 0.4))
-    totals, edges = credits.sum(1), np.arange(n_tokens + 1) - 0.5
+    seconds = explanation.seconds or 1.0
+    totals, edges = shares.sum(1), (np.arange(n_tokens + 1) - 0.5 * (explanation.seconds is None)) * seconds
     for part, colour in ((totals.clip(min=0), BLUE), (totals.clip(max=0), RED)):
-        sums.stairs(part, edges, fill=True, color=colour, alpha=colour_strength(explanation, k))
+        sums.stairs(part, edges, fill=True, color=colour, alpha=shade(float(np.abs(totals).max(initial=0.0))))
     sums.axhline(0, color="black", linewidth=0.8)
     sums.set_ylabel("all layers")
-    image = heat.imshow(credits.T, **_colours(credits, explanation, k), aspect="auto", origin="lower")
+    extent = (edges[0], edges[-1], -0.5, n_layers - 0.5)
+    image = heat.imshow(shares.T, **_colours(), aspect="auto", origin="lower", extent=extent)
     if explanation.tokens:
-        _name_tokens(heat, explanation.tokens, int((figure.get_size_inches()[0] - 2.2) / INCHES_A_NAME))
+        _name_tokens(heat, explanation.tokens, round((figure.get_size_inches()[0] - 2.2) / INCHES_A_NAME))
     else:
-        heat.set_xlabel("position")
+        heat.set_xlabel("position" if explanation.seconds is None else "seconds")
     _name_rows(heat, explanation.layers)
     heat.set_ylabel("layer")
-    figure.colorbar(image, ax=[sums, heat], label="credit (logits)")
+    _add_scale(figure, image, [sums, heat])
     _set_title(sums, explanation, k)
     return figure
 
@@ -150,16 +173,16 @@ def draw_patches(explanation: Explanation, target: int | None = None) -> Figure:
         ValueError: If there is no image, or its tokens make no grid.
     """
     k = explanation.predicted if target is None else target
-    credits = explanation.against_others(explanation.by_patch())[..., k].numpy()
+    shares = _shares(explanation, explanation.by_patch(), k)
     figure = new_figure(8.0, 3.8)
     plain, over = figure.subplots(1, 2)
     image = _as_pixels(explanation.image)
-    extent = (0, credits.shape[1], credits.shape[0], 0)  # image and patches in one unit, whatever was cropped
+    extent = (0, image.shape[1], image.shape[0], 0)  # patches over all of the image, whatever was cropped
     for axes in (plain, over):
         axes.imshow(image, extent=extent, cmap="gray", aspect="equal")
         axes.axis("off")
-    drawn = over.imshow(credits, **_colours(credits, explanation, k), alpha=0.6, extent=extent)
-    figure.colorbar(drawn, ax=over, label="credit (logits)")
+    drawn = over.imshow(shares, **_colours(), alpha=0.6, extent=extent)
+    _add_scale(figure, drawn, [over])
     plain.set_title("image")
     _set_title(over, explanation, k)
     return figure
@@ -178,34 +201,52 @@ def draw_layers(explanation: Explanation, target: int | None = None) -> Figure:
         ImportError: If matplotlib is not installed.
     """
     k = explanation.predicted if target is None else target
-    credits = explanation.against_others(explanation.by_layer())[..., k].numpy()
-    figure = new_figure(8.0, max(3.8, 1.4 + INCHES_A_ROW * len(credits)))
+    shares = _shares(explanation, explanation.by_layer(), k)
+    figure = new_figure(8.0, max(3.8, 1.4 + INCHES_A_ROW * len(shares)))
     *plain, axes = figure.subplots(1, 1 if explanation.image is None else 2, squeeze=False)[0]
     for beside in plain:
         beside.imshow(_as_pixels(explanation.image), cmap="gray")
         beside.axis("off")
         beside.set_title("image")
-    colours = [BLUE if credit > 0 else RED for credit in credits]
-    axes.barh(range(len(credits)), credits, color=colours, alpha=colour_strength(explanation, k))
+    colours = [(BLUE if share > 0 else RED, shade(share)) for share in shares]
+    axes.barh(range(len(shares)), shares, color=colours)
     axes.axvline(0, color="black", linewidth=0.8)
     _name_rows(axes, explanation.layers)
     axes.set_ylabel("layer")
-    axes.set_xlabel("credit (logits)")
+    axes.set_xlabel(SCALE)
     _set_title(axes, explanation, k)
     return figure
 
 
-def _colours(credits: NDArray, explanation: Explanation, target: int) -> dict[str, Any]:
-    """Return how a heat map of credits for a class is coloured."""
-    most = (float(np.abs(credits).max(initial=0.0)) or 1.0) / colour_strength(explanation, target)
-    return {"cmap": PALETTE, "vmin": -most, "vmax": most}
+def _shares(explanation: Explanation, credits: torch.Tensor, target: int) -> NDArray:
+    """Return credits `[..., classes]` as shares of the lead of a class, `[...]`."""
+    shares: NDArray = explanation.against_others(credits)[..., target].numpy() * lead_per_credit(explanation, target)
+    return shares
+
+
+def _colours() -> dict[str, Any]:
+    """Return how a heat map of shares of the lead is coloured: as `shade` says."""
+    from matplotlib.colors import FuncNorm
+
+    def root(x: NDArray) -> NDArray:
+        return np.sign(x) * np.sqrt(np.abs(x))
+
+    def square(x: NDArray) -> NDArray:
+        return np.sign(x) * np.square(x)
+
+    return {"cmap": PALETTE, "norm": FuncNorm((root, square), -FULL_COLOUR, FULL_COLOUR, clip=True)}
+
+
+def _add_scale(figure: Figure, drawn: Any, axes: list[Axes]) -> None:
+    """Add the scale of colours, the same in all pictures."""
+    figure.colorbar(drawn, ax=axes, label=SCALE, ticks=SCALE_TICKS, format="%+g", extend="both")
 
 
 def _set_title(axes: Axes, explanation: Explanation, target: int) -> None:
     """Say for what the credits are, in lines that are no longer than the axes."""
     names, style = _drawable(explanation.labels, "class ", [target])
     against = "" if explanation.is_multi_label or len(explanation.labels) == 1 else ", against the others"
-    title = f"For {names[0]}{against}; probability {float(explanation.probabilities[target]):.2f}"
+    title = f"For {names[0]}{against}; probability {percent(float(explanation.probabilities[target]))}"
     size = axes.get_figure().get_size_inches()  # type: ignore[union-attr]  # these axes are in a figure
     inches = axes.get_position().width * size[0]
     axes.set_title("\n".join(textwrap.wrap(title, max(24, int(11 * inches)))), **style)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,20 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import torch
 
+from ..models.configuration_capsule_head import DEFAULT_THRESHOLD
 from .attributions import Explanation
-from .pictures import BLUE, FULL_COLOUR, PALEST, RED, colour_strength, draw_explanation, shown_classes
+from .parts import PartDescriptions, summarize_parts
+from .pictures import (
+    BLUE,
+    RED,
+    SCALE_TICKS,
+    draw_explanation,
+    lead_of,
+    lead_per_credit,
+    percent,
+    shade,
+    shown_classes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,16 +37,20 @@ MOST_CLASSES = 10  # whose probabilities are shown, and for which a multi-label 
 MOST_WORDS = 1000  # that are coloured
 MOST_TOKENS = 100  # that are columns of a table
 MOST_CHARACTERS = 40  # of a token in a table
+SURE, UNSURE = 0.9, 0.6  # probabilities: from the first on a prediction is sure, below the second it is unsure
 
 Truth = frozenset[int] | None  # the true classes of an input; None where they are not known
 
 
 def render_report(
-    explanations: Sequence[Explanation], labels: Sequence[Any] | None = None, title: str = "Explanations"
+    explanations: Sequence[Explanation],
+    labels: Sequence[Any] | None = None,
+    title: str = "Explanations",
+    parts: PartDescriptions | None = None,
 ) -> str:
     """Return a page with coloured texts, patches over images, or positions by layers of audio, of each explanation.
 
-    Colours are as strong as the prediction is sure, on one scale for all pages, see `pictures.colour_strength`.
+    Colours have one scale for all pages, see `pictures.lead_per_credit`.
 
     Args:
         explanations: of texts, images or audio.
@@ -44,6 +59,8 @@ def render_report(
             confident one at the top, and right ones after them, the least confident one first. Without labels the
             order is as given.
         title: the page's title.
+        parts: what the parts of the head respond to, as `describe_parts` found over other inputs. Default: what they
+            respond to among these explanations.
 
     Raises:
         ValueError: If there are not as many labels as explanations, or one is no class.
@@ -60,24 +77,36 @@ def render_report(
         ("Wrong, the most confident first", wrong[::-1]),
         ("Right, the least confident first", right),
     ]
-    entries = [(heading, [_entry(*pair) for pair in members]) for heading, members in sections]
-    return _environment().get_template("report.html").render(title=title, sections=entries).lstrip()
+    parts = summarize_parts(explanations) if parts is None else parts
+    entries = [(heading, [_entry(*pair, parts) for pair in members]) for heading, members in sections]
+    page = _environment().get_template("report.html")
+    return page.render(title=title, sections=entries, parts=_with_words(parts)).lstrip()
 
 
-def render_explanation(explanation: Explanation) -> str:
-    """Return one prediction as HTML to put into a page: probabilities, text in colours, a picture, and a legend.
+def render_explanation(explanation: Explanation, parts: PartDescriptions | None = None) -> str:
+    """Return one prediction as HTML to put into a page: probabilities, text in colours, parts, a picture, and a legend.
+
+    Args:
+        explanation: of a text, an image or audio.
+        parts: what the parts of the head respond to; by default no parts are shown.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    entry = _entry(explanation, None)
+    entry = _entry(explanation, None, parts)
     for k, view in zip(shown_classes(explanation), entry["views"]):
         if "picture" not in view:
             view["picture"] = _as_base64(draw_explanation(explanation, k))
     return _render_part(entry, with_legend=True)
 
 
-def render_scores(labels: Sequence[str], scores: Sequence[float], problem_type: str | None, note: str) -> str:
+def render_scores(
+    labels: Sequence[str],
+    scores: Sequence[float],
+    problem_type: str | None,
+    note: str,
+    thresholds: Sequence[float] | None = None,
+) -> str:
     """Return a prediction without credits as HTML to put into a page.
 
     Args:
@@ -85,13 +114,17 @@ def render_scores(labels: Sequence[str], scores: Sequence[float], problem_type: 
         scores: their probabilities, or the values.
         problem_type: as in the model's configuration.
         note: a sentence below them.
+        thresholds: for each class, the probability above which a multi-label model predicts it; None for 0.5.
     """
     if problem_type == "regression":
-        verdict = [(name, f"{value:.4g}", "") for name, value in zip(labels, scores)]
+        verdict = [(name, f"{value:.4g}", "", "") for name, value in zip(labels, scores)]
         return _render_part({"verdict": verdict, "truth": None, "notes": [note]})
     order = sorted(range(len(labels)), key=lambda k: -scores[k])
-    is_multi_label = problem_type == "multi_label_classification"
-    entry = _probabilities(labels, scores, [k for k in order if scores[k] > 0.5] if is_multi_label else order[:1], None)
+    predicted = order[:1]
+    if problem_type == "multi_label_classification":
+        thresholds = thresholds or [DEFAULT_THRESHOLD] * len(labels)
+        predicted = [k for k in order if scores[k] > thresholds[k]]
+    entry = _probabilities(labels, scores, predicted, None)
     return _render_part({**entry, "notes": [*entry["notes"], note]})
 
 
@@ -99,11 +132,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    sure = (0.54, 0.75, 1 / (1 + math.exp(-FULL_COLOUR)))  # against one other class
-    strengths = [min(1.0, math.log(p / (1 - p)) / FULL_COLOUR) for p in sure]
-    environment.globals["legend_colours"] = [
-        (_colour(-x, 1.0), _colour(x, 1.0), p) for p, x in zip(sure, (max(PALEST, x) for x in strengths))
-    ]
+    environment.globals["scale"] = [(_colour(share), f"{share:+g}") for share in SCALE_TICKS]
     return environment
 
 
@@ -158,7 +187,7 @@ def _confidence(explanation: Explanation) -> float:
 # What the template shows
 
 
-def _entry(explanation: Explanation, truth: Truth) -> dict[str, Any]:
+def _entry(explanation: Explanation, truth: Truth, parts: PartDescriptions | None = None) -> dict[str, Any]:
     """Return what the template shows of one explanation."""
     predicted, shown = explanation.predicted_classes, shown_classes(explanation)
     entry = _probabilities(
@@ -169,7 +198,7 @@ def _entry(explanation: Explanation, truth: Truth) -> dict[str, Any]:
         entry["notes"].append(f"{more} cut off: the model takes no longer texts, and did not read the rest.")
     if len(shown) > MOST_CLASSES:
         entry["notes"].append(f"Credits are shown for {MOST_CLASSES} of {len(shown)} labels, the most probable ones.")
-    entry["views"] = [_view(explanation, k) for k in shown[:MOST_CLASSES]]
+    entry["views"] = [_view(explanation, k, parts) for k in shown[:MOST_CLASSES]]
     return entry
 
 
@@ -178,51 +207,85 @@ def _probabilities(
 ) -> dict[str, Any]:
     """Return what is said of the probabilities: what is predicted, whether it is true, and the highest ones."""
     marks = {k: "" if truth is None else "✓ right" if k in truth else "✗ wrong" for k in predicted}
-    verdict = [(labels[k], _percent(probabilities[k]), mark) for k, mark in marks.items()]
+    verdict = [(labels[k], percent(probabilities[k]), mark, _sureness(probabilities[k])) for k, mark in marks.items()]
     order: Sequence[int] = range(len(labels))
     if len(labels) > MOST_CLASSES:
         order = sorted(order, key=lambda k: -probabilities[k])[: max(MOST_CLASSES, len(predicted))]
     rest = len(labels) - len(order)
     return {
-        "verdict": verdict or [("no label", "above 50%", "")],
+        "verdict": verdict or [("no label", "above its threshold", "", "")],
         "truth": None if truth is None else ", ".join(labels[k] for k in sorted(truth)) or "no label",
         "scores": [(labels[k], probabilities[k], k in marks) for k in order],
         "notes": [f"{rest:,} more classes are less probable."] if rest else [],
     }
 
 
-def _percent(probability: float) -> str:
-    """Return a probability in percent, never one of 100% or 0% by rounding."""
-    if 0.995 <= probability < 1:
-        return ">99%"
-    return "<1%" if 0 < probability < 0.005 else f"{probability:.0%}"
+def _sureness(probability: float) -> str:
+    return "sure" if probability >= SURE else "unsure" if probability < UNSURE else "likely"
 
 
-def _view(explanation: Explanation, target: int) -> dict[str, Any]:
+def _view(explanation: Explanation, target: int, parts: PartDescriptions | None) -> dict[str, Any]:
     """Return what the template shows of the credits for a class."""
-    heading = explanation.labels[target] if explanation.is_multi_label else ""
-    view: dict[str, Any] = {"heading": heading, "notes": [], "alt": "picture of the credits"}
+    view: dict[str, Any] = {
+        "heading": explanation.labels[target] if explanation.is_multi_label else "",
+        "lead": _describe_lead(explanation, target),
+        "notes": [],
+        "alt": "picture of the credits",
+        "is_wide": explanation.image is None,
+        "parts": [] if parts is None else list(_parts(explanation, target, parts)),
+    }
+    if view["parts"] and explanation.linear is not None:
+        view["linear_credit"] = float(explanation.against_others(explanation.linear)[target])
+    if view["parts"] and parts is not None:
+        view["n_inputs"], view["n_parts"] = parts.n_inputs, len(explanation.parts)
     if explanation.text is not None:
         view["text"] = list(_segments(explanation, target))
     n_words = len(explanation.spans)
     if n_words > MOST_WORDS:
-        view["notes"].append(f"{MOST_WORDS:,} of {n_words:,} words are coloured, those with the largest credits.")
+        view["notes"].append(f"{MOST_WORDS:,} of {n_words:,} words are coloured, those with the largest shares.")
     if explanation.tokens is None or not explanation.is_uniform:
         view["picture"] = _as_base64(draw_explanation(explanation, target))
         return view
-    credits = explanation.against_others(explanation.by_token_and_layer())[..., target]  # [tokens, layers]
-    columns = credits.abs().amax(1).topk(min(MOST_TOKENS, len(credits))).indices.sort().values
+    shares = explanation.against_others(explanation.by_token_and_layer())[..., target]  # [tokens, layers]
+    shares = shares * lead_per_credit(explanation, target)
+    columns = shares.abs().amax(1).topk(min(MOST_TOKENS, len(shares))).indices.sort().values
     names = ((n, explanation.tokens[n]) for n in columns.tolist())
     view["tokens"] = [(n, x if len(x) <= MOST_CHARACTERS else f"{x[: MOST_CHARACTERS - 1]}…") for n, x in names]
     view["table"] = "Tokens by layer"
-    if len(columns) < len(credits):
-        view["table"] += f": {len(columns)} of {len(credits):,}, those with the largest credits"
-    most = float(credits.abs().max()) / colour_strength(explanation, target)
+    if len(columns) < len(shares):
+        view["table"] += f": {len(columns)} of {len(shares):,}, those with the largest shares"
     view["rows"] = [
-        (layer, [(credit, _colour(credit, most)) for credit in row])
-        for layer, row in zip(explanation.layers, credits[columns].T.tolist())
+        (layer, [(share, _colour(share)) for share in row])
+        for layer, row in zip(explanation.layers, shares[columns].T.tolist())
     ]
     return view
+
+
+def _describe_lead(explanation: Explanation, target: int) -> str:
+    """Return a sentence on how far ahead a class is."""
+    lead, name = lead_of(explanation, target), explanation.labels[target]
+    if explanation.is_multi_label or len(explanation.labels) == 1:
+        side = "above" if explanation.logits[target] >= 0 else "below"
+        return f"The probability of {name} is {side} 0.5, with a lead of {lead:.2f} logits."
+    rest = explanation.logits.clone()
+    rest[target] = -torch.inf
+    return f"The lead of {name} over {explanation.labels[int(rest.argmax())]} is {lead:.2f} logits."
+
+
+def _parts(explanation: Explanation, target: int, parts: PartDescriptions) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a class that have words: these, which of them the text has, and the part's exact credit."""
+    own = {word.text.casefold() for word in explanation.by_word()} if explanation.spans else set()
+    credits = explanation.against_others(explanation.parts)[:, target].tolist()
+    for part in parts.classes.get(explanation.labels[target], ()):
+        if part.words and part.number < len(credits):
+            words = [(word.text, word.n_inputs, word.text in own) for word in part.words]
+            yield {"words": words, "credit": credits[part.number], "number": part.number}
+
+
+def _with_words(parts: PartDescriptions) -> PartDescriptions:
+    """Return the classes and parts that have words."""
+    found = {label: tuple(part for part in of_class if part.words) for label, of_class in parts.classes.items()}
+    return PartDescriptions(parts.n_inputs, {label: of_class for label, of_class in found.items() if of_class})
 
 
 def _as_base64(figure: Figure) -> str:
@@ -233,18 +296,18 @@ def _as_base64(figure: Figure) -> str:
 
 
 def _segments(explanation: Explanation, target: int) -> Iterator[tuple[str, str, float, str]]:
-    """Yield a text in order: kind ("word", "plain", "cut" or "pair"), the text, and of a word its credit and colour."""
+    """Yield a text in order: kind ("word", "plain", "cut" or "pair"), the text, and of a word its share and colour."""
     text, end = explanation.text or "", 0
     words = explanation.by_word() if explanation.spans else []
     is_cut = explanation.n_cut > 0 and bool(words)  # without words it is not known where
-    credits = torch.zeros(0)
+    shares = torch.zeros(0)
     if words:
-        credits = explanation.against_others(torch.stack([word.credit for word in words]))[:, target]
-    most = float(credits.abs().max()) / colour_strength(explanation, target) if words else 1.0
-    coloured = set(credits.abs().topk(min(MOST_WORDS, len(words))).indices.tolist())
-    for n, (word, credit) in enumerate(zip(words, credits.tolist())):
+        shares = explanation.against_others(torch.stack([word.credit for word in words]))[:, target]
+        shares = shares * lead_per_credit(explanation, target)
+    coloured = set(shares.abs().topk(min(MOST_WORDS, len(words))).indices.tolist())
+    for n, (word, share) in enumerate(zip(words, shares.tolist())):
         yield from _between(text[end : word.start], is_cut)
-        yield ("word", word.text, credit, _colour(credit, most)) if n in coloured else ("plain", word.text, 0.0, "")
+        yield ("word", word.text, share, _colour(share)) if n in coloured else ("plain", word.text, 0.0, "")
         end = word.end
     yield from _between(text[end:], is_cut)
 
@@ -258,6 +321,6 @@ def _between(gap: str, is_cut: bool) -> Iterator[tuple[str, str, float, str]]:
             yield "cut" if is_cut and piece.strip() else "plain", piece, 0.0, ""
 
 
-def _colour(credit: float, most: float) -> str:
-    red, green, blue = bytes.fromhex((BLUE if credit > 0 else RED).removeprefix("#"))
-    return f"rgba({red},{green},{blue},{0.7 * abs(credit) / (most or 1.0):.3f})"  # pale enough to read what is on it
+def _colour(share: float) -> str:
+    red, green, blue = bytes.fromhex((BLUE if share > 0 else RED).removeprefix("#"))
+    return f"rgba({red},{green},{blue},{0.7 * shade(share):.3f})"  # pale enough to read what is on it

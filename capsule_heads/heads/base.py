@@ -105,6 +105,7 @@ class Head(nn.Module, abc.ABC):
         takes_one_layer: whether the head takes a single hidden state, by default the last.
         has_parts: whether the head can stop at its parts.
         explains: what the head's scores can be attributed to: "parts", "tokens"; empty for a head that says neither.
+        made_by: the function that makes this head of trained models; None for a head that is trained.
 
     Raises:
         ValueError: If a size or an option is not what is expected.
@@ -117,6 +118,7 @@ class Head(nn.Module, abc.ABC):
     takes_one_layer: ClassVar[bool] = False
     has_parts: ClassVar[bool] = False
     explains: ClassVar[tuple[str, ...]] = ()
+    made_by: ClassVar[str | None] = None
 
     def __init__(self, *, hidden_sizes: Sequence[int], n_out: int | None, **options: Any) -> None:
         super().__init__()
@@ -269,6 +271,18 @@ def get_head(name: str) -> type[Head]:
             "registered in every process that uses it: import the module that calls capsule_heads.heads.register."
         )
     return _HEADS[name]
+
+
+def check_trainable(head: type[Head]) -> None:
+    """Check that a head is one to train.
+
+    Raises:
+        ValueError: If it is made of trained models instead.
+    """
+    if head.made_by is not None:
+        raise ValueError(
+            f'head_type="{head.name}" cannot be trained: {head.made_by}(models) makes it of trained models.'
+        )
 
 
 def mixed(x: Tensor, mix: Mix | None) -> Tensor:

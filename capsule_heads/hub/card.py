@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from ..backbones.loading import PACKAGE_PREFIX
 from ..files import write_text
 from ..heads import Head, RoutingHead, get_head
 from ..version import __version__
-from .config import auto_class_of, read_config
+from .config import auto_class_of, members_of, read_config
 from .results import SPLITS, is_metric
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -117,10 +118,10 @@ def model_card(
         example=example,
         explains=_explains(head, config) if example else (),
         facts=_training_facts(results),
-        fields=["layers", *(field.name for field in dataclasses.fields(head.Options) if field.metadata["describes"])],
+        fields=dict(_fields(config)),
         has_code=has_code,
         has_processor=any((directory / file).is_file() for file in PROCESSOR_FILES),
-        head=head.title,
+        head=_title(config),
         labels=_labels(config),
         marker=MARKER,
         model_class=model_class,
@@ -141,6 +142,33 @@ def _backbone(config: dict[str, Any]) -> str:
         package, _, folder = name.removeprefix(PACKAGE_PREFIX).partition("/")
         return f"the {kind} model in `{folder}` of the Python package `{package}`"
     return f"a {kind} model from a local directory" if name else f"a {kind} model that was not pretrained"
+
+
+def _title(config: dict[str, Any]) -> str:
+    """Return the head's noun phrase; for an ensemble one that counts its heads by type."""
+    members = members_of(config)
+    if not members:
+        return get_head(config["head_type"]).title
+    numbers = Counter(member["head_type"] for member in members)
+    *kinds, last = (f"{n} {head_type}" for head_type, n in numbers.items())
+    said = " and ".join(filter(None, (", ".join(kinds), last)))
+    means = "values" if config["averages"] == "values" else "probabilities"
+    return f"An ensemble of {len(members)} heads: {said}, whose {means} are averaged,"
+
+
+def _fields(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of what tells the head, or each head of an ensemble, from others."""
+    yield "layers", config["layers"]
+    for field in dataclasses.fields(get_head(config["head_type"]).Options):
+        if field.metadata["describes"]:
+            yield field.name, config[field.name]
+    for index, member in enumerate(members_of(config)):
+        options = get_head(member["head_type"]).make_options(member["options"])
+        described = [x.name for x in dataclasses.fields(options) if x.metadata["describes"]]
+        values = {"layers": [config["layers"][layer] for layer in member["layers"]]}
+        values |= {name: getattr(options, name) for name in described} | {"linear_term": member["linear_term"]}
+        said = ", ".join(f"{name}={value}" for name, value in values.items())
+        yield f"members[{index}]", f"{member['head_type']}: {said}"
 
 
 def _explains(head: type[Head], config: dict[str, Any]) -> tuple[str, ...]:

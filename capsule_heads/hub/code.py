@@ -17,8 +17,8 @@ from typing import Any
 from ..files import read_json, write_json, write_text
 from ..heads import Head, get_head
 from ..version import __version__
-from .config import CLASSES, auto_class_of, read_config
-from .inference import RULES
+from .config import CLASSES, auto_class_of, members_of, read_config
+from .inference import rules_for
 from .sources import PACKAGE, Binding, Selection, edited, import_lines
 
 # transformers keeps a copy of a local checkpoint's code for each first file: with one, there is one class of each name.
@@ -83,15 +83,19 @@ def carried_files(config: dict[str, Any], has_processor: bool = False) -> dict[s
     Raises:
         ValueError: If the head's own code cannot go along.
     """
-    selection, head = Selection(RULES), get_head(config["head_type"])
+    selection = Selection(rules_for(config))
     for name in carried_classes(config):
         selection.add(f"{PACKAGE}.models", CLASSES[name])
-    own, registers = {}, ""
-    if head.__module__.partition(".")[0] == PACKAGE:
-        selection.add(head.__module__, head.__name__)
-    else:
-        own_name, own_text = own_file(head, selection)
-        own, registers = {f"{own_name}.py": own_text}, f"from .{own_name} import {head.__name__}  # noqa: E402, F401\n"
+    own: dict[str, str] = {}
+    registers = ""
+    for head in dict.fromkeys(get_head(part["head_type"]) for part in (config, *members_of(config))):
+        if head.__module__.partition(".")[0] == PACKAGE:
+            selection.add(head.__module__, head.__name__)
+        else:
+            own_name, own_text = own_file(head, selection)
+            if own.setdefault(f"{own_name}.py", own_text) != own_text:
+                raise ValueError(f"Two heads of the ensemble are in files of one name, {own_name}.py; rename one file.")
+            registers += f"from .{own_name} import {head.__name__}  # noqa: E402, F401\n"
     if config["base_config"]["model_type"] == STEREO_CONV:
         file, name = selection.add(f"{PACKAGE}.paper.modeling_stereo_conv", "StereoConvModel")
         registers += f"from .{file} import {name}  # noqa: E402, F401\n"

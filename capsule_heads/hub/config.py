@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..backbones.loading import check_model_type
 from ..files import read_json
-from ..heads import get_head
+from ..heads import EnsembleHead, get_head
 
 CLASSES = {
     "AutoConfig": "CapsuleHeadConfig",
@@ -50,5 +51,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         if key not in config or not check(config[key]):
             found = f"is {config[key]!r}" if key in config else "is missing"
             raise ValueError(f"{key} {found} in {path}; expected what save_pretrained writes: save the model again.")
-    get_head(config["head_type"])
+    members_of(config)
     return config
+
+
+def members_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the descriptions of the heads of an ensemble, from a configuration; empty for another head.
+
+    Raises:
+        ValueError: If a head is not registered, or a description is not what `make_ensemble` writes.
+        TypeError: If it names an unknown option.
+    """
+    if not issubclass(get_head(config["head_type"]), EnsembleHead):
+        return []
+    return list(EnsembleHead.Options(members=config.get("members")).members or ())

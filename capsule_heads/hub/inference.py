@@ -6,7 +6,11 @@ package. A name that is no longer there raises an error when code is written, so
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..ops import STRATEGIES
+from .config import members_of
 from .sources import Rules
 
 # The files that the code is written to: the modules that a name begins are side by side in one of them.
@@ -30,6 +34,7 @@ CHECKS = r"_?check_(?!weights$)\w+"
 WITHOUT = {
     "backbones.backbone": ["Backbone.find", "Backbone.candidates", "Backbone.probe", "Backbone.fields"],
     "heads.base": ["HeadOptions.__post_init__"],
+    "heads.ensemble": ["EnsembleOptions.__post_init__"],
     "heads.routing": ["RoutingOptions.__post_init__", "RoutingHead.split_by_layer"],
     "heads.inputs": ["TokenHead.split_by_layer"],
     "heads.spatial_pose": ["SpatialPoseHead.split_by_layer"],
@@ -44,19 +49,26 @@ WITHOUT = {
         "CapsuleHeadPreTrainedModel.resize_token_embeddings",
     ],
     "models.checkpoint": [
+        "CheckpointModel.add_adapters",
         "CheckpointModel.from_backbone",
+        "CheckpointModel.has_adapters",
         "CheckpointModel.names_of_frozen_backbone",
         "CheckpointModel.push_to_hub",
     ],
+    "backbones.adapters": ["Adapters.of"],
+    "heads.linear_term": ["LinearTerm.credits"],
     "models.configuration_capsule_head": [
         "CapsuleHeadConfig.class_names",
         "CapsuleHeadConfig.get_config_dict",
+        "CapsuleHeadConfig.label_thresholds",
         "CapsuleHeadConfig.register_for_auto_class",
     ],
     "models.modeling_capsule_head": [
         "CapsuleHeadClassifier._draw_mixup",
         "CapsuleHeadClassifier._mix_inputs",
         "CapsuleHeadClassifier._targets",
+        "CapsuleHeadClassifier._init_weights",
+        "CapsuleHeadClassifier.freeze",
         "CapsuleHeadForImageClassification._mix_inputs",
     ],
     "paper.image_processing_stereo": [
@@ -68,7 +80,9 @@ WITHOUT = {
 UNGUARDED = {
     "backbones.states": ["unpack"],
     "backbones.windows": ["run_in_windows"],
+    "heads.ensemble": ["EnsembleHead.score"],
     "layers": ["Routing.__init__", "Routing.forward"],
+    "models.checkpoint": ["CheckpointModel._set_backbone", "CheckpointModel.from_pretrained"],
     "models.configuration_capsule_head": [
         "CapsuleHeadConfig.__init__",
         "CapsuleHeadConfig.backbone",
@@ -88,6 +102,18 @@ def plain(value: Any) -> Any:
     return value
 ''',
     },
+    "backbones.adapters": {
+        "Adapters.add_to": '''
+    @torch.no_grad()
+    def add_to(self, backbone: nn.Module) -> None:
+        """Add the products to a backbone's weights."""
+        layers = linear_layers(backbone)
+        for name, (up, down) in self.matrices().items():
+            weight: Any = layers[name].weight
+            change = (up.float() @ down.float()).to(weight)
+            weight.add_(change if isinstance(layers[name], nn.Linear) else change.T)
+''',
+    },
     "backbones.backbone": {
         "Backbone.build": '''
     def build(self, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -100,6 +126,28 @@ def plain(value: Any) -> Any:
         code_kwargs = {"code_revision": self.revision} if trust_remote_code and not is_known else {}
         complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
         return part_of(complete, self.part)
+''',
+        "Backbone.load": '''
+    def load(self, *, may_differ: bool = False, **loading: Any) -> tuple[Backbone, PreTrainedModel, list[Any]]:
+        """Load the backbone's weights, and say which are random, because they may have other shapes than are saved."""
+        from transformers import AutoModel
+
+        own_config, commit = load_backbone_config(self.name_or_path, self.revision, **loading)
+        source = resolve_backbone(self.name_or_path)
+        if hasattr(own_config, "quantization_config"):  # it says that the checkpoint itself is quantised
+            self.config.quantization_config = own_config.quantization_config
+        loading = {"trust_remote_code": False, "ignore_mismatched_sizes": may_differ, **loading}
+        with reading_weights(source):
+            complete, found = AutoModel.from_pretrained(
+                source, config=self.config, revision=commit or self.revision, output_loading_info=True, **loading
+            )
+        module = part_of(complete, self.part)
+        used = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        state_dict = complete.state_dict(keep_vars=True)
+        missing = sorted(key for key in found["missing_keys"] if key in state_dict and id(state_dict[key]) in used)
+        if missing:
+            raise ValueError(f"{source} lacks {len(missing)} weights of the backbone, among them {missing[0]}.")
+        return dataclasses.replace(self, config=complete.config), module, sorted(found["mismatched_keys"])
 ''',
         "Backbone.run": '''
     def run(
@@ -217,6 +265,20 @@ def hidden_sizes_in_use(config: CapsuleHeadConfig) -> list[int]:
     """Return the sizes of the hidden states that the head takes."""
     return [config.hidden_sizes[layer] for layer in config.layers]
 ''',
+        "CheckpointModel._load_backbone": '''
+    def _load_backbone(
+        self, source: str | os.PathLike[str], loading: dict[str, Any], may_differ: bool
+    ) -> list[tuple[str, Any, Any]]:
+        """Load the backbone, and return its weights that are random, by their names in the model, and their shapes."""
+        backbone, module, mismatched = self.config.backbone.load(may_differ=may_differ, **loading)
+        self.config.base_config = backbone.config
+        if self.adapters is not None:
+            self.adapters.add_to(module)
+        self._set_backbone(module)
+        self.post_init()  # again, now that there is a backbone: it collects the backbone's tied weights and the like
+        self._refer_to_backbone(self.config.freeze_backbone and not mismatched)
+        return [(f"backbone.{key}", *shapes) for key, *shapes in mismatched]
+''',
         "CheckpointModel.save_pretrained": '''
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, head_only: bool | None = None, **kwargs: Any
@@ -255,6 +317,10 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
         )
     return AutoConfig.for_model(model_type, **base_config)
 """,
+        "_checked_adapters": """
+def _checked_adapters(adapters: Any) -> dict[str, list[int]] | None:
+    return adapters
+""",
         "_named_classes": """
 def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {}  # config.json has the names of classes both ways
@@ -285,8 +351,9 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError("labels were passed; expected none: for a loss, install the package capsule_heads.")
         output, returned = self._run(inputs, attention_mask, hidden_states, output_hidden_states, output_attentions)
         capsules: HeadOutput = self.head(output.states, output.masks, bool(output_routing))
+        linear = None if self.linear_term is None else self.linear_term(output.states, output.masks)
         return CapsuleHeadClassifierOutput(
-            logits=self._logits(capsules),
+            logits=self._logits(capsules, linear),
             hidden_states=returned,
             poses=capsules.mu_out if output_capsules else None,
             variances=capsules.sig2_out if output_capsules else None,
@@ -338,4 +405,42 @@ def route(
     },
 }
 
-RULES = Rules(FILES, CHECKS, UNGUARDED, WITHOUT, INSTEAD)
+# The class that a checkpoint needs where its configuration sets a field, and the methods that make one, by module.
+IF_SET: dict[str, tuple[str, str, dict[str, list[str]]]] = {
+    "adapters": ("backbones.adapters", "Adapters", {}),
+    "linear_term": (
+        "heads.linear_term",
+        "LinearTerm",
+        {"models.modeling_capsule_head": ["CapsuleHeadClassifier.add_linear_term"]},
+    ),
+}
+# Instead of `Backbone.run`, where a configuration has no windows.
+RUN_WITHOUT_WINDOWS = '''
+    def run(
+        self, module: PreTrainedModel, layers: Sequence[int], inputs: Inputs, *, trains: bool = False
+    ) -> BackboneOutput:
+        """Run the backbone on a batch."""
+        with nullcontext() if trains else torch.no_grad():
+            return run_backbone(module, layers, self.hidden_sizes, self.part.stack, **inputs)
+'''
+
+
+def rules_for(config: Mapping[str, Any]) -> Rules:
+    """Return the rules for the code of a checkpoint.
+
+    Args:
+        config: its configuration.
+    """
+    without: dict[str, list[str]] = dict(WITHOUT)
+    instead: dict[str, dict[str, str]] = dict(INSTEAD)
+    for field, (module, name, makers) in IF_SET.items():
+        if not config.get(field):
+            without |= {other: [*without.get(other, ()), *methods] for other, methods in makers.items()}
+        if not any(part.get(field) for part in (config, *members_of(config))):
+            without[module] = []
+            instead[module] = {name: f'class {name}(nn.Module):\n    """What a checkpoint with {field} has."""'}
+    unguarded = UNGUARDED
+    if config.get("window_length") is None:
+        instead["backbones.backbone"] = {**INSTEAD["backbones.backbone"], "Backbone.run": RUN_WITHOUT_WINDOWS}
+        unguarded = {module: names for module, names in UNGUARDED.items() if module != "backbones.windows"}
+    return Rules(FILES, CHECKS, unguarded, without, instead)

@@ -69,10 +69,11 @@ def check_backbone_is_shared(name: str | None, head_only: bool) -> None:
     Raises:
         ValueError: If a head alone refers to a backbone in a directory of this machine.
     """
-    if head_only and name and os.path.isabs(name):
+    if head_only and name and (os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)):
         raise ValueError(
-            f"The head refers to its backbone as {name}, a directory that nobody else has. Push all weights, with "
-            "head_only=False, or put the head on the backbone by its name on the Hub."
+            f"The head refers to its backbone as {name}, a directory that nobody else has; expected a name on the Hub: "
+            "put the head on the backbone by that name, or push all weights, with --head_only false (head_only=False "
+            "in Python)."
         )
 
 

@@ -46,6 +46,19 @@ def read_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     return runs
 
 
+def columns_of_training(run_dir: str | Path) -> tuple[list[str] | None, list[str] | None]:
+    """Return the columns of inputs and of labels that a run on a user's own data was trained on.
+
+    None for those that are not known: of another task, or of a model without `results.json` beside it.
+    """
+    try:
+        run = read_json(Path(run_dir, "results.json"))
+    except (OSError, ValueError):
+        return None, None
+    inputs, labels = (run.get(name) for name in ("inputs_from", "labels_from"))
+    return (inputs if isinstance(inputs, list) else None), (labels if isinstance(labels, list) else None)
+
+
 def check_record(record: Any, keys: dict[str, Any], name: str) -> None:
     """Check what was read from JSON.
 

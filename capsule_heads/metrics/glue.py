@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import datasets
 import evaluate
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from . import metric_names
-
-_SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy_score,
-    "f1": lambda references, predictions: f1_score(references, predictions, zero_division=0.0),
-    "matthews_correlation": matthews_corrcoef,
-    "pearson": lambda references, predictions: pearsonr(references, predictions)[0],
-    "spearmanr": lambda references, predictions: spearmanr(references, predictions)[0],
-    "f1_micro": lambda references, predictions: f1_score(references, predictions, average="micro", zero_division=0.0),
-    "f1_macro": lambda references, predictions: f1_score(references, predictions, average="macro", zero_division=0.0),
-    "subset_accuracy": accuracy_score,
-}
+from .scores import SCORES
 
 
 class GlueMetric(evaluate.Metric):
@@ -32,7 +18,8 @@ class GlueMetric(evaluate.Metric):
     | cola | matthews_correlation |
     | mrpc, qqp | accuracy, f1 (of class 1) |
     | stsb | pearson, spearmanr |
-    | sst2, mnli, qnli, rte, wnli, sst5, sst2_root, classification | accuracy |
+    | sst2, mnli, qnli, rte, wnli, sst5, sst2_root | accuracy |
+    | classification | accuracy, f1_macro (the mean over classes) |
     | multilabel | f1_micro, f1_macro, subset_accuracy (all labels of an example right) |
 
     `compute` takes class indices; for stsb numbers; for multilabel one list of zeros and ones per example.
@@ -62,4 +49,4 @@ class GlueMetric(evaluate.Metric):
                 f"Some {self.config_name} references are -1 or NaN, which marks unlabelled examples; "
                 f"compute metrics on a labelled split."
             )
-        return {name: float(_SCORES[name](labels, guesses)) for name in metric_names(self.config_name)}
+        return {name: float(SCORES[name](labels, guesses)) for name in metric_names(self.config_name)}

@@ -10,6 +10,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .configuration_capsule_head import CapsuleHeadConfig
+    from .ensembles import make_ensemble
     from .modeling_capsule_head import (
         CapsuleHeadClassifier,
         CapsuleHeadForAudioClassification,
@@ -28,6 +29,7 @@ __all__ = [
     "CapsuleHeadForSequenceClassification",
     "CapsuleHeadModel",
     "CapsuleHeadModelOutput",
+    "make_ensemble",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -37,5 +39,6 @@ __getattr__, __dir__ = lazy_names(
         "CapsuleHeadConfig": "configuration_capsule_head",
         "CapsuleHeadClassifierOutput": "outputs",
         "CapsuleHeadModelOutput": "outputs",
+        "make_ensemble": "ensembles",
     },
 )

@@ -21,23 +21,35 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, PushToHubMixin
 
 from ..backbones import Backbone, Part
+from ..backbones.adapters import Adapters
 from ..backbones.limits import check_windows
-from ..backbones.loading import BACKBONE_KWARGS, HUB_KWARGS, check_model_type, is_quantised, reading_weights
+from ..backbones.loading import (
+    BACKBONE_KWARGS,
+    HUB_KWARGS,
+    MismatchedShapes,
+    check_model_type,
+    is_quantised,
+    reading_weights,
+)
 from ..backbones.parts import TEXT_INPUTS, check_main_input, main_input_name
 from ..checks import check_dtype, check_memory
 from ..heads import Head, get_head
 from ..hub import check_backbone_is_shared, push_folder
 from ..weights import same_weights, sample_weights
-from .configuration_capsule_head import CapsuleHeadConfig, option_names
+from .configuration_capsule_head import CapsuleHeadConfig, check_not_quantised, option_names
 
 REPOSITORY_KWARGS = (*HUB_KWARGS, "revision", "subfolder")  # where a checkpoint of ours is
 # Fields of the configuration that the model knows better, and what the signature of __init__ has beside fields.
-SET_BY_MODEL = {"base_config", "base_model_name_or_path", "base_model_revision", "head_only", "kwargs", "self"}
+SET_BY_MODEL = {
+    "adapters",
+    "base_config",
+    "base_model_name_or_path",
+    "base_model_revision",
+    "head_only",
+    "kwargs",
+    "self",
+}
 UNFINISHED = "unfinished-model"  # the folder, in a model's, of the files that are being written
-
-
-class MismatchedShapes(RuntimeError):
-    """Weights of a checkpoint have other shapes than its configuration makes them: transformers' RuntimeError."""
 
 
 class CheckpointModel(PreTrainedModel):
@@ -54,6 +66,8 @@ class CheckpointModel(PreTrainedModel):
     Attributes:
         head: the head.
         backbone: the backbone; None for a model that was loaded with `load_backbone=False`, which takes hidden states.
+        adapters: what `training.adapt` added to the weights of the backbone that the configuration refers to; None
+            where it added nothing.
         main_input_name: the input that the backbone takes, as a field of transformers' models.
     """
 
@@ -63,6 +77,7 @@ class CheckpointModel(PreTrainedModel):
     backbone_inputs: tuple[str, ...] = TEXT_INPUTS  # a backbone's main input is one of these
     head: Head
     backbone: PreTrainedModel | None
+    adapters: Adapters | None
 
     def __init__(
         self,
@@ -79,6 +94,7 @@ class CheckpointModel(PreTrainedModel):
         make_head, options = get_head(config.head_type), config.head_options.as_dict()
         check_memory(lambda: make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options), options)
         self.head = make_head(hidden_sizes=hidden_sizes, n_out=n_out, **options)
+        self.adapters = Adapters(config.adapters) if config.adapters else None
         if backbone is None and build:
             config.head_only = False  # the backbone made here is random, not the one that the reference names
             backbone = config.backbone.build(backbone_dtype, trust_remote_code=trust_backbone_code)
@@ -105,6 +121,24 @@ class CheckpointModel(PreTrainedModel):
         if self.backbone is not None and self.config.freeze_backbone:
             self.backbone.requires_grad_(False)
             self.backbone.eval()
+
+    def add_adapters(self, adapters: Adapters) -> None:
+        """Add trained adapters to the backbone's weights, and save them with the head from now on.
+
+        Where the backbone is not one that the configuration refers to, it is saved with the head, changed as it is.
+
+        Raises:
+            ValueError: If adapters were added before, or the backbone has no such linear layers.
+        """
+        config, backbone = self.config, self.backbone
+        if self.adapters is not None:
+            raise ValueError("This model has adapters already; expected one whose backbone is as it was loaded.")
+        assert backbone is not None  # `adapt` refuses a model without one
+        refers = config.head_only and same_weights(backbone, self._weights_as_loaded)
+        adapters.add_to(backbone)
+        if refers:
+            self.adapters, config.adapters = adapters.to(backbone.device), adapters.shapes
+            self._weights_as_loaded = sample_weights(backbone)
 
     @property
     def has_adapters(self) -> bool:
@@ -208,6 +242,7 @@ class CheckpointModel(PreTrainedModel):
         loading_kwargs["trust_remote_code"] = trust_backbone_code  # an auto class has seen to the checkpoint's own
         kwargs["trust_backbone_code"] = trust_backbone_code  # the configuration and __init__ go by it
         config, kwargs = load_config(source, config, loading_kwargs, kwargs)
+        check_not_quantised(vars(config).get("quantization_config"))
         backbone_kwargs = {name: loading_kwargs[name] for name in BACKBONE_KWARGS if name in loading_kwargs}
         # transformers would take one in the backbone's configuration to be for the head too.
         quantization_config = vars(config.backbone.config).pop("quantization_config", None)
@@ -235,17 +270,20 @@ class CheckpointModel(PreTrainedModel):
         model, loading_info = loaded
         check_weights(source, loading_info, may_differ)
         if config.head_only and load_backbone:
-            model._load_backbone(source, backbone_kwargs)
+            loading_info["mismatched_keys"].update(model._load_backbone(source, backbone_kwargs, may_differ))
         elif config.head_only and quantization_config is not None:
             model.config.base_config.quantization_config = quantization_config
         model.freeze()  # the weights that were loaded are new parameters
         model.eval()
         return (model, loading_info) if output_loading_info else model
 
-    def _load_backbone(self, source: str | os.PathLike[str], loading: dict[str, Any]) -> None:
+    def _load_backbone(
+        self, source: str | os.PathLike[str], loading: dict[str, Any], may_differ: bool
+    ) -> list[tuple[str, Any, Any]]:
+        """Load the backbone, and return its weights that are random, by their names in the model, and their shapes."""
         config = self.config
         try:
-            backbone, module = config.backbone.load(**loading)
+            backbone, module, mismatched = config.backbone.load(may_differ=may_differ, **loading)
         except OSError as error:
             revision = f" (revision {config.base_model_revision})" if config.base_model_revision else ""
             raise OSError(
@@ -254,9 +292,12 @@ class CheckpointModel(PreTrainedModel):
                 "now, or load_backbone=False."
             ) from error
         config.base_config = backbone.config
+        if self.adapters is not None:
+            self.adapters.add_to(module)
         self._set_backbone(module)
         self.post_init()  # again, now that there is a backbone: it collects the backbone's tied weights and the like
-        self._refer_to_backbone(config.freeze_backbone)
+        self._refer_to_backbone(config.freeze_backbone and not mismatched)
+        return [(f"backbone.{key}", *shapes) for key, *shapes in mismatched]
 
     def save_pretrained(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -13,13 +12,15 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..backbones.backbone import Backbone
-from ..backbones.loading import CAPSULE_HEAD, check_model_type, not_found
+from ..backbones.loading import CAPSULE_HEAD, MOST_LABELS, check_fields, check_model_type, not_found
 from ..backbones.parts import Part, Windowing, check_part, tower_config
-from ..checks import check_dtype, check_hidden_sizes, check_size, plain, shown
+from ..checks import check_dtype, check_hidden_sizes, check_size, is_number, plain, shown
 from ..heads import DEFAULT_HEAD, HeadOptions, get_head, registered_heads
 from ..hub import refuse_auto_class
 
 NAMES_OF_CLASSES = ("id2label", "label2id")
+CALIBRATION = ("calibration_temperature", "thresholds")
+DEFAULT_THRESHOLD = 0.5  # the probability above which a multi-label model predicts a label
 BALANCED = "balanced"  # class weights in inverse proportion to the classes' numbers
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -54,16 +55,25 @@ class CapsuleHeadConfig(PreTrainedConfig):
             text head, on all tokens at several layers; "spatial_pose" is its vision head, on the poses that it computes
             at every position of one feature map. The controls have no capsules: "linear" on one hidden state,
             "scalar_mix" on a learned mix of several, "attentive_pooling" and "vector_routing" (Heinsen, 2022) on what
-            "token_depth" takes. A head of your own has the name that it was registered under.
+            "token_depth" takes. "ensemble_of_heads" is several trained heads, put into one by
+            `capsule_heads.make_ensemble`. A head of your own has the name that it was registered under.
         layers: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
             None for all, or for the last where the head takes one. They are kept resolved, ascending and not negative,
             once `hidden_sizes` are known.
+        linear_term: whether there is a `LinearTerm` beside the head. None for what `CapsuleTrainer` chooses when
+            it trains; a model that it did not train has none then.
         mixup_alpha: of the Beta distribution of mixup's ratios in training; 0 for none. The paper's is 0.2, with which
             this package measured less accuracy: docs/results.md. `PAPER` has it by name.
         class_weights: weight of each class in the loss; "balanced" for weights that `CapsuleTrainer` makes of the
             training labels, in inverse proportion to the classes' numbers; None for equal ones. Not for regression.
+        adapters: of each linear layer of the backbone whose weights adapters were added to (`training.adapt`), its
+            outputs, the adapter's rank, and its inputs. Kept by the model; not an option to set by hand.
         label_mean: of the labels in a regression's training set: the value that the head starts from.
         label_std: of those labels: the unit of the head's own output, and of the loss. Regression only.
+        calibration_temperature: what the logits of a classifier are divided by in evaluation mode, so that its
+            probabilities are those of being right. `capsule_heads.training.calibration` fits it on a validation split.
+            Training is without it. Not for regression. (`temperature` is a parameter of generation in transformers.)
+        thresholds: for each label of a multi-label model, the probability above which it is predicted. None for 0.5.
         **kwargs: the options of the head, such as `n_parts=64` (`get_head(head_type).Options` has them all, each is
             then an attribute of the configuration), and arguments of `PreTrainedConfig`.
 
@@ -90,16 +100,21 @@ class CapsuleHeadConfig(PreTrainedConfig):
         hidden_sizes: list[int] | None = None,
         head_type: str = DEFAULT_HEAD,
         layers: list[int] | None = None,
+        linear_term: bool | None = None,
         mixup_alpha: float = 0.0,
         class_weights: Sequence[float] | str | None = None,
+        adapters: dict[str, list[int]] | None = None,
         label_mean: float = 0.0,
         label_std: float = 1.0,
+        calibration_temperature: float = 1.0,
+        thresholds: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         head = get_head(head_type)
         kwargs = plain(kwargs)
         given = {name: kwargs.pop(name) for name in head.Options.names() if name in kwargs}
         _check_keys(kwargs, head_type)
+        check_not_quantised(kwargs.get("quantization_config"))
         check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
         self.base_config: PreTrainedConfig = _as_config(base_config)  # type: ignore[assignment]  # None: no model yet
         for name, value in (
@@ -124,6 +139,14 @@ class CapsuleHeadConfig(PreTrainedConfig):
         self.window_length, self.window_overlap = plain(window_length), plain(window_overlap)
         self.window_special_tokens = list(plain(window_special_tokens))
         self._check_windows()
+        if not isinstance(linear_term, bool | None):
+            raise ValueError(f"linear_term is {shown(linear_term)}; expected True, False or None.")
+        if linear_term and head.made_by is not None:
+            raise ValueError(
+                f'linear_term is True, and the scores of head_type="{head_type}" are those of several heads, each with '
+                "or without a linear term of its own; leave it out."
+            )
+        self.linear_term = linear_term
         self.head_type = head_type
         self.hidden_sizes: list[int] = None  # type: ignore[assignment]  # until a model is built
         self.layers: list[int] = plain(layers)  # as it was given, until then
@@ -131,10 +154,12 @@ class CapsuleHeadConfig(PreTrainedConfig):
             self.set_hidden_sizes(hidden_sizes)
         self._set_options(head.make_options(given))
         self.mixup_alpha = plain(mixup_alpha)
-        if not _is_number(self.mixup_alpha) or self.mixup_alpha < 0:
+        if not is_number(self.mixup_alpha) or self.mixup_alpha < 0:
             raise ValueError(f"mixup_alpha is {shown(mixup_alpha)}; expected a number, 0 (no mixup) or more.")
         self.class_weights = plain(class_weights)
+        self.adapters = _checked_adapters(plain(adapters))
         self.label_mean, self.label_std = plain(label_mean), plain(label_std)
+        self.calibration_temperature, self.thresholds = plain(calibration_temperature), plain(thresholds)
         kwargs |= _named_classes(kwargs)
         # transformers hands these down to the backbone's configuration: where none is given, keep what it has.
         if self.base_config is not None:
@@ -146,6 +171,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type is {shown(self.problem_type)}; expected one of {', '.join(PROBLEM_TYPES)}.")
         self._check_labels()
+        self._check_calibration()
 
     def set_hidden_sizes(self, hidden_sizes: Sequence[int]) -> None:
         """Set the size of each hidden state of the backbone, and resolve `layers` by their number.
@@ -185,9 +211,9 @@ class CapsuleHeadConfig(PreTrainedConfig):
             )
 
     def _check_labels(self) -> None:
-        if not _is_number(self.label_mean):
+        if not is_number(self.label_mean):
             raise ValueError(f"label_mean is {shown(self.label_mean)}; expected a number.")
-        if not _is_number(self.label_std) or self.label_std <= 0:
+        if not is_number(self.label_std) or self.label_std <= 0:
             raise ValueError(f"label_std is {shown(self.label_std)}; expected a positive number.")
         weights = self.class_weights
         if weights is None:
@@ -201,13 +227,34 @@ class CapsuleHeadConfig(PreTrainedConfig):
                     "for each label of a multi-label problem."
                 )
             return
-        are_weights = isinstance(weights, list | tuple) and all(
-            _is_number(weight) and weight >= 0 for weight in weights
-        )
+        are_weights = isinstance(weights, list | tuple) and all(is_number(weight) and weight >= 0 for weight in weights)
         if not are_weights or len(weights) != self.num_labels or sum(weights) == 0:
             raise ValueError(
                 f"class_weights is {shown(weights)}; expected {self.num_labels} numbers, one per label, 0 or more, not "
                 f'all 0, or "{BALANCED}".'
+            )
+
+    def _check_calibration(self) -> None:
+        temperature, thresholds = self.calibration_temperature, self.thresholds
+        if not is_number(temperature) or temperature <= 0:
+            raise ValueError(f"calibration_temperature is {shown(temperature)}; expected a positive number.")
+        if temperature != 1 and self.problem_type == "regression":
+            raise ValueError(
+                f"calibration_temperature is {temperature}, and a regression has no probabilities; leave it out, or "
+                "set it to 1."
+            )
+        if thresholds is None:
+            return
+        if self.problem_type != "multi_label_classification":
+            raise ValueError(
+                f"thresholds is {shown(thresholds)}, which is for multi-label models, and problem_type is "
+                f"{self.problem_type!r}; leave it out."
+            )
+        is_list = isinstance(thresholds, list | tuple) and len(thresholds) == self.num_labels
+        if not is_list or not all(is_number(x) and 0 <= x < 1 for x in thresholds):
+            raise ValueError(
+                f"thresholds is {shown(thresholds)}; expected {self.num_labels} probabilities, one per label, from 0 "
+                "up to but not including 1."
             )
 
     @classmethod
@@ -254,6 +301,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         other_number = overrides.get("num_labels") not in (None, len(config_dict.get("id2label") or {}))
         if other_number or overrides.keys() & {*NAMES_OF_CLASSES}:  # the names in the file are of other classes
             config_dict = {name: value for name, value in config_dict.items() if name not in NAMES_OF_CLASSES}
+        if other_number:  # their scores will be others
+            config_dict = {name: value for name, value in config_dict.items() if name not in CALIBRATION}
         if overrides.get("head_type") not in (None, config_dict.get("head_type")):  # its options are of another head
             config_dict = {name: value for name, value in config_dict.items() if name not in option_names()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -267,6 +316,11 @@ class CapsuleHeadConfig(PreTrainedConfig):
     def class_names(self) -> list[str]:
         """The names of the classes, in the order of their indices."""
         return [name for _, name in sorted((self.id2label or {}).items())]
+
+    @property
+    def label_thresholds(self) -> list[float]:
+        """The probability above which a multi-label model predicts each label."""
+        return [DEFAULT_THRESHOLD] * (self.num_labels or 0) if self.thresholds is None else list(self.thresholds)
 
     @property
     def backbone(self) -> Backbone:
@@ -301,6 +355,19 @@ class CapsuleHeadConfig(PreTrainedConfig):
         if tower is not None:
             return tower
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def check_not_quantised(quantization_config: object) -> None:
+    """Refuse a quantisation of a model with its head.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if quantization_config is not None:
+        raise ValueError(
+            f"quantization_config of the model is {shown(quantization_config)}, and a head is never quantised; "
+            "expected it in base_config, or as an argument of from_backbone or from_pretrained, for the backbone alone."
+        )
 
 
 def label_fields(names: Sequence[str]) -> dict[str, dict[Any, Any]]:
@@ -343,11 +410,6 @@ def _check_keys(kwargs: Mapping[str, Any], head_type: str) -> None:
             raise ValueError(f"A CapsuleHeadConfig has no {name}; expected {field}, perhaps, or nothing by that name.")
 
 
-def _is_number(value: object) -> bool:
-    """Return whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return `id2label` and `label2id` where one of them was given: each has the names of the other.
 
@@ -357,6 +419,8 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     num_labels, id2label, label2id = (given.get(name) for name in ("num_labels", *NAMES_OF_CLASSES))
     if num_labels is not None:
         check_size("num_labels", num_labels)
+        if num_labels > MOST_LABELS:
+            raise ValueError(f"num_labels is {shown(num_labels)}; expected at most {MOST_LABELS:,}.")
     if id2label is None and label2id is None:
         return {}
     for name, classes in (("id2label", id2label), ("label2id", label2id)):
@@ -382,6 +446,16 @@ def _named_classes(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"id2label": dict(sorted(by_index.items())), "label2id": dict(sorted(expected.items(), key=lambda x: x[1]))}
 
 
+def _checked_adapters(adapters: Any) -> dict[str, list[int]] | None:
+    shapes = adapters.values() if isinstance(adapters, dict) else [None]
+    if adapters is not None and not all(isinstance(shape, list | tuple) and len(shape) == 3 for shape in shapes):
+        raise ValueError(f"adapters is {shown(adapters)}; expected three sizes by name of a linear layer, or None.")
+    for name, shape in (adapters or {}).items():
+        for size in shape:
+            check_size(f"a size in adapters[{name!r}]", size)
+    return adapters
+
+
 def _expected_base_config(found: object) -> str:
     return (
         f"base_config is {shown(found)}; expected the backbone's configuration, an object such as "
@@ -404,6 +478,7 @@ def _as_config(base_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
         )
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"base_config has the model_type {model_type!r}; expected one that transformers knows.")
+    check_fields(base_config, "base_config")
     try:
         config = AutoConfig.for_model(model_type, **base_config)
     except Exception as error:  # transformers checks types with exceptions of its own, and reads what it does not check

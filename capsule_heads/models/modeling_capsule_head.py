@@ -17,15 +17,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from ..backbones.parts import AUDIO_INPUTS, IMAGE_INPUTS, TEXT_INPUTS
-from ..heads import HeadOutput, RoutingHead, get_head
+from ..heads import HeadOutput, get_head
+from ..heads.linear_term import LinearTerm
+from ..heads.values import make_regressor, n_outputs, read_values
 from ..mixup import draw_mixup, mix
 from .base import CapsuleHeadPreTrainedModel
 from .configuration_capsule_head import CapsuleHeadConfig
 from .losses import check_labels, infer_problem_type, problem_loss, problem_targets
 from .outputs import CapsuleHeadClassifierOutput, CapsuleHeadModelOutput
-
-# A regression's value is read from the poses of this many capsules: with a single one there is nothing to route.
-N_REGRESSION_CAPSULES = 8
 
 
 class Requests(TypedDict, total=False):
@@ -55,7 +54,7 @@ class CapsuleHeadModel(CapsuleHeadPreTrainedModel):
     """
 
     backbone_inputs = TEXT_INPUTS + IMAGE_INPUTS + AUDIO_INPUTS
-    _keys_to_ignore_on_load_unexpected = [r"^head\.routings\.1\.", r"^regressor\."]
+    _keys_to_ignore_on_load_unexpected = [r"^head\.routings\.1\.", r"^regressor\.", r"^linear_term\."]
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building: Any) -> None:
         super().__init__(config, None, backbone, **building)
@@ -145,6 +144,12 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
     Where the configuration has no `problem_type`, the dtype of the labels says it in each forward pass, as in
     transformers: floating-point labels are multi-label. `CapsuleTrainer` writes what it finds to the configuration.
 
+    In evaluation mode the logits of a classification are divided by `config.calibration_temperature`.
+
+    With a linear term (`config.linear_term`) the logits are the mean of the head's scores and the term's, as of two
+    models. In training they are the head's alone: a head that has only to mend a regression which fits its training
+    rows learns nothing. For regression the values are the sum of both, and the head learns what the term leaves.
+
     `label_smoothing` smooths the targets of the loss. `CapsuleTrainer` sets it for its `label_smoothing_factor`.
 
     In training, with `config.mixup_alpha` above 0, samples and targets are mixed within the batch here, in the forward
@@ -154,14 +159,31 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
     label_smoothing = 0.0
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building: Any) -> None:
-        from_poses = config.problem_type == "regression" and issubclass(get_head(config.head_type), RoutingHead)
-        super().__init__(config, N_REGRESSION_CAPSULES if from_poses else config.num_labels, backbone, **building)
+        is_regression = config.problem_type == "regression"
+        n_out = n_outputs(get_head(config.head_type), config.num_labels or 2, is_regression)
+        super().__init__(config, n_out, backbone, **building)
         self.num_labels = config.num_labels
-        self.regressor: nn.Linear | None = None
-        if isinstance(self.head, RoutingHead) and from_poses:
-            d_cov, d_cap = self.head.pose_shape
-            self.regressor = nn.Linear(N_REGRESSION_CAPSULES * d_cov * d_cap, config.num_labels or 2)
+        self.regressor = make_regressor(self.head, config.num_labels or 2) if is_regression else None
+        self.linear_term: LinearTerm | None = None
+        if config.linear_term:
+            self.add_linear_term()
         self.post_init()
+
+    def add_linear_term(self) -> LinearTerm:
+        """Add a linear term to the scores, at 0, if there is none yet, and return it."""
+        if self.linear_term is None:
+            of_head = next(self.head.parameters())
+            term = LinearTerm(self.head.hidden_sizes, self.config.num_labels or 2)
+            self.linear_term = term.to(of_head.device, of_head.dtype)
+            self.config.linear_term = True
+        return self.linear_term
+
+    def freeze(self) -> None:
+        """Freeze the backbone, if the configuration says so, and the linear term, which is solved for."""
+        super().freeze()
+        term: LinearTerm | None = getattr(self, "linear_term", None)  # the base class calls this before there is one
+        if term is not None:
+            term.requires_grad_(False)
 
     def _classify(
         self,
@@ -182,12 +204,15 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         output, returned = self._run(inputs, attention_mask, hidden_states, output_hidden_states, output_attentions)
         states, masks = output.states, output.masks
         mix_samples = None if is_mixed else self._draw_mixup(targets, states[0])
+        linear = None
+        if self.linear_term is not None and not (self.training and self.config.problem_type != "regression"):
+            linear = self.linear_term(states, masks, mix_samples)
         if mix_samples is not None and targets is not None:
             different = {id(mask): mask for mask in masks}  # most often all layers have one
             mixed = {key: mix_samples(mask) for key, mask in different.items()}
             masks, targets = [mixed[id(mask)] for mask in masks], mix_samples(targets)
         capsules: HeadOutput = self.head(states, masks, bool(output_routing), mix_samples)
-        logits = self._logits(capsules)
+        logits = self._logits(capsules, linear)
         loss = None
         if targets is not None and problem_type is not None:
             targets = targets.to(logits.device)
@@ -227,16 +252,15 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
         return lambda tensor: mix(tensor, ratio.to(tensor.device), partner.to(tensor.device))
 
-    def _logits(self, capsules: HeadOutput) -> Tensor:
+    def _logits(self, capsules: HeadOutput, linear: Tensor | None) -> Tensor:
         config = self.config
-        if config.problem_type != "regression":
-            return capsules.a_out
-        values = capsules.a_out
-        if self.regressor is not None and capsules.mu_out is not None:
-            poses = capsules.mu_out.flatten(1)
-            with torch.autocast(poses.device.type, enabled=False):  # values are in float32, as scores are
-                values = self.regressor(poses.to(self.regressor.weight.dtype)).to(poses.dtype)
-        return config.label_mean + config.label_std * values
+        is_regression = config.problem_type == "regression"
+        values = read_values(capsules, self.regressor, linear, is_regression)
+        if is_regression:
+            return config.label_mean + config.label_std * values
+        # Here, so that one input has one score in pipelines, predictions and explanations alike.
+        is_scaled = not self.training and config.calibration_temperature != 1
+        return values / config.calibration_temperature if is_scaled else values
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -245,6 +269,8 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
         if isinstance(module, nn.Linear) and module is regressor:
             nn.init.kaiming_normal_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, LinearTerm):
+            module.reset_parameters()
 
 
 class CapsuleHeadForSequenceClassification(CapsuleHeadClassifier):

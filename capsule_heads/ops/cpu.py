@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +42,7 @@ class Cpu(StreamingStrategy):
 
     def missing(self) -> str | None:
         """Return None, or what to install."""
-        if is_installed("numba"):
-            return None
-        return 'is made of kernels that numba compiles, and numba is not installed: `pip install "capsule-heads[cpu]"`'
+        return missing_numba()
 
     def unserved(self, call: Call) -> str | None:
         """Return None if it serves a call, else the reason."""
@@ -112,10 +110,28 @@ def _kernels() -> ModuleType:
     """Return the kernels. Importing them needs numba, which not everyone has."""
     from . import cpu_kernels
 
-    kept = cpu_kernels.statistics.stats.cache_path  # type: ignore[attr-defined]  # None where there is no place
-    if kept is None or not any(Path(kept).glob("cpu_kernels.*.nbi")):
-        logger.warning("Compiling the kernels of routing, once on this machine: the first step takes 20 to 60 seconds.")
+    say_compiling(cpu_kernels, cpu_kernels.statistics)
     return cpu_kernels
+
+
+def missing_numba() -> str | None:
+    """Return None, or a clause about numba where it is not installed."""
+    if is_installed("numba"):
+        return None
+    return 'is made of kernels that numba compiles, and numba is not installed: `pip install "capsule-heads[cpu]"`'
+
+
+def say_compiling(kernels: ModuleType, one: Any) -> None:
+    """Say that kernels are about to be compiled, unless they were on this machine.
+
+    Args:
+        kernels: their module.
+        one: of its kernels.
+    """
+    folder = one.stats.cache_path  # None where there is no place
+    name = kernels.__name__.rpartition(".")[2]
+    if folder is None or not any(Path(folder).glob(f"{name}.*.nbi")):
+        logger.warning("Compiling the kernels of routing, once on this machine: the first step takes 20 to 60 seconds.")
 
 
 def _statistics(inputs: Inputs, e_step: EStep | None, R: Tensor | None) -> Statistics:

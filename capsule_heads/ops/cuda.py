@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,6 +17,8 @@ from torch import Tensor
 from .autograd import NAMESPACE, no_second_derivative
 from .strategy import IN_EXPORTS, IN_GROUPS, Call, Strategy, is_installed
 
+logger = logging.getLogger(__name__)
+
 MAX_COLUMNS = 1024  # of a block, n_out * d_out, each rounded up to a power of two: more do not fit into registers
 MAX_ROWS = 16  # d_cov
 MAX_OWN = 16384  # numbers of the votes of inputs with weights of their own
@@ -22,6 +27,7 @@ _TILE = 4096  # numbers of a block in float32
 _TILE_OF_W = 8192  # and of the weights that it is multiplied with
 _N_WARPS = 8
 _BLOCK = 64  # numbers that a program sums
+_MARK = "compiled"  # a file in Triton's cache
 _MAX_BUFFER = 2**25  # numbers of the buffer for the gradients of W of all programs: 128 MiB in float32
 
 
@@ -231,13 +237,43 @@ class Launcher:
     def __call__(self, n_programs: int, *arguments: Tensor | int) -> None:
         """Launch it. Everything that the strategy runs on the GPU goes through here."""
         grid = (n_programs, 1, 1)
-        if self._compiled is None:
-            compiled = self.kernel[grid](*arguments, **self.options)
-            if not is_interpreted():
-                self._compiled = compiled
-                self._constants = tuple(self.options[name] for name in self.kernel.arg_names[len(arguments) :])
-        else:
+        if self._compiled is not None:
             self._compiled[grid](*arguments, *self._constants)
+        elif is_interpreted():
+            self.kernel[grid](*arguments, **self.options)
+        else:
+            with self._compiling(arguments):
+                self._compiled = self.kernel[grid](*arguments, **self.options)
+            self._constants = tuple(self.options[name] for name in self.kernel.arg_names[len(arguments) :])
+
+    @contextlib.contextmanager
+    def _compiling(self, arguments: Sequence[Tensor | int]) -> Iterator[None]:
+        """Say that kernels are compiled, if Triton's cache has no mark for this one, and put one there afterwards."""
+        from triton import __version__
+        from triton.runtime.cache import get_cache_manager
+
+        kinds = [str(x.dtype) if isinstance(x, Tensor) else "int" for x in arguments]
+        about = (__version__, self.kernel.cache_key, sorted(self.options.items()), kinds)
+        key = hashlib.sha256(repr((*about, torch.cuda.get_device_capability())).encode()).hexdigest()
+        mark = None
+        with contextlib.suppress(OSError):  # without a cache each process compiles
+            mark = get_cache_manager(key)
+        if mark is not None and mark.get_file(_MARK) is not None:
+            yield
+            return
+        _say_that_kernels_are_compiled()
+        yield
+        if mark is not None:
+            with contextlib.suppress(OSError):
+                mark.put("", _MARK)
+
+
+@functools.cache  # once in a process
+def _say_that_kernels_are_compiled() -> None:
+    logger.warning(
+        "Compiling the kernels of routing for sizes like these, once on this machine: the first step takes up to 2 "
+        "minutes."
+    )
 
 
 @functools.cache

@@ -12,21 +12,23 @@ from torch import Tensor
 from ..checks import plain, shown
 from .cpu import Cpu
 from .cuda import Cuda
+from .kept import Kept
 from .moments import Moments
 from .reference import Reference
 from .strategy import Call, Strategy
 from .votes import Votes
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (Reference(), Moments(), Votes(), Cpu(), Cuda())
+    strategy.name: strategy for strategy in (Reference(), Moments(), Votes(), Kept(), Cpu(), Cuda())
 }
 P_MODELS = ("gaussian", "skm")
-SMALL = 250_000  # numbers in all votes: with fewer, the literal loop is done before a pass is set up
+# Numbers in all votes, with fewer of which a strategy is done on the CPU before a pass over blocks is set up.
+SMALL = {"kept": 1_000_000, "reference": 250_000}
 
 
-def _is_small(call: Call) -> bool:
-    """Return whether the literal loop is fastest; processes that share inputs may differ in size, and choose alike."""
-    return call.mu_inp.device.type == "cpu" and not call.is_split and call.n_votes < SMALL
+def _is_small(call: Call, strategy: str) -> bool:
+    """Return whether votes are few; processes that share inputs may differ in size, and choose alike."""
+    return call.mu_inp.device.type == "cpu" and not call.is_split and call.n_votes < SMALL[strategy]
 
 
 def _has_few_moments(call: Call) -> bool:
@@ -39,10 +41,12 @@ def _has_few_moments(call: Call) -> bool:
 AUTO: tuple[tuple[str, Callable[[Call], bool]], ...] = (
     ("reference", lambda call: torch.compiler.is_exporting()),
     ("cuda", lambda call: call.mu_inp.device.type == "cuda"),
-    ("reference", _is_small),
+    ("kept", lambda call: _is_small(call, "kept")),
+    ("reference", lambda call: _is_small(call, "reference")),
     ("cpu", lambda call: True),
     ("moments", _has_few_moments),
     ("votes", lambda call: True),
+    ("kept", lambda call: True),
     ("reference", lambda call: True),
 )
 

@@ -1,8 +1,9 @@
-"""Training arguments with the paper's regime as defaults."""
+"""Training arguments: the paper's optimizer and schedule, and settings that a recipe chooses by the data."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -15,6 +16,10 @@ from ..checks import plain
 # Names of ours for two of transformers' fields, which only admit the names it knows.
 RADAM = "radam"
 ONE_CYCLE = "one_cycle"
+
+AUTO, PAPER = "auto", "paper"  # recipes
+# What the paper's recipe sets, where an argument is not set; by default `training.recipe` chooses them.
+PAPER_SETTINGS = {"learning_rate": 5e-4, "num_train_epochs": 3.0, "warmup_steps": 0.1, "max_grad_norm": 0.0}
 
 # The least value of a number, and the value that it is below. A field that is None is not set.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -63,38 +68,61 @@ DESCRIBED = (
 
 @dataclass
 class CapsuleTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the regime of Heinsen (2019): RAdam, one cycle, batches of 20.
+    """`TrainingArguments` with optimizer and schedule of Heinsen (2019): RAdam, one cycle, batches of 20.
+
+    Four arguments are None by default, which is "not set". With `recipe="auto"`, `CapsuleTrainer` chooses them when
+    training begins, by the number of examples and steps, and says in one line what it chose (see
+    `capsule_heads.training.recipe`). With `recipe="paper"` they are the paper's at once: `learning_rate=5e-4`,
+    `num_train_epochs=3`, `warmup_steps=0.1`, `max_grad_norm=0`. What is set is kept.
 
     Defaults that differ from those of `TrainingArguments`:
 
     | argument                      | here              | there               |
     | ----------------------------- | ----------------- | ------------------- |
+    | `recipe`                      | "auto"            | (none)              |
     | `optim`                       | "radam"           | "adamw_torch_fused" |
     | `lr_scheduler_type`           | "one_cycle"       | "linear"            |
-    | `learning_rate` (the peak)    | 5e-4              | 5e-5                |
+    | `learning_rate` (the peak)    | None              | 5e-5                |
+    | `num_train_epochs`            | None              | 3.0                 |
     | `min_learning_rate`           | 1e-5              | (none)              |
     | `backbone_learning_rate`      | None (the same)   | (none)              |
     | `min_adam_beta1`              | 0.81              | (none)              |
-    | `warmup_steps`                | 0.1 (of all)      | 0                   |
+    | `warmup_steps`                | None              | 0                   |
     | `per_device_train_batch_size` | 20                | 8                   |
     | `per_device_eval_batch_size`  | 64                | 8                   |
-    | `max_grad_norm`               | 0 (no clipping)   | 1.0                 |
+    | `max_grad_norm`               | None              | 1.0                 |
     | `train_sampling_strategy`     | "group_by_length" | "random"            |
     | `on_nonfinite`                | "stop"            | (none)              |
 
     Batches are copied to a GPU while it computes: there `accelerator_config` has `non_blocking=True`, unless it says
     otherwise or `dataloader_pin_memory` is False. Without a GPU no memory is pinned.
 
+    Where `load_best_model_at_end` is set and `metric_for_best_model` is not, the best model is the one of least loss;
+    of classes whose numbers differ by a factor of 5 or more, the one of highest macro F1.
+
     Any optimizer and schedule of transformers may be named instead. The paper has a batch of 20 on one device: with N
     devices, or when accumulating over N steps, divide `per_device_train_batch_size` by N. The paper's mixup is a
     field of the model's configuration, `mixup_alpha=0.2`, and off by default.
     """
 
+    recipe: str = field(
+        default=AUTO,
+        metadata={
+            "help": 'Source of learning rate, epochs, warm-up and clipping that are not given: "auto" for what fits '
+            'the number of examples, with a linear term solved for before training; "paper" for Heinsen (2019).',
+            "choices": [AUTO, PAPER],
+        },
+    )
     optim: str = field(default=RADAM, metadata={"help": f'"{RADAM}", or the name of an optimizer of transformers.'})
     lr_scheduler_type: str = field(
         default=ONE_CYCLE, metadata={"help": f'"{ONE_CYCLE}", or the name of a schedule of transformers.'}
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float | None = field(  # type: ignore[assignment]  # None until the recipe chooses
+        default=None, metadata={"help": "Peak learning rate. Default: chosen by the recipe."}
+    )
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Number of training epochs. Default: chosen by the recipe."}
+    )
     min_learning_rate: float = field(
         default=1e-5, metadata={"help": "Learning rate at the beginning and the end of the cycle."}
     )
@@ -109,12 +137,18 @@ class CapsuleTrainingArguments(TrainingArguments):
         default=0.81,
         metadata={"help": "Adam's beta1 at the peak of the learning rate; at the ends it is adam_beta1."},
     )
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps until the peak; a number below 1 is a fraction of all steps."}
+    warmup_steps: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Steps until the peak; a number below 1 is a fraction of all steps. Default: chosen by the recipe."
+        },
     )
     per_device_train_batch_size: int = field(default=20, metadata={"help": "Training batch size per device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation batch size per device."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Norm to clip gradients to; 0 for no clipping."})
+    max_grad_norm: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Norm to clip gradients to; 0 for no clipping. Default: chosen by the recipe."},
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
@@ -135,6 +169,8 @@ class CapsuleTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             setattr(self, name, plain(value))
+        if self.recipe not in (AUTO, PAPER):
+            raise ValueError(f'recipe is {self.recipe!r}; expected "{AUTO}" or "{PAPER}".')
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f'on_nonfinite is {self.on_nonfinite!r}; expected "stop" or "skip".')
         for name, value in vars(self).items():  # max_grad_norm, for one, would carry it into the weights
@@ -150,9 +186,18 @@ class CapsuleTrainingArguments(TrainingArguments):
             if getattr(self, name) == own_value:
                 ours[name] = own_value
                 setattr(self, name, stand_in)
+        if self.recipe == PAPER or self.max_steps > 0:  # max_steps makes epochs void
+            own_settings = PAPER_SETTINGS if self.recipe == PAPER else {"num_train_epochs": 3.0}
+            self.fill(own_settings)
+        # transformers would put "loss" for a metric that is not set.
+        self.metric_is_open = self.load_best_model_at_end and self.metric_for_best_model is None
+        unset = self.unset()
+        self.fill(PAPER_SETTINGS)  # transformers compares them with numbers
         super().__post_init__()
         for name, own_value in ours.items():
             setattr(self, name, own_value)
+        for name in unset:
+            setattr(self, name, None)
         for name, (least, below) in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not least <= value < below:
@@ -160,9 +205,19 @@ class CapsuleTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {value}; expected a number, {expected}.")
         if self.max_steps == 0:  # transformers would make one step
             raise ValueError("max_steps is 0; expected 1 or more, or -1 for num_train_epochs.")
-        self._check_effects()
+        self.check_effects()
 
-    def _check_effects(self) -> None:
+    def unset(self) -> list[str]:
+        """Return the names of the arguments that a recipe chooses and that are not set."""
+        return [name for name in PAPER_SETTINGS if getattr(self, name) is None]
+
+    def fill(self, settings: Mapping[str, float]) -> None:
+        """Set those of some arguments that are not set."""
+        for name, value in settings.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def check_effects(self) -> None:
         """Refuse what would have no effect, or turn the cycle upside down."""
         schedule = word_of(self.lr_scheduler_type)
         void: dict[str, tuple[str, Any]] = {}
@@ -179,7 +234,8 @@ class CapsuleTrainingArguments(TrainingArguments):
                 f"{name} is {getattr(self, name)}, without effect where {other} is {setting}; change {other}, or leave "
                 f"{name} out."
             )
-        if schedule == ONE_CYCLE and 0 < self.learning_rate < self.min_learning_rate:
+        peak = self.learning_rate or 0
+        if schedule == ONE_CYCLE and 0 < peak < self.min_learning_rate:
             raise ValueError(
                 f"learning_rate is {self.learning_rate}, the peak of the cycle, and min_learning_rate, its ends, is "
                 f"{self.min_learning_rate}; expected a lower one."

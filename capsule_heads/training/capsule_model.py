@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..heads import check_trainable, get_head
 from ..models.base import CapsuleHeadPreTrainedModel
 from ..models.losses import infer_problem_type
 
@@ -32,9 +33,11 @@ def check_trains(model: CapsuleHeadPreTrainedModel, args: TrainingArguments, com
     """Check that the head trains, and that what a user set of its training has an effect.
 
     Raises:
-        ValueError: If the head is frozen, as PEFT leaves it without `modules_to_save`; if a loss of the user's own
-            would leave out class weights, mixup or label smoothing; if noise is for a frozen backbone's embeddings.
+        ValueError: If the head is not one to train; if it is frozen, as PEFT leaves it without `modules_to_save`; if a
+            loss of the user's own would leave out class weights, mixup or label smoothing; if noise is for a frozen
+            backbone's embeddings.
     """
+    check_trainable(get_head(model.config.head_type))
     if not any(x.requires_grad for x in model.head.parameters()):
         remedy = 'pass modules_to_save=["head"] to the configuration of PEFT' if model.has_adapters else "unfreeze it"
         raise ValueError(f"No parameter of the head requires a gradient, so that the head would not train; {remedy}.")

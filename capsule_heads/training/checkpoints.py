@@ -11,12 +11,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.state_file import gigabytes
-from ..files import read_json
+from ..files import holding, read_json
 from ..hub.push import RUN_LOCK
 
 UNFINISHED = "unfinished"  # the folder, in a run's, of what is being written or deleted
@@ -71,18 +70,12 @@ def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         OSError: If another process trains there, or nothing can be written there.
     """
-    lock = FileLock(Path(run_dir, RUN_LOCK))
-    try:
-        lock.acquire(timeout=SECONDS_TO_LOCK)
-    except Timeout:
-        raise OSError(
-            f"output_dir is {run_dir}, in which another process is training; expected one run at a time: wait until it "
-            "has ended, or choose another output_dir."
-        ) from None
-    try:
+    otherwise = (
+        f"output_dir is {run_dir}, in which another process is training; expected one run at a time: wait until it has "
+        "ended, or choose another output_dir."
+    )
+    with holding(Path(run_dir, RUN_LOCK), SECONDS_TO_LOCK, otherwise):
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..metrics import compute_metrics_for
@@ -10,6 +12,23 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
 
     from ..models.configuration_capsule_head import CapsuleHeadConfig
+
+
+UNEVEN = 5  # times as many examples of one class as of another
+
+
+def are_uneven(labels: Iterable[int]) -> bool:
+    """Return whether one class has many times the examples of another, so that accuracy says little of the rare one."""
+    counts = Counter(labels).values()
+    return max(counts, default=0) >= UNEVEN * min(counts, default=1)
+
+
+def default_metric(config: CapsuleHeadConfig) -> str | None:
+    """Return the name of a model's metrics, as in `load_metric`, by its problem type; None where it has none."""
+    metric = {"regression": "stsb", "multi_label_classification": "multilabel"}.get(
+        config.problem_type or "", "classification"
+    )
+    return metric if metric == "classification" or (config.num_labels == 1) == (metric == "stsb") else None
 
 
 def default_metrics(config: CapsuleHeadConfig, prediction: EvalPrediction) -> dict[str, float]:
@@ -21,9 +40,5 @@ def default_metrics(config: CapsuleHeadConfig, prediction: EvalPrediction) -> di
         config: the model's configuration.
         prediction: as a Trainer passes it.
     """
-    metric = {"regression": "stsb", "multi_label_classification": "multilabel"}.get(
-        config.problem_type or "", "classification"
-    )
-    if metric != "classification" and (config.num_labels == 1) != (metric == "stsb"):
-        return {}
-    return compute_metrics_for(metric)(prediction)
+    metric = default_metric(config)
+    return {} if metric is None else compute_metrics_for(metric, config.thresholds)(prediction)

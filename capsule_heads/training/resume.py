@@ -17,7 +17,7 @@ from ..checks import shown
 from ..data.splits import read_columns
 from ..files import read_json
 from ..models.base import CapsuleHeadPreTrainedModel
-from ..weights import sample_weights
+from ..weights import digest_weights
 from .arguments import word_of
 from .schedule import OneCycle
 
@@ -41,6 +41,7 @@ def describe_run(trainer: Trainer, model: CapsuleHeadPreTrainedModel) -> dict[st
         "classes": config.class_names,
         "windows": None if config.windowing is None else list(config.windowing),
         "backbone": _digest_of_backbone(model),
+        "linear_term": config.linear_term or None,  # None, too, in checkpoints of versions that had none
         "trainable parameters": f"{len(trained)} tensors, {_digest(trained)}",
         "training data": _describe_data(trainer.train_dataset, args.length_column_name),
         "examples in a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -129,10 +130,7 @@ def _digest_of_backbone(model: CapsuleHeadPreTrainedModel) -> str | None:
     """Return a digest of some of a frozen backbone's weights, which a checkpoint of the head does not hold."""
     if model.backbone is None or not model.config.head_only or model.backbone_trains:
         return None
-    digest = hashlib.sha256()
-    for name, x in sample_weights(model.backbone).items():
-        digest.update(name.encode() + x.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest_weights(model.backbone, torch.bfloat16)[:16]
 
 
 def _describe_data(dataset: Any, length_column: str) -> str | None:

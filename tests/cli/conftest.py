@@ -3,8 +3,10 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 from capsule_heads.cli import main
 
@@ -43,3 +45,24 @@ def call(monkeypatch, capfd):
         return status, *capfd.readouterr()
 
     return call_command
+
+
+@pytest.fixture
+def check_push(tmp_path):
+    """check_push(run): push a run, with its backbone, to a hub on loopback, and check what is there."""
+    from transformers import AutoConfig
+
+    def check(run):
+        before = {path: path.stat().st_mtime_ns for path in Path(run).rglob("*")}
+        with HubServer() as hub:
+            command = [sys.executable, "-m", "capsule_heads", "push", str(run), "me/run", "--head_only", "false"]
+            environment = hub.environment(tmp_path / "home", hub.token)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            assert {path: path.stat().st_mtime_ns for path in Path(run).rglob("*")} == before
+            files = hub.repositories["me/run"].files()
+            assert b'"backbone.' in files["model.safetensors"].content  # which is nowhere else
+            assert {"config.json", "results.json", "README.md", "preprocessor_config.json"} <= files.keys()
+            assert AutoConfig.from_pretrained(run).id2label[0] in files["README.md"].content.decode()
+
+    return check

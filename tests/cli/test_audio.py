@@ -3,6 +3,7 @@
 import json
 import shutil
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,20 +54,20 @@ def trained(wav2vec2, tones, tmp_path_factory):
     from capsule_heads.cli import main
 
     folder = tmp_path_factory.mktemp("audio") / "run"
-    keys = {"task": "audio_folder", "source": tones, "backbone": wav2vec2, "output_dir": folder, "save_strategy": "no"}
+    keys = {"data": tones, "backbone": wav2vec2, "output_dir": folder, "save_strategy": "no"}
     keys |= {"num_train_epochs": 20, "learning_rate": 0.3, "d_inp": 8, "n_parts": 4, "use_cpu": True}
     main(["train", *(str(x) for name, value in keys.items() for x in (f"--{name}", value))])
     return folder
 
 
 @pytest.mark.slow
-def test_a_folder_of_audio_from_training_to_predictions(call, trained, tones):
+def test_a_folder_of_audio_from_training_to_the_hub(call, trained, tones, tmp_path, check_push):
     results = json.loads((trained / "results.json").read_text())
-    assert (results["task"], results["dataset"], results["steps"]) == ("audio_folder", None, 20)
+    assert (results["task"], results["dataset"], results["steps"]) == ("own_data", None, 20)
     assert results["test_accuracy"] == 1.0
-    status, out, _ = call("evaluate", trained, "--task", "audio_folder", "--source", tones, "--split", "test")
+    status, out, _ = call("evaluate", trained, "--data", tones, "--split", "test")
     assert status == 0
-    assert json.loads(out[out.index("{\n") :])["test_accuracy"] == 1.0
+    assert json.loads(Path(out.splitlines()[-1]).read_text())["accuracy"] == 1.0
 
     files = [tones / "test" / name / f"{n}.wav" for n in (0, 1) for name in ("quiet", "loud")]
     expected = []
@@ -82,6 +83,11 @@ def test_a_folder_of_audio_from_training_to_predictions(call, trained, tones):
         assert [x["score"] for x in answers] == pytest.approx(expected, rel=1e-4)
     status, out, _ = call("predict", trained, stdin=f"{files[0]}\n")
     assert json.loads(out)["label"] == "quiet"
+    status, _, err = call("predict", trained, "--data", tones / "test", "--output", tmp_path / "answers.jsonl")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert all(row["file"].startswith(f"{row['predicted_label']}/") for row in rows) and len(rows) == 4
+    check_push(trained)
 
 
 @pytest.mark.slow
@@ -89,7 +95,7 @@ def test_audio_is_explained(call, trained, tones, tmp_path):
     status, _, err = call("explain", trained, tones / "test" / "loud" / "0.wav", "--output_dir", tmp_path / "one")
     assert status == 0, err
     assert Image.open(tmp_path / "one" / "001.png").size[0] > 300
-    options = ("--task", "audio_folder", "--source", tones, "--max_inputs", 3, "--output_dir", tmp_path / "task")
+    options = ("--data", tones, "--split", "test", "--max_inputs", 3, "--output_dir", tmp_path / "task")
     status, _, err = call("explain", trained, *options)
     assert status == 0, err
     assert (tmp_path / "task" / "report.html").read_text().count("true: ") == 3
@@ -98,13 +104,13 @@ def test_audio_is_explained(call, trained, tones, tmp_path):
 @pytest.mark.slow
 def test_audio_is_shown_on_the_page(trained, tones):
     pytest.importorskip("gradio")
-    from capsule_heads.cli.demo import _example, build_demo
+    from capsule_heads.cli.demo import _examples, build_demo
 
     page = build_demo(str(trained))
     (explain,) = [x.fn for x in page.fns.values() if x.fn is not None and x.fn.__name__ == "explain_input"]
     *_, shown = explain(str(tones / "test" / "loud" / "1.wav"))
     assert "<b>loud</b>" in shown and shown.count("data:image/webp") == 1
-    *_, shown = explain(*_example("audio"))
+    *_, shown = explain(*_examples("audio")[0])
     assert "<b>" in shown
 
 

@@ -27,6 +27,11 @@ OF_TEST = ("--task", "reviews", "--split", "test")
 SMALL = {"d_inp": 8, "n_parts": 4, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 
 
+def evaluated(out):
+    """What evaluate wrote into the file that its last line names."""
+    return json.loads(Path(out.splitlines()[-1]).read_text())
+
+
 @pytest.fixture(scope="session")
 def trees(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trees")
@@ -83,7 +88,7 @@ def test_early_stopping_and_the_best_model(call, backbone, trees, tmp_path):
 
     status, out, _ = call("evaluate", folder, "--task", "sst5", "--source", trees, "--split", "test")
     assert status == 0
-    assert json.loads(out[out.index("{\n") :])["test_accuracy"] == results["test_accuracy"]
+    assert evaluated(out)["accuracy"] == results["test_accuracy"]
 
 
 RELOAD = """
@@ -145,9 +150,14 @@ def test_evaluate(run, call, reviews_model):
     assert done.returncode == 0, done.stderr
     outputs = {"validation": done.stdout, "test": call("evaluate", reviews_model, *OF_TEST)[1]}
     for split, out in outputs.items():
-        evaluated = json.loads(out[out.index("{\n") :])
-        assert evaluated[f"{split}_accuracy"] == trained[f"{split}_accuracy"]
-        assert evaluated[f"{split}_loss"] == pytest.approx(trained[f"{split}_loss"], rel=1e-5)
+        found = evaluated(out)
+        assert found["accuracy"] == trained[f"{split}_accuracy"]
+        assert found["negative_log_likelihood"] == pytest.approx(trained[f"{split}_loss"], rel=1e-5)
+        assert out.startswith(f"reviews, {split}\nexamples ") and f"accuracy  {found['accuracy']:.4f}" in re.sub(
+            " +", "  ", out
+        )
+        folder = reviews_model / f"evaluation-reviews-{split}"
+        assert {x.name for x in folder.iterdir()} == {"evaluation.json", "confusion.png", "reliability.png"}
 
 
 def test_long_texts_in_windows(call, backbone, tmp_path):
@@ -160,7 +170,7 @@ def test_long_texts_in_windows(call, backbone, tmp_path):
     assert model.config.windowing == (12, 4, 1, 1)
     trained = json.loads((folder / "results.json").read_text())
     out = call("evaluate", folder, *OF_TEST)[1]
-    assert json.loads(out[out.index("{\n") :])["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-5)
+    assert evaluated(out)["negative_log_likelihood"] == pytest.approx(trained["test_loss"], rel=1e-5)
 
     long = " ".join(["the food was good and it was a long film"] * 20)
     inputs = AutoTokenizer.from_pretrained(folder)(long, return_tensors="pt")
@@ -448,7 +458,8 @@ def test_commands_are_quiet(run, backbone, tmp_path):
     }
     done = run("train", "--config", write(tmp_path / "run.yaml", **keys), "--cache_hidden_states", "--max_length", 11)
     assert done.returncode == 0, done.stderr
-    cut, line = shown(done.stderr)
+    cut, line, *others = shown(done.stderr)
+    assert all(x.startswith(("Recipe: ", "Probabilities ")) for x in others), others
     assert cut.startswith("Cut to 11 tokens: ") and line.startswith("Computing the hidden states of ")
     for bar in ("Tokenizing", "Computing hidden states", "Evaluating"):
         assert f"{bar}: " in done.stderr

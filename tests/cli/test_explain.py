@@ -57,7 +57,7 @@ def test_a_thousand_inputs_keep_their_order(call, classifier, tmp_path, monkeypa
 
 
 def test_mistakes(fails, classifier, tmp_path):
-    message = "error: Expected either texts or files, or --task with a test split to explain."
+    message = "error: Expected texts or files to explain, --data with labelled data, or --task: one of them."
     assert fails("explain", classifier) == message
     assert fails("explain", classifier, "good", "--task", "reviews") == message
     assert "nowhere" in fails("explain", tmp_path / "nowhere", "good")
@@ -65,11 +65,18 @@ def test_mistakes(fails, classifier, tmp_path):
     assert str(tmp_path / "file") in fails("explain", classifier, "good", "--output_dir", tmp_path / "file")
 
 
-@pytest.mark.parametrize("option", (("--source", "x"), ("--max_inputs", 50), ("--seed", 0)))
-def test_options_of_a_task_need_one(fails, classifier, tmp_path, option):
-    name, value = option
-    line = fails("explain", classifier, "good", *option, "--output_dir", tmp_path / "found")
-    assert line == f"error: {name} is {value}, but it is of a task's test split; give --task, or leave it out."
+@pytest.mark.parametrize(
+    ("name", "value", "needed"),
+    [
+        ("--source", "x", "--task"),
+        ("--max_inputs", 50, "--data or --task"),
+        ("--seed", 0, "--data or --task"),
+        ("--label", "x", "--data"),
+    ],
+)
+def test_options_of_data_need_it(fails, classifier, tmp_path, name, value, needed):
+    line = fails("explain", classifier, "good", name, value, "--output_dir", tmp_path / "found")
+    assert line == f"error: {name} is {value}, which has no effect without {needed}; leave it out."
     assert not (tmp_path / "found").exists()
 
 
@@ -114,3 +121,13 @@ def test_models_without_credits_are_refused_before_they_are_loaded(fails, backbo
         (tmp_path / name / "model.safetensors").unlink()
         assert message in fails("explain", tmp_path / name, "good", "--output_dir", tmp_path / "found")
     assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.slow
+def test_a_sample_of_a_file_is_explained(call, classifier, tmp_path):
+    (tmp_path / "rows.csv").write_text("review,stars\n" + "good food,positive\nbad film,negative\n" * 3)
+    options = ("--data", tmp_path / "rows.csv", "--max_inputs", 2, "--output_dir", tmp_path / "found")
+    status, _, err = call("explain", classifier, *options)
+    assert status == 0, err
+    assert "Columns: text from review, label from stars." in err
+    assert (tmp_path / "found" / "report.html").read_text().count("true: ") == 2

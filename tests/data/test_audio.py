@@ -183,6 +183,29 @@ def test_files_that_cannot_be_read_are_named(folder, tmp_path, feature_extractor
             prepared[split][:]
 
 
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+def test_a_file_that_is_cut_short_is_refused(tmp_path, kind, as_bytes):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / f"a.{kind}", tone(440, 2 * RATE), RATE)
+    content = (tmp_path / f"a.{kind}").read_bytes()
+    cut = tmp_path / f"cut.{kind}"
+    cut.write_bytes(content[: len(content) // 2])
+    expected = r"cut short: its header announces \d+|is not an audio file that can be read"
+    with pytest.raises(ValueError, match=expected) as raised:
+        as_audio(cut.read_bytes() if as_bytes else cut, RATE)
+    assert "\n" not in str(raised.value) and (as_bytes or str(cut) in str(raised.value))
+
+
+def test_a_wav_file_from_a_pipe_announces_no_length(tmp_path):
+    write_wav(tmp_path / "a.wav", tone(440, 500))
+    content = (tmp_path / "a.wav").read_bytes()
+    for size in (0xFFFFFFFF, 0x7FFFF000):
+        sizes = size.to_bytes(4, "little")
+        (tmp_path / "pipe.wav").write_bytes(content[:4] + sizes + content[8:40] + sizes + content[44:])
+        np.testing.assert_array_equal(open_audio(tmp_path / "pipe.wav", RATE), open_audio(tmp_path / "a.wav", RATE))
+
+
 def test_without_soundfile(tmp_path, monkeypatch):
     write_wav(tmp_path / "a.wav", tone(440, 500))
     real = builtins.__import__

@@ -657,6 +657,7 @@ def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path
         model = make_model(mixup_alpha=0.0)
         arguments = CapsuleTrainingArguments(
             str(tmp_path / "run"),
+            recipe="paper",
             use_cpu=True,
             num_train_epochs=2,
             per_device_train_batch_size=5,

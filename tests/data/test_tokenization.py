@@ -49,6 +49,15 @@ def test_pairs():
     assert {"text", "text_pair", "label"}.isdisjoint(split.column_names)
 
 
+def test_a_pair_without_a_second_text_is_a_single_text():
+    pairs = splits(text=["a", "a b " * 5, "c"], text_pair=["", "", "b"], label=[0, 1, 0])
+    assert tokenize(pairs, tokenizer())["train"]["input_ids"][:] == [
+        [CLS, A, SEP],
+        [CLS, A, B, A, B, A, B, SEP],
+        [CLS, C, SEP, B, SEP],
+    ]
+
+
 def test_texts_are_cut_to_max_length_or_to_what_the_backbone_takes():
     long = splits(text=["a " * 20], text_pair=["b " * 20], label=[0])
     assert tokenize(long, tokenizer())["train"]["length"][0] == 8

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import (
     FunnelConfig,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     SwinConfig,
     ViTConfig,
@@ -145,6 +146,22 @@ def test_texts(make_model, tokenizer):
     assert explanations[0].tokens == ("[CLS]", "the", "film", "is", "good", "[SEP]")
     (alone,) = explain(model, "dull", tokenizer)
     torch.testing.assert_close(alone.by_token(), explanations[2].by_token(), rtol=1e-4, atol=1e-6)  # padding has none
+
+
+def test_tokens_of_bytes_are_shown_as_text(make_model):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    text = "the film was great  así\n"
+    of_bytes = Tokenizer(models.BPE())
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=36, special_tokens=["<s>"], show_progress=False)
+    of_bytes.train_from_iterator([text] * 9, trainer)
+    of_bytes.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_bytes, pad_token="<s>")
+    assert tokenizer.tokenize(text) == ["the", "Ġfilm", "Ġwas", "Ġgreat", "Ġ", "ĠasÃŃ", "Ċ"]
+    (explanation,) = explain(make_model("gpt2"), text, tokenizer)
+    assert explanation.tokens == ("<s>", "the", "film", "was", "great", "", "así", "")
+    assert [word.text for word in explanation.by_word()] == ["the", "film", "was", "great", " ", "así", "\n"]
 
 
 def test_the_tokenizer_is_found_where_the_model_is(make_model, tokenizer, tmp_path):

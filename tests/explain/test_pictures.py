@@ -15,15 +15,16 @@ from capsule_heads.explain.attributions import Explanation
 from capsule_heads.explain.faithfulness import DELETED
 from capsule_heads.explain.pictures import (
     MOST_INCHES,
-    PALEST,
-    colour_strength,
     draw_deletion,
     draw_explanation,
     draw_layers,
     draw_parts,
     draw_patches,
     draw_tokens,
+    lead_of,
+    lead_per_credit,
     new_figure,
+    shade,
     shown_classes,
 )
 from capsule_heads.explain.report import render_explanation, render_report, render_scores
@@ -110,30 +111,34 @@ def test_tokens_by_layer():
     explanation = of_text([0.0, 1.0, 3.0])
     sums, heat, _ = draw_tokens(explanation).axes
     expected = explanation.against_others(torch.stack(explanation.credits, dim=1))[..., 2]
+    expected *= lead_per_credit(explanation, 2)
     np.testing.assert_allclose(np.asarray(heat.images[0].get_array()), expected.T, rtol=1e-6)
     gains, losses = (patch.get_data().values for patch in sums.patches)
     np.testing.assert_allclose(gains + losses, expected.sum(1), rtol=1e-5)
     assert [label.get_text() for label in heat.get_xticklabels()] == list(explanation.tokens)
     assert [label.get_text() for label in heat.get_yticklabels()] == ["0", "2"]
-    assert " ".join(sums.get_title().split()) == "For good, against the others; probability 0.84"
+    assert " ".join(sums.get_title().split()) == "For good, against the others; probability 84%"
     assert draw_tokens(explanation, target=0).axes[0].get_title().startswith("For bad, ")
 
 
 def test_positions_of_audio_by_layer():
     figure = draw_tokens(of_audio())
     sums, heat, _ = figure.axes
-    assert figure.get_size_inches()[0] == 16  # a tick for each frame would be metres wide
+    assert figure.get_size_inches()[0] == 9  # a tick for each frame would be metres wide
     assert heat.get_xlabel() == "position" and heat.get_ylabel() == "layer"
     assert len(heat.get_xticks()) < 20 and len(sums.patches[0].get_data().values) == 500
+    heat = draw_tokens(dataclasses.replace(of_audio(), seconds=0.02)).axes[1]
+    assert heat.get_xlabel() == "seconds" and heat.get_xlim() == pytest.approx((0, 10))
 
 
 def test_patches_over_an_image():
     plain, over, _ = draw_patches(of_image()).axes
     assert plain.images[0].get_array().shape == (20, 20, 3)
     expected = of_image().against_others(of_image().credits[0])[1:, 1].unflatten(0, (2, 2))
+    expected = expected * lead_per_credit(of_image(), 1)
     np.testing.assert_allclose(np.asarray(over.images[1].get_array()), expected, rtol=1e-6)
-    assert over.images[0].get_extent() == over.images[1].get_extent()
-    assert " ".join(over.get_title().split()) == "For dog, against the others; probability 0.73"
+    assert over.images[0].get_extent() == over.images[1].get_extent() == [0, 20, 20, 0]
+    assert " ".join(over.get_title().split()) == "For dog, against the others; probability 73%"
 
 
 @pytest.mark.parametrize("n_words", (330, 20_000))
@@ -270,7 +275,7 @@ def test_an_image_without_a_grid_is_shown_with_its_layers(shape):
     explanation = without_a_grid(shape)
     plain, axes = draw_explanation(explanation).axes
     assert plain.images[0].get_array().shape == (20, 20, 3)
-    expected = explanation.against_others(explanation.by_layer())[:, 1]
+    expected = explanation.against_others(explanation.by_layer())[:, 1] * lead_per_credit(explanation, 1)
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], expected, rtol=1e-5)
     assert render_report([explanation], [1]).count("data:image/webp;base64,") == 1
 
@@ -287,28 +292,37 @@ def test_layers_with_other_tokens_each():
 # How strong colours are
 
 
-def test_a_guess_is_paler_than_a_sure_prediction():
-    def strongest(probability):
-        page = render_report([of_guess(probability)])
-        heat = draw_tokens(of_guess(probability)).axes[1].images[0]
-        in_picture = float(np.abs(heat.get_array()).max() / heat.norm.vmax)
-        in_page = [float(x) for x in re.findall(r'<span style="background:rgba\([^)]*,([\d.]+)\)" title', page)]
-        in_table = [float(x) for x in re.findall(r'<td style="background:rgba\([^)]*,([\d.]+)\)"', page)]
-        assert max(in_page) == pytest.approx(0.7 * in_picture, abs=1e-3)
-        assert max(in_table) == pytest.approx(0.7 * in_picture, abs=1e-3)
-        return in_picture
+def test_colours_have_one_scale_and_a_guess_is_pale():
+    def found(probability):
+        explanation = of_guess(probability)
+        page = render_report([explanation])
+        drawn = draw_tokens(explanation).axes[1].images[0]
+        assert (drawn.norm.vmin, drawn.norm.vmax) == (-1, 1)
+        for tag in ("span", "td"):  # each colour is that of its number, on every page
+            shown = re.findall(rf'<{tag} style="background:rgba\([^)]*,([\d.]+)\)"(?: title="|>)([+-][\d.]+)', page)
+            assert shown and all(float(x) == pytest.approx(0.7 * shade(float(n)), abs=0.02) for x, n in shown)
+        assert np.asarray(drawn.norm([-0.25, 0.25])) == pytest.approx([0.25, 0.75])  # as strong as `shade`: a half
+        tokens = explanation.against_others(explanation.by_token())[:, 1] * lead_per_credit(explanation, 1)
+        assert float(tokens.abs().sum()) == pytest.approx(abs(np.log(probability / (1 - probability))), rel=1e-4)
+        return float(tokens.abs().max())
 
-    found = [strongest(p) for p in (0.501, 0.54, 0.75, 0.9, 0.96, 0.999)]
-    assert found == pytest.approx([PALEST, PALEST, 0.366, 0.732, 1, 1], abs=1e-3)
+    guess, sure = found(0.54), found(0.99)
+    assert shade(guess) < 0.4 and shade(sure) == 1 and shade(0) == 0
 
 
-def test_the_strength_of_colours_of_many_labels_and_of_one():
+def test_the_lead_of_a_class():
     explanation = of_labels([-9.0, 0.3, 1.5])
-    assert [colour_strength(explanation, k) for k in range(3)] == pytest.approx([1, PALEST, 0.5])
-    assert colour_strength(of_text([0.0, 1.0, 3.0]), 2) == pytest.approx(2 / 3)
-    one = dataclasses.replace(of_text([0.0, 1.0, 3.0]), logits=torch.tensor([0.2]))
-    assert colour_strength(one, 0) == 1
+    assert [lead_of(explanation, k) for k in range(3)] == pytest.approx([9, 0.3, 1.5])
+    assert [lead_of(of_text([0.0, 1.0, 3.0]), k) for k in range(3)] == pytest.approx([3, 2, 2])
+    assert lead_of(dataclasses.replace(of_text([0.0, 1.0, 3.0]), logits=torch.tensor([0.2])), 0) == pytest.approx(0.2)
     assert shown_classes(of_labels([2.0, -1.0, 1.0])) == [0, 2] and shown_classes(of_labels([-2.0, -1.0, -3.0])) == [1]
+
+
+def test_sure_and_unsure_are_told_apart():
+    for probability, word in ((0.54, "unsure"), (0.7, "likely"), (0.99, "sure")):
+        assert f'<span class="chip">{word}</span>' in render_report([of_guess(probability)])
+    page = render_report([of_guess(0.54)])
+    assert "The lead of good over so so is 0.16 logits." in page and "-0.03" in page  # the scale
 
 
 def test_parts():
@@ -338,12 +352,12 @@ def test_words_are_coloured_and_escaped():
     page = render_report([explanation], title="A & B")
     assert page.startswith("<!doctype html>") and "<title>A &amp; B</title>" in page
     assert "&lt;b&gt;film&lt;/b&gt;" in page and ">film" not in page and "so &lt;so&gt;" in page and "<i>" not in page
-    credits = [float(explanation.against_others(word.credit)[2]) for word in explanation.by_word()]
+    shares = [float(explanation.against_others(word.credit)[2]) for word in explanation.by_word()]
+    shares = [share * lead_per_credit(explanation, 2) for share in shares]
     spans = re.findall(r'<span style="background:rgba\((\d+),\d+,\d+,([\d.]+)\)" title="([^"]+)">', page)
-    assert [title for *_, title in spans] == [f"{credit:+.3f}" for credit in credits]
-    assert [red == "33" for red, *_ in spans] == [credit > 0 for credit in credits]  # blue speaks for the class
-    shades = [0.7 * 2 / 3 * abs(credit) / max(map(abs, credits)) for credit in credits]
-    assert [float(alpha) for _, alpha, _ in spans] == pytest.approx(shades, abs=1e-3)
+    assert [title for *_, title in spans] == [f"{share:+.3f}" for share in shares]
+    assert [red == "33" for red, *_ in spans] == [share > 0 for share in shares]  # blue speaks for the class
+    assert [float(alpha) for _, alpha, _ in spans] == pytest.approx([0.7 * shade(x) for x in shares], abs=1e-3)
     assert "http" not in page and "<script" not in page and "true:" not in page
 
 
@@ -408,7 +422,7 @@ def test_many_labels():
     assert "<b>a</b> 88%" in wrong and "✓ right" in wrong and "<b>c</b> 73%" in wrong and "✗ wrong" in wrong
     assert "true: a, b" in wrong and wrong.count('class="text"') == 2  # one for each label above 0.5
     assert wrong.index("Credits for <b>a</b>") < wrong.index("Credits for <b>c</b>")
-    assert right.startswith("the least confident first (2)") and "<b>no label</b> above 50%" in right
+    assert right.startswith("the least confident first (2)") and "<b>no label</b> above its threshold" in right
     assert "true: no label" in right and "✓ right" in right and "Credits for <b>b</b>" in right
     assert "true" not in render_report(explanations, [None, -1, [-1, -1, -1]])
     with pytest.raises(ValueError, match=r"labels\[0\] is 1; expected 3 numbers, 0 or 1, or None"):
@@ -436,12 +450,10 @@ def test_a_page_of_long_texts_is_small():
     explanation = of_text([0.0, 1.0, 3.0], text="good " * 20_000)
     page = render_report([explanation])
     assert "1,000 of 20,000 words are coloured" in page and page.count('" title="+') + page.count('" title="-') == 1000
-    assert "Tokens by layer: 100 of 20,002, those with the largest credits" in page and page.count("<th class") == 100
+    assert "Tokens by layer: 100 of 20,002, those with the largest shares" in page and page.count("<th class") == 100
     assert len(page) < 300_000 and page.count("good") >= 20_000
-    largest = explanation.against_others(explanation.by_token_and_layer())[..., 2].abs().max()
-    assert any(
-        abs(float(x)) == pytest.approx(float(largest), abs=1e-3) for x in re.findall(r">([+-]\d\.\d+)</td>", page)
-    )
+    shares = explanation.against_others(explanation.by_token_and_layer())[..., 2] * lead_per_credit(explanation, 2)
+    assert f">{shares.flatten()[shares.abs().argmax()]:+.3f}</td>" in page
 
 
 def test_images_and_audio_are_inside_the_page():
@@ -466,5 +478,7 @@ def test_scores_alone():
     )
     page = render_scores(["a", "b", "c"], [0.7, 0.2, 0.8], "multi_label_classification", "")
     assert "<b>c</b> 80%" in page and "<b>a</b> 70%" in page and "<b>b</b>" not in page
+    page = render_scores(["a", "b"], [0.4, 0.6], "multi_label_classification", "", [0.3, 0.7])
+    assert "<b>a</b> 40%" in page and "<b>b</b>" not in page
     page = render_scores(["stars"], [3.14159], "regression", "Its values have none.")
     assert "<b>stars</b> 3.142" in page and "%" not in page.split("</style>")[1]

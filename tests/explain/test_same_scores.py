@@ -24,10 +24,11 @@ from transformers import (
 
 from capsule_heads import CapsuleHeadForAudioClassification, CapsuleHeadForImageClassification
 from capsule_heads.backbones.processors import load_processor
-from capsule_heads.cli.predict import _classify
+from capsule_heads.data import CapsuleCollator, tokenize
 from capsule_heads.data.audio import AudioCollator, as_audio, audio_features
 from capsule_heads.data.images import as_image, prepare_images
 from capsule_heads.explain import explain
+from capsule_heads.predicting import score_inputs
 
 N_OUT = 3
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -114,8 +115,8 @@ def test_the_same_audio_has_the_same_score_everywhere(listener, tmp_path):
         (alone,) = explain(model, given[0])
         torch.testing.assert_close(alone.probabilities, expected[0], **TOLERANCE)
     processor = load_processor(listener, "audio")
-    predicted = [x["score"] for x in _classify(model, "audio", list(map(str, files)), processor, 8, "input")]
-    assert predicted == pytest.approx(expected.amax(-1).tolist(), abs=1e-5)
+    predicted = score_inputs(model, list(map(str, files)), processor, 8)
+    torch.testing.assert_close(predicted, expected, **TOLERANCE)
     rows = [audio_features(as_audio(file, RATE), processor) for file in files]
     with torch.no_grad():
         trained = torch.cat([model(**AudioCollator(processor)([row])).logits.softmax(-1) for row in rows])
@@ -168,7 +169,7 @@ def test_audio_shorter_than_a_frame_is_named(norm, tmp_path, shake):
     file = str(write_wav(tmp_path / "short.wav", noise[:31]))
     processor = load_processor(folder, "audio")
     with pytest.raises(ValueError, match=r"short\.wav has 31 samples at .*; expected at least 32"):
-        _classify(model, "audio", [file], processor, 8, "input")
+        score_inputs(model, [file], processor, 8)
     batch = AudioCollator(processor)([audio_features(x, processor) for x in (noise, noise[:31])])
     with pytest.raises(ValueError, match=r"Audio 1 of the batch has 31 samples, too few .* wav2vec2 .*at least 32"):
         model(**batch)
@@ -209,8 +210,8 @@ def test_the_same_image_has_the_same_score_everywhere(viewer, mode, tmp_path):
         (explanation,) = explain(model, given)
         assert explanation.probabilities.tolist() == pytest.approx(expected, abs=1e-5)
         assert explanation.image.mode == "RGB"
-    (predicted,) = _classify(model, "image", [str(path)], processor, 8, "input")
-    assert predicted["score"] == pytest.approx(max(expected), abs=1e-5)
+    (predicted,) = score_inputs(model, [str(path)], processor, 8).tolist()
+    assert predicted == pytest.approx(expected, abs=1e-5)
     rows = Dataset.from_dict({"image": [str(path)], "label": [0]}).cast_column("image", ImageFeature())
     pixels = torch.as_tensor(prepare_images(DatasetDict(train=rows), processor)["train"][:1]["pixel_values"][0])
     assert model(pixel_values=pixels[None]).logits.softmax(-1)[0].tolist() == pytest.approx(expected, abs=1e-5)
@@ -232,8 +233,8 @@ def test_images_of_16_bits_are_scaled(viewer, tmp_path, caplog):
     (record,) = caplog.records
     assert record.getMessage().startswith("5 images have grey values of 16 bits, which are scaled to 8 bits")
     caplog.clear()
-    for answer in _classify(model, "image", [str(tmp_path / "a.png")] * 3, processor, 2, "input"):
-        assert answer["score"] == pytest.approx(expected.max().item(), abs=1e-5)
+    for scores in score_inputs(model, [str(tmp_path / "a.png")] * 3, processor, 2):
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     (record,) = caplog.records
     assert record.getMessage().startswith("3 images")
     scores = pipeline("image-classification", model=viewer)(as_image(tmp_path / "a.png"))
@@ -307,6 +308,22 @@ def test_the_same_text_has_the_same_score_everywhere(make_model, shake, tokenize
     for wrong in (None, ["dull", None], {"text": None}, {"text": "a", "text_target": "b"}, ("a", "b", "c"), [["a"]]):
         with pytest.raises(TypeError, match=r"expected a text, or a pair: a tuple of two, or \{"):
             explain(model, wrong, tokenizer)
+
+
+@pytest.mark.parametrize("pair", [("the film", "is good"), ("dull", ""), ("", "dull"), ("not", " ")])
+def test_the_same_pair_has_the_same_score_everywhere(make_model, shake, tokenizer, pair):
+    model = make_model(num_labels=N_OUT).eval()
+    shake(model.head, scale=0.5)
+    classify = TextClassificationPipeline(model=model, tokenizer=tokenizer, top_k=None)
+    expected = torch.tensor(by_label(classify([dict(zip(("text", "text_pair"), pair))])[0]))
+    others = ("good", "the film is good")  # in the same batch
+    rows = Dataset.from_dict(dict(zip(("text", "text_pair"), zip(pair, others))))
+    rows = tokenize(rows, tokenizer).remove_columns("length")
+    with torch.no_grad():
+        trained = model(**CapsuleCollator(tokenizer)([rows[0], rows[1]])).logits.softmax(-1)
+    for found in (trained, score_inputs(model, [pair, others], tokenizer, 2)):
+        torch.testing.assert_close(found[0], expected, **TOLERANCE)
+    torch.testing.assert_close(explain(model, pair, tokenizer)[0].probabilities, expected, **TOLERANCE)
 
 
 def test_texts_that_are_cut_are_counted(make_model, tokenizer, caplog):

@@ -216,7 +216,8 @@ def test_of_a_configuration_that_is_none(make_checkpoint, changes, message):
 
 def test_the_trainers_card_has_the_metrics_of_the_weights_it_is_of(tmp_path):
     model = CapsuleHeadForSequenceClassification(make_config(BertConfig(vocab_size=8, **SIZES), d_inp=4))
-    trainer = CapsuleTrainer(model, CapsuleTrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True))
+    arguments = CapsuleTrainingArguments(str(tmp_path / "run"), recipe="paper", report_to=[], use_cpu=True)
+    trainer = CapsuleTrainer(model, arguments)
     with pytest.raises(OSError, match=r"holds no config\.json"):
         trainer.create_model_card()
     trainer.save_model()

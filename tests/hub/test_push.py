@@ -203,6 +203,7 @@ data = Dataset.from_dict({"text": ["worth every minute", "the queue"] * 4, "labe
 data = tokenize(DatasetDict(train=data), tokenizer)["train"]
 arguments = CapsuleTrainingArguments(
     sys.argv[1], max_steps=2, eval_strategy="steps", eval_steps=1, save_steps=1, report_to=[], use_cpu=True,
+    recipe="paper",
     push_to_hub=True, hub_model_id="me/trained",
 )
 trainer = CapsuleTrainer(
@@ -268,9 +269,9 @@ def local_head(tmp_path):
     return CapsuleHeadForSequenceClassification.from_backbone(tmp_path / "backbone", d_inp=8, n_parts=4)
 
 
-def test_a_head_on_a_local_backbone_is_not_pushed(local_head, tmp_path):
+def test_a_head_on_a_local_backbone_is_not_pushed(local_head, tmp_path, monkeypatch):
     message = f"The head refers to its backbone as {tmp_path}/backbone, a directory that nobody else has"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}; .* with --head_only false"):
         local_head.push_to_hub("me/x")
     local_head.save_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
@@ -278,6 +279,11 @@ def test_a_head_on_a_local_backbone_is_not_pushed(local_head, tmp_path):
     arguments = CapsuleTrainingArguments(str(tmp_path / "run"), push_to_hub=True, report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match=message):  # not when all is trained
         CapsuleTrainer(local_head, arguments)
+    monkeypatch.chdir(tmp_path)
+    for name in ("backbone", "./elsewhere", "~/elsewhere"):  # as a user may have written into config.json
+        local_head.config.base_model_name_or_path = name
+        with pytest.raises(ValueError, match=f"refers to its backbone as {name}, a directory"):
+            local_head.push_to_hub("me/x")
 
 
 def test_pushing_what_is_no_run(tmp_path):

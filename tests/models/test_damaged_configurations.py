@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from capsule_heads import CapsuleHeadConfig, CapsuleHeadForSequenceClassification
 
@@ -55,6 +55,15 @@ def load(folder, monkeypatch):
         ("model_type", "x"),
         ("model_type", ["bert"]),
         ("model_type", None),
+        ("pad_token_id", 10**30),
+        ("num_hidden_layers", 10**30),  # transformers would build layers without end
+        ("num_hidden_layers", 10**7),
+        ("num_labels", 10**30),
+        ("text_config", {"num_layers": 10**30}),
+        ("quantization_config", "x"),
+        ("quantization_config", []),
+        ("quantization_config", {"bits": 4}),
+        ("quantization_config", {"quant_method": ["a"]}),
     ],
 )
 def test_a_value_that_no_backbone_has(folder, load, field, value):
@@ -62,6 +71,63 @@ def test_a_value_that_no_backbone_has(folder, load, field, value):
     with pytest.raises(ValueError, match=r"base_config|from its configuration|dtype is") as caught:
         load({**config, "base_config": {**config["base_config"], field: value}})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "bert", "num_hidden_layers": 10**30},
+        {"model_type": "gemma3_text", "num_hidden_layers": 10**30},  # lists the kind of each layer
+        {"model_type": "t5", "num_layers": 10**30},
+        {"model_type": "mixtral", "num_local_experts": 10**30},
+        {"model_type": "swin", "depths": [2, 10**30]},
+    ],
+)
+def test_layers_without_end(tmp_path, fields):
+    expected = r"=.*1000.*; expected at most 10,000: give the backbone's own number\.$"
+    with pytest.raises(ValueError, match=f"^base_config has .*{expected}"):
+        CapsuleHeadConfig(base_config=fields)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"^{tmp_path} has .*{expected}"):
+        CapsuleHeadForSequenceClassification.from_backbone(tmp_path)
+
+
+def test_a_configuration_with_layers_without_end():
+    config = BertConfig(**{**SIZES, "num_hidden_layers": 10**30})
+    expected = r"^The configuration of the bert backbone has num_hidden_layers=10+; expected at most 10,000"
+    for make in (
+        CapsuleHeadForSequenceClassification.from_backbone,
+        lambda config: CapsuleHeadForSequenceClassification(CapsuleHeadConfig(config)),
+        lambda config: CapsuleHeadForSequenceClassification(CapsuleHeadConfig(config, hidden_sizes=[16] * 3)),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            make(config)
+    with pytest.raises(ValueError, match=r"^num_labels is 10+; expected at most 10,000,000"):
+        CapsuleHeadConfig(num_labels=10**30)
+
+
+@pytest.mark.parametrize("given", ["x", [], {}, 3, True, {"quant_method": "gptq", "bits": 4}])
+def test_a_quantisation_of_the_model_with_its_head(folder, load, given):
+    expected = "^quantization_config of the model is .*, and a head is never quantised; expected it in base_config"
+    with pytest.raises(ValueError, match=expected):
+        load({**json.loads((folder / "config.json").read_text()), "quantization_config": given})
+    config = make_model().config
+    config.quantization_config = given
+    with pytest.raises(ValueError, match=expected):
+        CapsuleHeadForSequenceClassification.from_pretrained(folder, config=config)
+
+
+@pytest.mark.parametrize("given", ["x", {}, 3, {"bits": 4}])
+def test_what_says_no_quantisation(tmp_path, given):
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    make = CapsuleHeadForSequenceClassification.from_backbone
+    expected = r"has quantization_config=.*; expected an object of transformers, .* or a dict with the quant_method"
+    with pytest.raises(ValueError, match=f"^Loading {tmp_path} {expected}"):
+        make(tmp_path, quantization_config=given)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "quantization_config": given}))
+    with pytest.raises(ValueError, match=f"^{tmp_path} {expected}"):
+        make(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[" * 10**5, '{"a": ' * 10**5, "", "{", "[]", "null", "\0", "1"])

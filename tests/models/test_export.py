@@ -54,15 +54,20 @@ def make_kind(backbone_config, shake):
         torch.manual_seed(0)
         model = cls(make_config(base, d_inp=8, n_parts=6, num_labels=3, **fields))
         shake(model.head)
+        if model.linear_term is not None:
+            shake(model.linear_term)
         return model.eval(), inputs, dimensions
 
     return make
 
 
 @torch.no_grad()
-def test_a_program_for_one_shape(make_kind):
-    model, inputs, _ = make_kind("text")
+@pytest.mark.parametrize("linear_term", [None, True])
+def test_a_program_for_one_shape(make_kind, linear_term):
+    model, inputs, _ = make_kind("text", linear_term=linear_term)
     program = torch.export.export(model, (), inputs(3, 7))
+    for routing in model.head.routings:
+        routing.strategy = "reference"  # as exported
     assert torch.equal(program.module()(**inputs(3, 7)).logits, model(**inputs(3, 7)).logits)
 
 
@@ -84,7 +89,7 @@ def test_one_program_for_any_batch_and_length(make_kind, kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnx_for_any_batch_and_length(make_kind, kind, tmp_path):
-    model, inputs, dimensions = make_kind(kind)
+    model, inputs, dimensions = make_kind(kind, linear_term=True)
     program = torch.export.export(model, (), inputs(3, 7), dynamic_shapes=dimensions)
     torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -114,7 +119,7 @@ def test_onnx_where_scores_of_parts_are_low(make_kind, tmp_path):
 
 
 def test_exporting_takes_the_literal_loop_however_many_votes_there_are(make_kind, monkeypatch):
-    monkeypatch.setattr("capsule_heads.ops.routing.SMALL", 0)
+    monkeypatch.setattr("capsule_heads.ops.routing.SMALL", {"kept": 0, "reference": 0})
     model, inputs, _ = make_kind("text")
     program = torch.export.export(model, (), inputs(3, 7))
     assert not any("capsule_heads" in str(node.target) for node in program.graph.nodes)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from configurations import make_config
 
+from capsule_heads.heads.values import N_REGRESSION_CAPSULES
 from capsule_heads.models import modeling_capsule_head
 from capsule_heads.models.losses import check_labels, infer_problem_type, problem_loss, problem_targets
 
@@ -143,7 +144,7 @@ def test_regression_reads_values_from_poses_in_the_labels_unit(make_model, pad):
     model = make_model(**REGRESSION)
     labels = torch.tensor([1.0, 5.0, 2.5])
     outputs = model(**pad(), labels=labels, output_capsules=True)
-    assert outputs.poses.shape == (3, modeling_capsule_head.N_REGRESSION_CAPSULES, 1, 2)
+    assert outputs.poses.shape == (3, N_REGRESSION_CAPSULES, 1, 2)
     expected = 3.0 + 1.5 * (outputs.poses.flatten(1) @ model.regressor.weight.T + model.regressor.bias)
     torch.testing.assert_close(outputs.logits, expected)
     torch.testing.assert_close(outputs.loss, F.mse_loss(outputs.logits[:, 0] / 1.5, labels / 1.5))
@@ -226,7 +227,7 @@ def test_mixup_mixes_states_mask_and_targets(make_model, pad, fixed_mixup, field
         return ratio * x + (1 - ratio) * x[PARTNER]
 
     states = [mixed(x) for x in model.eval()(**batch, output_hidden_states=True).hidden_states]
-    logits = model._logits(model.head(states, mixed(batch["attention_mask"].float())))
+    logits = model._logits(model.head(states, mixed(batch["attention_mask"].float())), None)
     torch.testing.assert_close(outputs.logits, logits)
     expected = problem_loss(
         model.config, model.config.problem_type, logits, mixed(labels if targets is None else targets)

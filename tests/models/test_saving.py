@@ -1,5 +1,6 @@
 """Saving and loading: heads alone, whole checkpoints, and what is refused."""
 
+import copy
 import json
 import os
 
@@ -323,6 +324,28 @@ def test_another_number_of_labels(make_model, tmp_path, head_only):
             assert bool((other == 0).all()) == (not name.endswith(".W"))
         else:
             assert torch.equal(parameter, other), name
+
+
+def test_a_backbone_of_another_shape_for_a_head_alone(make_model, pad, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "head")
+    config = copy.deepcopy(model.config)
+    config.base_config.intermediate_size *= 2
+    n = config.base_config.intermediate_size
+    name = "encoder.layer.0.intermediate.dense.bias"
+    expected = rf"has {name} of shape \({n // 2},\), where .* makes it \({n},\), and \d more .*ignore_mismatched_sizes"
+    with pytest.raises(RuntimeError, match=expected) as raised:
+        load(tmp_path / "head", config=copy.deepcopy(config))
+    assert "\n" not in str(raised.value)
+    loaded, info = load(tmp_path / "head", config=config, ignore_mismatched_sizes=True, output_loading_info=True)
+    differing = {key for key, *_ in info["mismatched_keys"]}
+    assert f"backbone.{name}" in differing and all("intermediate" in key or "output.dense" in key for key in differing)
+    for key, parameter in loaded.named_parameters():
+        assert parameter.isfinite().all() and (key in differing or torch.equal(parameter, model.get_parameter(key)))
+    with pytest.raises(ValueError, match="head_only=True would lose the backbone"):
+        loaded.save_pretrained(tmp_path / "again", head_only=True)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(**pad()).logits, loaded(**pad()).logits)
 
 
 @pytest.mark.parametrize("lacking", ["head.", "head.detect_parts.0.affine.weight", "head.detect_parts.0.norm."])

@@ -68,5 +68,5 @@ def test_what_it_does_not_serve_it_refuses(added):
 
 
 def test_it_is_gone_afterwards():
-    with pytest.raises(ValueError, match=r"strategy is 'exact'; expected one of auto, reference, moments, votes, cpu"):
+    with pytest.raises(ValueError, match=r"strategy is 'exact'; expected one of auto, reference, moments, votes, kept"):
         route(*as_torch(draw(**SHARED)), n_out=5, strategy="exact")

@@ -514,6 +514,47 @@ def run_without_interpreter(program, *arguments, **environment):
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
 
 
+FIRST_LAUNCHES = """
+import sys
+import torch
+from capsule_heads.ops import cuda, cuda_kernels
+
+class Kernel:
+    arg_names, cache_key = ("x", "n", "SIZE"), "source"
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self
+
+cuda_kernels.prepare_kernel = Kernel()
+torch.cuda.get_device_capability = lambda: (9, 0)
+for size in map(int, sys.argv[1:]):
+    for dtype in (torch.float32, torch.float64):
+        cuda.Launcher("prepare_kernel", SIZE=size)(1, torch.zeros(1, dtype=dtype), 3)
+"""
+
+
+def test_compiling_is_said_once_for_kernels_that_are_not_kept(tmp_path):
+    def said(*sizes, cache="cache"):
+        done = run_without_interpreter(FIRST_LAUNCHES, *map(str, sizes), TRITON_CACHE_DIR=str(tmp_path / cache))
+        assert done.returncode == 0, done.stderr
+        return done.stderr.count("Compiling the kernels of routing for sizes like these, once on this machine")
+
+    assert [said(1, 2), said(1), said(2, 1), said(1, 3), said(3)] == [1, 0, 0, 1, 0]
+    assert said(1, cache="other") == 1
+    (tmp_path / "file").touch()
+    assert said(1, cache="file/in") == 1  # and there is no place to keep it
+
+
+def test_nothing_is_said_where_kernels_are_interpreted(tmp_path):
+    program = (
+        "import os\nos.environ['TRITON_INTERPRET'] = '1'\nimport torch\nfrom capsule_heads.ops import cuda, route\n"
+        "x = torch.randn\nroute(x(2, 5), x(2, 5, 2, 3), x(1, 4, 3, 3), x(1, 4, 2, 3), x(1, 4), x(1, 4), n_out=4, "
+        "strategy='cuda')"
+    )
+    done = run_without_interpreter(program, TRITON_CACHE_DIR=str(tmp_path))
+    assert (done.returncode, "Compiling" in done.stderr) == (0, False), done.stderr
+
+
 # The most bytes of each thread, by kernel; others spill 64 at most.
 SPILLED = {
     "statistics_kernel": 640,

@@ -100,7 +100,7 @@ def test_another_eps():
 def test_defaults_are_those_of_the_paper():
     tensors = as_torch(draw())
     outputs = route(*tensors, n_out=5)
-    explicit = route(*tensors, n_out=5, n_iters=3, p_model="gaussian", eps=1e-5, strategy="reference", return_R=True)
+    explicit = route(*tensors, n_out=5, n_iters=3, p_model="gaussian", eps=1e-5, strategy="auto", return_R=True)
     assert len(outputs) == 3
     assert all(torch.equal(a, b) for a, b in zip(outputs, explicit))
 

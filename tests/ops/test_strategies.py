@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capsule_heads.layers import Routing
-from capsule_heads.ops import STRATEGIES, autograd, cpu, moments, route, streaming, uniform, votes
+from capsule_heads.ops import STRATEGIES, autograd, cpu, kept, moments, route, streaming, uniform, votes
 from capsule_heads.ops.routing import SMALL, _choose
 from capsule_heads.ops.strategy import Call
 
-FAST = ("moments", "votes", "cpu")
+STREAMING = ("moments", "votes", "cpu")
+FAST = (*STREAMING, "kept")
 SHARED = {"own_inp": False}
 
 
@@ -222,6 +223,8 @@ def hostile(kind, seed, batch, n_inp, n_out, d_cov, d_inp, d_out):
         ("votes", ((), 37, 5, 3, 17, 2)),
         ("votes", ((2,), 201, 17, 1, 64, 2)),
         ("votes", ((4,), 1111, 64, 1, 64, 2)),
+        ("kept", ((2,), 201, 17, 4, 4, 4)),
+        ("kept", ((4,), 1111, 64, 1, 64, 2)),
         ("cpu", ((), 37, 5, 3, 4, 4)),
         ("cpu", ((2,), 201, 17, 4, 4, 4)),
         ("cpu", ((2,), 499, 33, 4, 4, 4)),
@@ -279,7 +282,7 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("strategy", FAST)
+@pytest.mark.parametrize("strategy", STREAMING)
 def test_nothing_is_larger_than_the_inputs(strategy, monkeypatch):
     for user in (uniform, moments, votes):
         monkeypatch.setattr(user, "block_size", lambda tensor, floats_per_input: 8)
@@ -318,7 +321,7 @@ def test_compiles_without_a_graph_break(strategy, return_R):
         assert relative(a, e) <= 1e-12
 
 
-@pytest.mark.parametrize("strategy", FAST)
+@pytest.mark.parametrize("strategy", STREAMING)
 def test_the_operators_are_what_they_say(strategy):
     _, mu_inp, W, B, beta_use, beta_ign = as_torch(draw(batch=(2,), **SHARED))
     tensors = (mu_inp[..., 0, 0], mu_inp, W[0].permute(2, 0, 1), B[0].permute(1, 2, 0), beta_use[0], beta_ign[0])
@@ -343,7 +346,7 @@ def test_second_derivatives_are_refused(strategy):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="cpu", dtype=torch.float32):
+def choose(n_inp=20_000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="cpu", dtype=torch.float32):
     mu_inp = torch.empty(n_inp, d_cov, d_inp, device=device)
     shapes = [(d_inp, d_out), (d_cov, d_out), (), ()]
     parameters = [torch.empty(n_inp if i == own else 1, n_out, *shape) for i, shape in enumerate(shapes)]
@@ -356,8 +359,9 @@ def choose(n_inp=4000, n_out=64, d_cov=1, d_inp=64, d_out=2, own=None, device="c
         ({}, "cpu"),
         ({"d_cov": 4, "d_inp": 4, "d_out": 4}, "cpu"),
         ({"dtype": torch.float64}, "cpu"),
-        ({"own": 0}, "reference"),
-        ({"n_inp": SMALL // 128}, "reference"),
+        *(({"own": which}, "kept") for which in range(4)),
+        ({"n_inp": SMALL["kept"] // 128}, "kept"),
+        ({"n_inp": SMALL["kept"] // 128 + 1}, "cpu"),
     ],
     ids=str,
 )
@@ -379,8 +383,8 @@ def no_numba(monkeypatch):
         ({"d_cov": 4, "d_inp": 64, "d_out": 4}, "votes"),
         *(({"own": which}, "reference") for which in range(4)),
         ({"device": "meta"}, "reference"),
-        ({"n_inp": SMALL // 128}, "reference"),
-        ({"n_inp": SMALL // 128 + 1}, "votes"),
+        ({"n_inp": SMALL["reference"] // 128}, "reference"),
+        ({"n_inp": SMALL["reference"] // 128 + 1}, "votes"),
     ],
     ids=str,
 )
@@ -397,13 +401,47 @@ def test_auto_routes_as_the_strategy_that_it_takes():
 
 
 @pytest.mark.parametrize("which", range(2, 6), ids=NAMES[2:])
-@pytest.mark.parametrize("strategy", FAST)
+@pytest.mark.parametrize("strategy", STREAMING)
 def test_a_strategy_that_does_not_serve_the_weights_says_so(strategy, which):
     tensors = as_torch(draw(**SHARED))
     tensors[which] = as_torch(draw())[which]
     with pytest.raises(ValueError, match=rf'strategy "{strategy}" needs weights that all inputs share.* each of 7 inp'):
         route(*tensors, n_out=5, strategy=strategy)
     route(*tensors, n_out=5, strategy="auto")
+
+
+@pytest.mark.parametrize("shared", ["own_inp", "own_out", None])
+@pytest.mark.parametrize("p_model", P_MODELS)
+def test_kept_votes_are_of_any_weights(p_model, shared):
+    arrays = draw(batch=(3,), n_inp=9, **({shared: False} if shared else {}))
+    arrays[0][:, ::4] = -INF
+    for which in range(2, 6):  # each parameter shared by itself
+        one = [x[:1] if at == which else x for at, x in enumerate(arrays)]
+        assert_agree(one, "kept", n_out=5, p_model=p_model, return_R=True)
+    assert_agree(arrays, "kept", n_out=5, p_model=p_model)
+
+
+def test_no_bit_of_kept_votes_depends_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(kept, "PER_THREAD", 1)
+    tensors = hostile("plain", 0, (7,), 40, 11, 2, 3, 2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            results.append(values_and_gradients(tensors, "kept", n_out=11, return_R=True)[:4])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for found in results[1:] for a, b in zip(results[0], found, strict=True))
+
+
+def test_the_operators_of_kept_votes_are_what_they_say():
+    V, f_inp = torch.randn(2, 7, 6, 5), torch.rand(2, 7, dtype=torch.float64)
+    betas = torch.randn(2, 7, 5, dtype=torch.float64)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kept._forward, (V, f_inp, *betas, 3, True, 1e-5, True), test_utils=tests)
+    of_iterations, R = kept._forward(V, f_inp, *betas, 3, True, 1e-5, True)
+    arguments = (of_iterations[-1], R[-1], V, f_inp, *betas, of_iterations, R, True, 1e-5)
+    torch.library.opcheck(kept._backward, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("strategy", FAST)

@@ -15,9 +15,9 @@ ROOT = Path(capsule_heads.__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def run(environment):
-    """run(script, *arguments): the finished process, run from the repository's root."""
+    """run(script, *arguments, timeout=300): the finished process, run from the repository's root."""
 
-    def run_script(script, *arguments, stdin=None):
+    def run_script(script, *arguments, stdin=None, timeout=300):
         return subprocess.run(
             [sys.executable, ROOT / "scripts" / script, *map(str, arguments)],
             cwd=ROOT,
@@ -26,10 +26,20 @@ def run(environment):
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
 
     return run_script
+
+
+@pytest.fixture
+def tiny_set(tmp_path):
+    """Folder with the set cr, of a few texts: those of odd rows have the label 1, others 0."""
+    for split, n_rows in (("train", 24), ("validation", 12), ("test", 10)):
+        rows = [f"the {('food', 'film')[n % 3 > 0]} was {('bad', 'good')[n % 2]},{n % 2}" for n in range(n_rows)]
+        (tmp_path / "cr").mkdir(exist_ok=True)
+        (tmp_path / "cr" / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
+    return tmp_path
 
 
 @pytest.fixture
@@ -40,6 +50,8 @@ def call(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        for setting in ("datasets.disable_progress_bars", "torch.set_num_threads"):  # of this process, for all tests
+            monkeypatch.setattr(setting, lambda *given: None)
         capfd.readouterr()
         status = 0
         try:

@@ -98,10 +98,12 @@ def tokens_folder(tmp_path_factory):
 
 @pytest.fixture
 def arguments(tmp_path):
-    """arguments(**fields): quiet ones, on the CPU, that save nothing unless asked to."""
+    """arguments(**fields): quiet ones of the paper's recipe, on the CPU, that save nothing unless asked to."""
 
     def make(cls=CapsuleTrainingArguments, **fields):
         fields = {"output_dir": str(tmp_path / "run"), "save_strategy": "no", "use_cpu": True, **fields}
+        if cls is CapsuleTrainingArguments:
+            fields.setdefault("recipe", "paper")
         return cls(disable_tqdm=True, report_to=[], **fields)
 
     return make

@@ -75,6 +75,7 @@ def train(folder, sizes, freeze, sharded, rank):
             module.p = 0.0  # what falls out would be another for each process
     arguments = CapsuleTrainingArguments(
         str(folder),
+        recipe="paper",
         use_cpu=True,
         num_train_epochs=2,
         per_device_train_batch_size=batch_size,

@@ -86,6 +86,7 @@ def train(folder, fault=None, step=0, **fields):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = CapsuleTrainingArguments(
         str(folder),
+        recipe="paper",
         use_cpu=True,
         num_train_epochs=2,
         per_device_train_batch_size=20 // world_size,

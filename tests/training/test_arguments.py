@@ -44,7 +44,15 @@ def test_instances_hold_the_defaults(tmp_path):
     arguments = CapsuleTrainingArguments(str(tmp_path), use_cpu=True)
     for name, (here, _) in TABLE.items():
         assert getattr(arguments, name) == ast.literal_eval(here)
-    assert arguments.get_warmup_steps(1000) == 100
+
+
+def test_the_papers_recipe_sets_the_papers_constants(tmp_path):
+    arguments = CapsuleTrainingArguments(str(tmp_path), use_cpu=True, recipe="paper")
+    assert (arguments.learning_rate, arguments.num_train_epochs) == (5e-4, 3)
+    assert (arguments.get_warmup_steps(1000), arguments.max_grad_norm) == (100, 0)
+    assert CapsuleTrainingArguments(str(tmp_path), recipe="paper", learning_rate=1e-3).learning_rate == 1e-3
+    with pytest.raises(ValueError, match="recipe is 'best'; expected"):
+        CapsuleTrainingArguments(str(tmp_path), recipe="best")
 
 
 def test_optimizers_and_schedules_of_transformers_can_be_named(tmp_path):

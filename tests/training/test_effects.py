@@ -183,7 +183,7 @@ def test_a_batch_of_classes_without_weight_changes_nothing(make):
 @pytest.mark.parametrize(
     ("problem_type", "names"),
     [
-        ("single_label_classification", {"eval_accuracy"}),
+        ("single_label_classification", {"eval_accuracy", "eval_f1_macro"}),
         ("multi_label_classification", {"eval_f1_micro", "eval_f1_macro", "eval_subset_accuracy"}),
         ("regression", set()),
     ],

@@ -11,7 +11,7 @@ from capsule_heads.heads import registered_heads
 
 HIDDEN_SIZE = 5
 HEADS = {
-    **{name: {"head_type": name} for name in registered_heads()},
+    **{name: {"head_type": name} for name, head in registered_heads().items() if head.made_by is None},
     "linear, first": {"head_type": "linear", "pooling": "first"},
     "linear, last": {"head_type": "linear", "pooling": "last"},
     "token_depth, two iterations": {"n_iters": 2},

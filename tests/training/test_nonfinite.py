@@ -269,6 +269,7 @@ results = {}
 for word in "stop", "skip":
     arguments = CapsuleTrainingArguments(
         sys.argv[2], use_cpu=True, max_steps=4, per_device_train_batch_size=1, train_sampling_strategy="sequential",
+        recipe="paper",
         save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False, on_nonfinite=word,
         lr_scheduler_type="constant", learning_rate=1e-2, ddp_find_unused_parameters=False,
         accelerator_config={"dispatch_batches": False},

@@ -4,7 +4,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from capsule_heads import CapsuleHeadForSequenceClassification
-from capsule_heads.tasks import get_task
+from capsule_heads.data import load_data
+from capsule_heads.tasks import get_task, own_task
 from capsule_heads.training.run import (
     DataArguments,
     ModelArguments,
@@ -16,7 +17,9 @@ from capsule_heads.training.run import (
     check_labels_match,
     check_reporting,
     describe_head,
+    describe_own_data,
     evaluation_splits,
+    find_task,
     windows_for,
 )
 
@@ -32,7 +35,7 @@ def labelled(values, names=("no", "yes")):
 
 def test_build_model_for_classes(bert):
     arguments = ModelArguments(bert, layers=[0, -1], freeze_backbone=False, mixup_alpha=0.5)
-    model = build_model(REVIEWS, arguments, SMALL, labelled([0, 1], ["no", "yes"]))
+    model = build_model(REVIEWS, arguments, SMALL, DatasetDict(train=labelled([0, 1], ["no", "yes"])))
     config = model.config
     assert config.id2label == {0: "no", 1: "yes"}
     assert config.label2id == {"no": 0, "yes": 1}
@@ -43,7 +46,9 @@ def test_build_model_for_classes(bert):
 
 
 def test_build_model_for_balanced_classes(bert):
-    model = build_model(REVIEWS, ModelArguments(bert, class_weights=["balanced"]), SMALL, labelled([0, 1, 1]))
+    model = build_model(
+        REVIEWS, ModelArguments(bert, class_weights=["balanced"]), SMALL, DatasetDict(train=labelled([0, 1, 1]))
+    )
     assert model.config.class_weights == "balanced"
     with pytest.raises(
         ValueError, match=r'class_weights is 1 balance; expected a number for each class, or "balanced"'
@@ -52,7 +57,7 @@ def test_build_model_for_balanced_classes(bert):
 
 
 def test_build_model_for_numbers(bert):
-    model = build_model(REVIEWS, ModelArguments(bert), SMALL, labelled([1.0, 2.0, 6.0], names=None))
+    model = build_model(REVIEWS, ModelArguments(bert), SMALL, DatasetDict(train=labelled([1.0, 2.0, 6.0], names=None)))
     assert model.config.problem_type == "regression"
     assert model.config.label_mean == pytest.approx(3.0)
     assert model.config.label_std == pytest.approx(math.sqrt(14 / 3))
@@ -67,8 +72,8 @@ def test_every_option_of_the_model_reaches_it(bert):
         "freeze_backbone": False,
     }
     arguments = ModelArguments(bert, **options)
-    assert set(vars(arguments)) == {"backbone", "backbone_revision", *options}
-    config = build_model(REVIEWS, arguments, {"pooling": "last"}, labelled([0, 1])).config
+    assert set(vars(arguments)) == {"backbone", "backbone_revision", "adapt", *options}
+    config = build_model(REVIEWS, arguments, {"pooling": "last"}, DatasetDict(train=labelled([0, 1]))).config
     assert {name: getattr(config, name) for name in options} == options
     assert config.pooling == "last"
 
@@ -76,7 +81,7 @@ def test_every_option_of_the_model_reaches_it(bert):
 def test_a_head_refuses_the_options_of_another(bert):
     arguments = ModelArguments(bert, head_type="linear")
     with pytest.raises(ValueError, match=r'n_iters is 2, and head_type="linear" has no such option; expected one of'):
-        build_model(REVIEWS, arguments, {"n_iters": 2}, labelled([0, 1]))
+        build_model(REVIEWS, arguments, {"n_iters": 2}, DatasetDict(train=labelled([0, 1])))
 
 
 def test_what_tells_heads_apart():
@@ -96,7 +101,7 @@ def test_windows_of_texts(bert):
     assert windows_for(DataArguments("reviews"), REVIEWS, tokenizer) == {}
     fields = windows_for(DataArguments("reviews", window_overlap=4), REVIEWS, tokenizer)
     assert fields == {"window_length": 32, "window_overlap": 4, "window_special_tokens": [1, 1]}
-    model = build_model(REVIEWS, ModelArguments(bert), SMALL, labelled([0, 1]), **fields)
+    model = build_model(REVIEWS, ModelArguments(bert), SMALL, DatasetDict(train=labelled([0, 1])), **fields)
     assert model.config.windowing == (32, 4, 1, 1)
     shorter = windows_for(DataArguments("reviews", window_overlap=4, window_length=16), REVIEWS, tokenizer)
     assert shorter == {**fields, "window_length": 16}
@@ -127,7 +132,7 @@ def test_evaluation_splits():
 
 def test_check_labels_match(bert):
     def model(labels):
-        return build_model(REVIEWS, ModelArguments(bert), SMALL, labels)
+        return build_model(REVIEWS, ModelArguments(bert), SMALL, DatasetDict(train=labels))
 
     classes, numbers = labelled([0, 1]), labelled([0.5, 1.0], None)
     assert isinstance(model(classes), CapsuleHeadForSequenceClassification)
@@ -147,7 +152,7 @@ def test_a_cache_is_kept_on_the_device_only_where_it_can_be():
     check_cache_options(DataArguments("reviews", cache_hidden_states=True, cache_on_device=True), n_workers=0)
     check_cache_options(DataArguments("reviews", cache_hidden_states=True), n_workers=2)
     with pytest.raises(ValueError, match=r"cache_on_device is true and cache_hidden_states is false; .* to true\."):
-        check_cache_options(DataArguments("reviews", cache_on_device=True), n_workers=0)
+        check_cache_options(DataArguments("reviews", cache_hidden_states=False, cache_on_device=True), n_workers=0)
     with pytest.raises(ValueError, match="dataloader_num_workers is 2; cache_on_device expects 0"):
         check_cache_options(DataArguments("reviews", cache_hidden_states=True, cache_on_device=True), n_workers=2)
 
@@ -228,7 +233,7 @@ def test_special_tokens_are_those_of_the_tokenizer(bert, caplog):
 
     tokenizer = REVIEWS.load_processor(bert)
     tokenizer.pad_token, tokenizer.eos_token = "[SEP]", "[CLS]"
-    model = build_model(REVIEWS, ModelArguments(bert), SMALL, labelled([0, 1]))
+    model = build_model(REVIEWS, ModelArguments(bert), SMALL, DatasetDict(train=labelled([0, 1])))
     config = model.config.get_text_config()
     config.eos_token_id = [5]
     align_special_tokens(config, tokenizer)
@@ -237,3 +242,29 @@ def test_special_tokens_are_those_of_the_tokenizer(bert, caplog):
     before = config.to_dict()
     align_loudly(model, tokenizer)  # as the Trainer does: nothing is left to it
     assert config.to_dict() == before and caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "data is None and task is None; expected one of them"),
+        ({"data": "a.csv", "task": "reviews"}, "data is a.csv and task is reviews; expected one of them"),
+        ({"task": "reviews", "text": "a"}, "text is a, which is for data of your own"),
+        ({"task": "reviews", "data_split": "a"}, "data_split is a, which is for data of your own"),
+        ({"data": "a.csv", "source": "b"}, "source is b, which is for tasks"),
+        ({"data": "a.csv"}, "There is no file or folder a.csv"),
+    ],
+)
+def test_data_is_a_users_own_or_a_tasks(given, words):
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        find_task(DataArguments(**given), seed=0)
+
+
+def test_own_data_names_classes_and_problem(bert):
+    columns = {"text": ["a", "b"] * 5, "label": [["x"], ["x", "y"]] * 5}
+    task = own_task(load_data(columns))
+    splits = task.load()
+    config = build_model(task, ModelArguments(bert), SMALL, splits).config
+    assert (config.problem_type, config.class_names) == ("multi_label_classification", ["x", "y"])
+    assert (task.metric, task.dataset) == ("multilabel", None)
+    assert describe_own_data(splits) == {"inputs_from": ["text"], "labels_from": ["label"]}

@@ -165,11 +165,11 @@ def test_routing_and_loss_stay_float32_in_bfloat16(
         routing.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
     logits_of = model._logits
 
-    def logits(capsules):
+    def logits(*given):
         assert torch.is_autocast_enabled("cpu")
-        seen.append((logits_of(capsules),))
+        seen.append((logits_of(*given),))
         with torch.autocast("cpu", enabled=False):
-            assert torch.equal(seen[-1][0], logits_of(capsules))
+            assert torch.equal(seen[-1][0], logits_of(*given))
         return seen[-1][0]
 
     monkeypatch.setattr(model, "_logits", logits)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What others call our options: close matches, words and initials find all else.
-NAMES_ELSEWHERE = {"model": ("backbone",), "dataset": ("task", "source"), "data": ("task", "source")}
+NAMES_ELSEWHERE = {"model": ("backbone",), "dataset": ("data", "task"), "train_file": ("data",)}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # in RuntimeErrors of torch
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports of a program that these signals ended
 
@@ -124,6 +124,21 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def probability(text: str) -> float:
+    """Return a number from 0 to 1: the `type` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"{text} is no probability, a number from 0 to 1")
+    return value
 
 
 def file_to_write(text: str) -> Path:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from ...heads import registered_heads
+from ...heads import Head, check_trainable, registered_heads
 from ...tasks import registered_tasks, source_help
 from ...training.arguments import CapsuleTrainingArguments, word_of
 from ...training.run import DataArguments, ModelArguments
@@ -32,7 +33,7 @@ USAGE = "%(prog)s [--config NAME_OR_PATH] [--option value ...]"
 CLASSES = (DataArguments, ModelArguments, CapsuleTrainingArguments)
 # What --help shows, beside the options of heads; --help-all shows these first.
 COMMON = (
-    *("task", "source", "max_length", "cache_hidden_states"),
+    *("data", "text", "label", "validation", "test", "task", "source", "max_length", "cache_hidden_states"),
     *("backbone", "freeze_backbone", "layers", "head_type", "mixup_alpha"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "backbone_learning_rate"),
     *("eval_strategy", "bf16", "seed"),
@@ -60,8 +61,10 @@ class TrainParser(OneLineParser):
     the head that were given, by name.
     """
 
+    about = DESCRIPTION
+
     def __init__(self, prog: str) -> None:
-        super().__init__(prog=prog, usage=USAGE, description=DESCRIPTION, add_help=False)
+        super().__init__(prog=prog, usage=USAGE, description=self.about, add_help=False)
         self.add_argument("--config", metavar="NAME_OR_PATH", help="Configuration of the package, or a YAML file.")
         self.add_argument("--list-configs", action="store_true", help="Show the configurations of the package.")
         self.add_argument("-h", "--help", action="store_true", help="Show the common options.")
@@ -82,14 +85,14 @@ class TrainParser(OneLineParser):
             self._print_options(own.help_all, sys.stdout if args else sys.stderr)
             sys.exit(0 if args else 2)
         head_class = _head_class()
-        parser = _GivenOptions((DataArguments, ModelArguments, head_class, CapsuleTrainingArguments))
+        parser = GivenOptions((DataArguments, ModelArguments, head_class, CapsuleTrainingArguments))
         in_file = _parse_config(parser, config, own.config)
         overrides, unknown = parser.parse(rest, self.source)
         if unknown and not own.config and (unknown[0] in named_configs() or Path(unknown[0]).suffix in SUFFIXES):
             self.error(f"unexpected value {unknown[0]}; did you mean --config {unknown[0]}?")
         parser.refuse(unknown)
         values = in_file | overrides
-        values.setdefault("output_dir", f"runs/{name or values.get('task')}")
+        values.setdefault("output_dir", f"runs/{name or values.get('task') or Path(str(values.get('data'))).stem}")
         source = " with the ".join(filter(None, (own.config, self.source if overrides or not own.config else None)))
         data, model, arguments = (_make(cls, values, source) for cls in CLASSES)
         for where, given, later in ((own.config, in_file, overrides), (self.source, overrides, {})):
@@ -97,10 +100,21 @@ class TrainParser(OneLineParser):
             if void is not None:
                 fail(f"{where}: {void}")
         head = {name: value for name, value in values.items() if name in _fields(head_class)}
-        return argparse.Namespace(data=data, model=model, head=head, arguments=arguments)
+        more = self.parse_more(own, parser, values)
+        return argparse.Namespace(data=data, model=model, head=head, arguments=arguments, **more)
+
+    def parse_more(self, own: argparse.Namespace, parser: GivenOptions, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a command has beside a training's options.
+
+        Args:
+            own: the parsed options that this parser has itself.
+            parser: of a training's options.
+            values: those that were given.
+        """
+        return {}
 
     def _print_options(self, show_all: bool, file: Any) -> None:
-        shown = TrainParser(self.prog)
+        shown = type(self)(self.prog)
         add_import_option(shown)
         always = {*COMMON, *_head_fields()}
         for title, options in _groups().items():
@@ -114,7 +128,7 @@ class TrainParser(OneLineParser):
         shown.print_help(file)
 
 
-class _GivenOptions(OneLineParser, HfArgumentParser):
+class GivenOptions(OneLineParser, HfArgumentParser):
     """Parses what is given and nothing else: here no option is required, and none has a default."""
 
     common = COMMON
@@ -123,9 +137,13 @@ class _GivenOptions(OneLineParser, HfArgumentParser):
         super().__init__(dataclass_types, add_help=False)
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        """Add an option as in argparse, without a default."""
         choices = _choices().get(names[0].removeprefix("--"))
         if choices is not None:
             kwargs["choices"] = choices
+            kwargs["type"] = _one_to_train if names[0] == "--head_type" else kwargs.get("type")
+        if kwargs.get("type") is string_to_bool:  # also of one that may be None
+            kwargs |= {"nargs": "?", "const": True}
         return super().add_argument(*names, **{**kwargs, "default": argparse.SUPPRESS, "required": False})
 
     def parse(self, options: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
@@ -136,13 +154,27 @@ class _GivenOptions(OneLineParser, HfArgumentParser):
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-    return {"task": tuple(registered_tasks()), "head_type": tuple(registered_heads())}
+    return {"task": tuple(registered_tasks()), "head_type": tuple(_heads_to_train())}
+
+
+def _heads_to_train() -> dict[str, type[Head]]:
+    return {name: head for name, head in registered_heads().items() if head.made_by is None}
+
+
+def _one_to_train(head_type: str) -> str:
+    """Return the name of a head; refuse that of one which is made of trained models."""
+    if head_type in registered_heads():
+        try:
+            check_trainable(registered_heads()[head_type])
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return head_type
 
 
 def _head_fields() -> dict[str, dict[str, dataclasses.Field]]:
-    """Return the options of all heads: by the option's name, the field of each head that has it."""
+    """Return the options of all heads to train: by the option's name, the field of each head that has it."""
     found: dict[str, dict[str, dataclasses.Field]] = {}
-    for head_type, head in registered_heads().items():
+    for head_type, head in _heads_to_train().items():
         hints = get_type_hints(head.Options)
         for field in dataclasses.fields(head.Options):
             field.type = hints[field.name]
@@ -192,7 +224,7 @@ def _make(cls: type, values: Mapping[str, Any], source: str) -> Any:
         fail(f"{source}: {error}")
 
 
-def _parse_config(parser: _GivenOptions, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _parse_config(parser: GivenOptions, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the values of a YAML file's keys.
 
     Each is parsed as the option that would say the same: file and command line then have one way to be right. It also
@@ -247,7 +279,7 @@ def _groups() -> dict[str, dict[str, tuple[Any, str]]]:
 def _help(field: dataclasses.Field) -> str:
     own = {
         "source": source_help(),
-        "output_dir": "Folder of the run. Default: runs/ and the configuration's or task's name.",
+        "output_dir": "Folder of the run. Default: runs/ and the name of the configuration, task or data.",
     }
     words = own.get(field.name, field.metadata.get("help", ""))
     choices = _choices().get(field.name) or field.metadata.get("choices") or ()

@@ -1,0 +1,272 @@
+"""Predictions for a file of rows, or a folder of files: streamed, and resumed where they were stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.images import warn_of_scaled
+from ..data.writing import writer_for
+from ..files import holding, read_json, write_json, writing
+from ..hub.results import columns_of_training
+from ..models.modeling_capsule_head import CapsuleHeadClassifier
+from ..models.processors import modality_of
+from ..version import __version__
+from ..weights import digest_weights
+from .answers import Answer, Answers
+from .rows import FolderRows, TableRows
+from .scoring import Scored, Scorer
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1024  # rows that are read, scored and kept at once
+STATE, LOCK = "state.json", "lock"
+SECONDS_TO_LOCK = 1.0
+ON_A_FULL_DISK = "make room, and the same command resumes"
+
+
+@dataclass
+class Tally:
+    """What is counted over all rows."""
+
+    rows: int = 0
+    chunks: int = 0
+    unanswered: int = 0
+    abstained: int = 0
+    texts: int = 0
+    cut: int = 0
+    longest: int = 0  # text, in tokens
+    scaled: int = 0
+    first_fault: str = ""  # why a file cannot be read
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What to predict, and where to write it.
+
+    Attributes:
+        source: a table of texts, or a folder of images or audio.
+        output: the file to write: .csv, .jsonl or .parquet.
+        text: names of the columns of texts; None for those of training, or of the usual names.
+        top_k: number of the most probable classes to give, instead of all.
+        abstain_below: no label is given where the best probability is below this one.
+        batch_size: number of inputs that are scored at once.
+    """
+
+    source: Path
+    output: Path
+    text: Sequence[str] | None = None
+    top_k: int | None = None
+    abstain_below: float | None = None
+    batch_size: int = 32
+
+    def check(self) -> None:
+        """Check what can be checked before a model is loaded.
+
+        Raises:
+            OSError: If there is no such source, or no place for the output.
+            ValueError: If the output has another suffix, or is the source.
+        """
+        writer_for(self.output)
+        if not self.source.exists():
+            raise FileNotFoundError(f"There is no file or folder {self.source}.")
+        if self.output.is_dir() or not self.output.parent.is_dir():
+            raise FileNotFoundError(f"{self.output} cannot be written; expected a file in a folder that exists.")
+        if self.output.exists() and self.output.samefile(self.source):
+            raise ValueError(f"The output is the input, {self.source}; expected another file.")
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder of what is done, until all is."""
+        return self.output.with_name(f"{self.output.name}.part")
+
+
+def unfinished_rows(prediction: Prediction) -> int:
+    """Return the number of rows that are done of a prediction that was stopped."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return int(read_json(prediction.unfinished / STATE)["tally"]["rows"])
+    return 0
+
+
+def predict_file(model: CapsuleHeadClassifier, prediction: Prediction, processor: Any = None) -> None:
+    """Write a file with all rows and columns of another, in order, and the model's answers beside them.
+
+    What is done stays in a folder beside the output, `OUTPUT.part`, until all is: then the output gets its name. The
+    same call resumes there, if source, model and options are the same, and begins again otherwise. Memory does not grow
+    with the number of rows. What is unanswered, cut or scaled is counted in one line each.
+
+    Args:
+        model: the classifier.
+        prediction: what to predict.
+        processor: the model's; None to load it.
+
+    Raises:
+        OSError: If something cannot be read or written.
+        ValueError: If source, output and model do not fit each other, or a row is not what is expected.
+    """
+    prediction.check()
+    run = _Run(model, prediction)
+    with _locked(prediction.unfinished):
+        run.resume()
+        run.predict(processor)
+        run.finish()
+    shutil.rmtree(prediction.unfinished, ignore_errors=True)
+
+
+class _Run:
+    """A prediction under way."""
+
+    def __init__(self, model: CapsuleHeadClassifier, prediction: Prediction) -> None:
+        self.model, self.prediction, self.folder = model, prediction, prediction.unfinished
+        self.rows = _open_rows(model, prediction)
+        taken = self.rows.columns
+        self.answers = Answers(model.config, prediction.top_k, prediction.abstain_below, taken)
+        self.writer = writer_for(prediction.output)(self.rows.table, self.answers.columns)
+        self.tally = Tally()
+        self.most_tokens: int | None = None
+        if self.answers.is_renamed:
+            new = ", ".join(self.answers.columns)
+            logger.warning("%s has columns with names of new ones, which are called %s.", self.rows.path, new)
+
+    def resume(self) -> None:
+        """Find what is done of this prediction, and take away what is of another."""
+        self.identity = self._identify()
+        if (self.folder / STATE).exists():
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                state = read_json(self.folder / STATE)
+                tally = Tally(**state["tally"])
+                if state["identity"] == self.identity and all(self._part(n).is_file() for n in range(tally.chunks)):
+                    self.tally = tally
+                    logger.warning("Resumed: %d of %d %ss are done.", tally.rows, self.rows.n, self.rows.noun)
+                    return
+            logger.warning("%s is of another input, model or options; all rows are predicted again.", self.folder)
+        for path in self.folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
+        self._save()
+
+    def _identify(self) -> dict[str, Any]:
+        """Return what is the same where a prediction is resumed."""
+        return {
+            "source": self.rows.digest(),
+            "config": hashlib.sha256(self.model.config.to_json_string().encode()).hexdigest(),
+            "weights": digest_weights(self.model),
+            "texts": self.rows.texts,
+            "columns": list(self.answers.columns),
+            "abstain_below": self.prediction.abstain_below,
+            "chunk": CHUNK,
+            "version": __version__,
+        }
+
+    def _save(self) -> None:
+        write_json(self.folder / STATE, {"identity": self.identity, "tally": asdict(self.tally)})
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{number:06}{self.prediction.output.suffix}"
+
+    def predict(self, processor: Any) -> None:
+        """Predict all rows that are not done, and keep each chunk."""
+        from transformers.utils import logging as transformers_logging
+
+        rows, tally = self.rows, self.tally
+        with transformers_logging.tqdm(
+            desc="Predicting", total=rows.n, initial=tally.rows, unit=f" {rows.noun}s"
+        ) as bar:
+            scorer = Scorer(self.model, processor, self.prediction.batch_size, bar.update)
+            self.most_tokens = scorer.most_tokens
+            for columns, inputs in itertools.islice(rows.batches(CHUNK), tally.chunks, None):
+                known = [row for row, given in enumerate(inputs) if given is not None]
+                scored = scorer([inputs[row] for row in known])
+                bar.update(len(inputs) - len(known) + len(scored.faults))
+                answers: list[Answer | None] = [None] * len(inputs)
+                for place, row in enumerate(known):
+                    if place not in scored.faults:
+                        answers[row] = self.answers.answer(scored.scores[place])
+                new = dict(zip(self.answers.columns, map(list, zip(*map(self.answers.row, answers)))))
+                with writing(self._part(tally.chunks), ON_A_FULL_DISK):
+                    self.writer.write_part(self._part(tally.chunks), {**columns, **new})
+                self._count(scored, answers)
+                self._save()
+
+    def _count(self, scored: Scored, answers: Sequence[Answer | None]) -> None:
+        tally = self.tally
+        tally.chunks += 1
+        tally.rows += len(answers)
+        tally.unanswered += answers.count(None)
+        if self.prediction.abstain_below is not None:
+            tally.abstained += sum(answer is not None and not answer.labels for answer in answers)
+        tally.texts += len(scored.lengths)
+        tally.cut += sum(length > (self.most_tokens or length) for length in scored.lengths)
+        tally.longest = max([tally.longest, *scored.lengths])
+        tally.scaled += scored.n_scaled
+        tally.first_fault = tally.first_fault or next(map(str, scored.faults.values()), "")
+
+    def finish(self) -> None:
+        """Join all parts under the output's name, and say what was counted."""
+        tally, rows = self.tally, self.rows
+        complete = self.folder / f"complete{self.prediction.output.suffix}"
+        with writing(complete, ON_A_FULL_DISK):
+            parts = (self._part(n) for n in range(tally.chunks))
+            self.writer.join([*rows.columns, *self.answers.columns], parts, complete)
+            complete.replace(self.prediction.output)
+        if tally.unanswered:
+            first = f"; the first: {tally.first_fault}" if rows.table is None else ""
+            logger.warning(
+                "No prediction for %d of %d %ss, %s%s.", tally.unanswered, rows.n, rows.noun, rows.lacks, first
+            )
+        if tally.abstained:
+            logger.warning(
+                "No label for %d of %d %ss, whose best probability is below %g.",
+                tally.abstained,
+                rows.n,
+                rows.noun,
+                self.prediction.abstain_below,
+            )
+        if tally.cut:
+            logger.warning(
+                "Cut to %d tokens: %d of %d texts, the longest of which has %d tokens.",
+                self.most_tokens,
+                tally.cut,
+                tally.texts,
+                tally.longest,
+            )
+        warn_of_scaled(tally.scaled)
+
+
+def _open_rows(model: CapsuleHeadClassifier, prediction: Prediction) -> TableRows | FolderRows:
+    modality, source = modality_of(model), prediction.source
+    if modality == "text":
+        if source.is_dir():
+            raise ValueError(f"{source} is a folder, and the model classifies texts; expected a table, such as a CSV.")
+        return TableRows(source, prediction.text, columns_of_training(model.config.name_or_path or "")[0])
+    if prediction.text is not None:
+        raise ValueError(f"text is {','.join(prediction.text)}, and the model classifies {modality}; leave it out.")
+    if not source.is_dir():
+        raise ValueError(f"{source} is a file, and the model classifies {modality}; expected a folder of such files.")
+    return FolderRows(source, modality)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder, which is made if it is not there.
+
+    Raises:
+        OSError: If another process does, something else is there, or nothing can be written there.
+    """
+    is_ours = any((folder / name).exists() for name in (STATE, LOCK))
+    if folder.exists() and not is_ours and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is there and not of a prediction, which keeps there what is done; move it, or choose another "
+            "output."
+        )
+    folder.mkdir(exist_ok=True)
+    otherwise = f"Another process writes to {folder}; wait until it has ended, or choose another output."
+    with holding(folder / LOCK, SECONDS_TO_LOCK, otherwise):
+        yield

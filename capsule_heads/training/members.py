@@ -1,0 +1,239 @@
+"""The heads of a sweep: all see the same batches, and each has its weights, optimizer, schedule and random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, set_seed
+
+from .arguments import CapsuleTrainingArguments
+from .trainer import CapsuleTrainer
+
+if TYPE_CHECKING:
+    from ..models.modeling_capsule_head import CapsuleHeadClassifier
+
+# torch has one generator of the CPU for all threads: a member that draws from it has it alone meanwhile.
+_GENERATOR = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One setting of a sweep: a head, its options, and what differs in its training.
+
+    Attributes:
+        head_type: name of the head.
+        options: those of the head that were given.
+        settings: training arguments, and `mixup_alpha`, by name.
+    """
+
+    head_type: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        values = {**self.options, **self.settings}
+        return ", ".join([self.head_type, *(f"{name}={value}" for name, value in values.items())])
+
+
+class Member:
+    """One head of a sweep, on its way through the training data.
+
+    It ends with the weights that `CapsuleTrainer` gives with the same arguments: loss, optimizer, schedule and settings
+    are those of a `CapsuleTrainer` that is made for it, and its random numbers are drawn as there.
+
+    Args:
+        combination: what it is.
+        model: a classifier without a backbone, made with the member's seed.
+        trainer: of the model, just made.
+        places: of the hidden states that the model takes, among those that are cached; None for all of them.
+
+    Attributes:
+        seed: of its initial weights and of what it draws.
+        fault: why it trains no more, in words; None while it does.
+        steps: that it has taken.
+        found: its metrics by split, as they were last measured.
+        outputs: logits `[batch, num_labels]` and loss of each batch that was predicted since they were last cleared.
+    """
+
+    def __init__(
+        self,
+        combination: Combination,
+        model: CapsuleHeadClassifier,
+        trainer: CapsuleTrainer,
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self.combination, self.model, self.trainer = combination, model, trainer
+        self.args: Any = trainer.args
+        self.seed: int = self.args.seed
+        self.fault: str | None = None
+        self.steps = 0
+        self.found: dict[str, dict[str, float]] = {}
+        self.outputs: list[tuple[Tensor, float]] = []
+        self._generator_state = torch.get_rng_state()  # transformers' Trainer has just seeded it
+        self._draws = True  # until a step shows that it does not
+        self._places = places
+        self._parameters = [x for x in model.parameters() if x.requires_grad]
+
+    def prepare(self, n_steps: int) -> None:
+        """Make optimizer and schedule.
+
+        Args:
+            n_steps: of the training.
+        """
+        self.trainer.create_optimizer_and_scheduler(n_steps)
+        self.model.train()
+
+    def start_epoch(self) -> None:
+        """Draw what a data loader draws at the beginning of an epoch: the seed of its workers."""
+        with self._own_generator():
+            torch.empty((), dtype=torch.int64).random_()
+
+    def select(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch with the hidden states of this member's layers alone."""
+        return _take(batch, self._places)
+
+    def step(self, batch: Mapping[str, Any]) -> None:
+        """Take a step of training.
+
+        Args:
+            batch: `hidden_states` `[batch, tokens, layers, hidden_size]`, `attention_mask` and `labels`.
+        """
+        trainer, optimizer, schedule = self.trainer, self.trainer.optimizer, self.trainer.lr_scheduler
+        assert optimizer is not None and schedule is not None  # prepare has made them
+        generator = self._own_generator() if self._draws else contextlib.nullcontext()
+        with generator, trainer.compute_loss_context_manager():
+            loss: Any = trainer.compute_loss(self.model, self.select(batch))
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([x.grad for x in self._parameters if x.grad is not None])
+        if not (norm + loss.detach() * 0).isfinite():
+            if self.args.on_nonfinite == "stop":
+                self.fault = f"step {self.steps + 1}: not finite"
+                return
+            optimizer.zero_grad()
+        elif self.args.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.args.max_grad_norm, norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        self.steps += 1
+
+    @torch.no_grad()
+    def predict(self, batch: Mapping[str, Any]) -> None:
+        """Keep what the model says of a batch, for `measure`."""
+        with self.trainer.compute_loss_context_manager():
+            output = self.model.eval()(**self.select(batch))
+        self.outputs.append((output.logits.float().cpu(), float(output.loss)))
+        self.model.train()
+
+    def measure(self, labels: np.ndarray) -> dict[str, float]:
+        """Return the loss and the metrics of what `predict` has kept."""
+        sizes = [len(logits) for logits, _ in self.outputs]
+        loss = float(np.average([loss for _, loss in self.outputs], weights=sizes))
+        logits = torch.cat([logits for logits, _ in self.outputs]).numpy()
+        compute = self.trainer.compute_metrics
+        return {"loss": loss, **(compute(EvalPrediction(logits, labels)) if compute is not None else {})}
+
+    @contextlib.contextmanager
+    def _own_generator(self) -> Iterator[None]:
+        """Draw from torch's generator as if this member were alone, and find out whether it draws at all."""
+        with _GENERATOR:
+            before = self._generator_state
+            torch.set_rng_state(before)
+            yield
+            self._generator_state = torch.get_rng_state()
+            self._draws = self.steps == 0 or not torch.equal(before, self._generator_state)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights of the head, and of what else of the classifier is beside the backbone."""
+        return {name: x.detach().cpu() for name, x in self.model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a member has to have to go on from here."""
+        optimizer, schedule = self.trainer.optimizer, self.trainer.lr_scheduler
+        assert optimizer is not None and schedule is not None
+        return {
+            "model": self.weights(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "generator": self._generator_state,
+            "steps": self.steps,
+            "fault": self.fault,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of a member of the same sweep."""
+        optimizer, schedule = self.trainer.optimizer, self.trainer.lr_scheduler
+        assert optimizer is not None and schedule is not None
+        self.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        self._generator_state, self.steps, self.fault = state["generator"], state["steps"], state["fault"]
+
+
+def _take(batch: Mapping[str, Any], places: Sequence[int] | None) -> dict[str, Any]:
+    return dict(batch) if places is None else {**batch, "hidden_states": batch["hidden_states"][:, :, places]}
+
+
+class CollatorOfLayers:
+    """Makes batches of some of the layers that are cached.
+
+    Args:
+        collator: of batches of all of them.
+        places: of the layers, among those that are cached.
+    """
+
+    def __init__(self, collator: Callable[[list], Mapping[str, Any]], places: Sequence[int]) -> None:
+        self.collator, self.places = collator, places
+
+    def __call__(self, features: list) -> dict[str, Any]:
+        """Return a batch."""
+        return _take(self.collator(features), self.places)
+
+
+def make_member(
+    combination: Combination,
+    seed: int,
+    arguments: CapsuleTrainingArguments,
+    base: CapsuleHeadClassifier,
+    layers: Sequence[int] | None,
+    data_collator: Callable[[list], Mapping[str, Any]],
+    **of_trainer: Any,
+) -> Member:
+    """Make a head of a sweep as a run of its own would.
+
+    Args:
+        combination: what it is.
+        seed: of its initial weights, and of what it draws.
+        arguments: of all members, which the combination and the seed change.
+        base: a classifier of the same data, whose head may be another, for all the hidden states that are cached.
+        layers: that were asked for; None for all, or for the last where a head takes one.
+        data_collator: of batches of all hidden states that are cached.
+        **of_trainer: other arguments of `CapsuleTrainer`.
+
+    Raises:
+        ValueError: If a value is not what its option expects.
+        TypeError: If the head has no such option.
+    """
+    config = base.config.to_dict()
+    for name in base.config.head_options.names():
+        config.pop(name, None)
+    settings = dict(combination.settings)
+    config |= {"mixup_alpha": settings.pop("mixup_alpha", base.config.mixup_alpha), "linear_term": None}
+    config |= {"head_type": combination.head_type, "layers": layers, **combination.options}
+    set_seed(seed)
+    model = type(base)(type(base.config).from_dict(config), build=False)
+    data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    own = dataclasses.replace(arguments, **settings, seed=seed, data_seed=data_seed)
+    places: list[int] | None = [base.config.layers.index(layer) for layer in model.config.layers]
+    if places == list(range(len(base.config.layers))):
+        places = None
+    collator = data_collator if places is None else CollatorOfLayers(data_collator, places)
+    return Member(combination, model, CapsuleTrainer(model, own, data_collator=collator, **of_trainer), places)

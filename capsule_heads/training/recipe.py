@@ -1,0 +1,121 @@
+"""Settings that learn: what a run does where its arguments are not set, chosen by how much there is to learn from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import CONFIG_NAME
+
+from ..files import read_json
+from ..models.modeling_capsule_head import CapsuleHeadClassifier
+from .arguments import AUTO, PAPER_SETTINGS, RADAM, CapsuleTrainingArguments, word_of
+from .regression import Solutions, can_have_linear_term, fit_linear_term, lacks_linear_term
+
+if TYPE_CHECKING:
+    from ..models.base import CapsuleHeadPreTrainedModel
+    from .trainer import CapsuleTrainer
+
+# Measured on sentences with a frozen all-MiniLM-L6-v2: scripts/benchmarks/own_data.py.
+HEAD_RATE = 8e-3  # peak learning rate of a head on a frozen backbone
+BACKBONE_RATE = 2e-5  # of a pretrained backbone that trains, or its adapters
+STEPS = 600  # that a head takes to learn
+EPOCHS = (3, 10)  # the least, and the most: beyond it a head of few examples learns them by heart
+WARMUP = 0.1
+CLIPPING = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+def apply_recipe(
+    trainer: CapsuleTrainer,
+    model: CapsuleHeadPreTrainedModel,
+    checkpoint: str | None = None,
+    solutions: Solutions | None = None,
+) -> None:
+    """Give a model a linear term, and set the arguments of its run that are not set, as the recipe "auto" does.
+
+    With another recipe a model has a linear term if its configuration says so.
+
+    Args:
+        trainer: of the run.
+        model: the model that it trains.
+        checkpoint: the folder of a checkpoint that is about to be loaded, with the linear term's weights if it has one.
+        solutions: for a linear term, of other models on the same data; see `fit_linear_term`.
+
+    Raises:
+        ValueError: If a linear term was asked for and cannot be solved for, or what was chosen does not fit what was
+            set.
+    """
+    args = trainer.args
+    is_auto = isinstance(args, CapsuleTrainingArguments) and args.recipe == AUTO
+    if isinstance(model, CapsuleHeadClassifier) and (is_auto or model.config.linear_term):
+        if checkpoint is not None:
+            if model.config.linear_term is not False and _has_linear_term(checkpoint):
+                model.add_linear_term()
+        elif lacks_linear_term(model):
+            said = fit_linear_term(trainer, model, solutions) if can_have_linear_term(trainer, model) else ""
+            if said:
+                logger.warning("Recipe: %s.", said)
+            elif model.config.linear_term:
+                raise ValueError(
+                    "linear_term is True, and it cannot be solved for; expected a frozen backbone, a head that is not "
+                    "trained yet, and labels that differ: leave linear_term out."
+                )
+    settle_arguments(trainer, model)
+
+
+def _has_linear_term(checkpoint: str) -> bool:
+    file = Path(checkpoint, CONFIG_NAME)
+    return file.is_file() and bool(read_json(file).get("linear_term"))
+
+
+def settle_arguments(trainer: CapsuleTrainer, model: CapsuleHeadPreTrainedModel) -> None:
+    """Set the arguments of a run that are not set, and say in one line what was chosen and why.
+
+    Raises:
+        ValueError: If what was chosen does not fit what was set.
+    """
+    args = trainer.args
+    if not isinstance(args, CapsuleTrainingArguments) or not args.unset():
+        return
+    settings, why = choose_settings(trainer, model)
+    if args.learning_rate is not None:  # which by default is that of the backbone too
+        settings = {name: value for name, value in settings.items() if name != "backbone_learning_rate"}
+    chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items() if getattr(args, name) is None)
+    args.fill(settings)
+    args.check_effects()
+    logger.warning("Recipe: %s, for %s.", chosen, why)
+
+
+def choose_settings(trainer: CapsuleTrainer, model: CapsuleHeadPreTrainedModel) -> tuple[dict[str, float], str]:
+    """Return the settings of a run, by name, and what they were chosen for, in words.
+
+    A head on a frozen backbone trains at a learning rate of 8e-3 for some 600 steps, in 3 epochs at least and 10 at
+    most. Where a pretrained backbone trains, or adapters in it, the head has the paper's learning rate, and the
+    backbone one of its own, 2e-5, unless it is set. A backbone that starts from random weights, and an optimizer other
+    than "radam", have the paper's settings, as no others were measured.
+    """
+    args = trainer.args
+    if word_of(args.optim) != RADAM:
+        return PAPER_SETTINGS, f"the optimizer {word_of(args.optim)}"
+    if model.backbone is not None and model.config.base_model_name_or_path is None:
+        return PAPER_SETTINGS, "a backbone without pretrained weights"
+    size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epochs, found = EPOCHS[0], "a stream of examples"
+    dataset: Any = trainer.train_dataset
+    if hasattr(dataset, "__len__"):
+        n_examples = len(dataset)
+        epochs = min(max(round(STEPS * size / max(n_examples, 1)), EPOCHS[0]), EPOCHS[1])
+        found = f"{n_examples:,} examples in batches of {size}"
+    settings = {
+        "learning_rate": HEAD_RATE,
+        "num_train_epochs": float(epochs),
+        "warmup_steps": WARMUP,
+        "max_grad_norm": CLIPPING,
+    }
+    if model.backbone_trains:
+        own_rate = {"learning_rate": PAPER_SETTINGS["learning_rate"], "backbone_learning_rate": BACKBONE_RATE}
+        return settings | own_rate, f"{found} and a backbone that trains"
+    return settings, f"{found} and a frozen backbone"

@@ -1,0 +1,567 @@
+"""Many heads at once: every combination of settings, from several seeds, in one pass over cached hidden states."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+from accelerate import skip_first_batches
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging as transformers_logging
+
+from ..data.hidden_states import HiddenStateCache
+from ..data.state_file import gigabytes
+from ..files import read_json, write_json
+from ..heads import get_head
+from ..metrics import metric_names
+from ..models.ensembles import make_ensemble
+from .arguments import CapsuleTrainingArguments, word_of
+from .capsule_model import settle_problem_type
+from .checkpoints import LAST, UNFINISHED, delete, finish, locked, resolve_checkpoint, rotate, writing
+from .members import Combination, Member, make_member
+from .metrics import default_metric
+from .recipe import settle_arguments
+from .regression import Solutions
+from .resume import describe_run
+from .run import DataArguments, ModelArguments, TrainingRun
+from .sweep_results import RESULTS, save
+from .trainer import set_epoch
+
+logger = logging.getLogger(__name__)
+
+# What a grid may hold, beside the options of heads.
+SETTINGS = ("learning_rate", "weight_decay", "label_smoothing_factor", "mixup_alpha")
+LESS_IS_BETTER = ("loss", "mean_squared_error", "mean_absolute_error")
+RUNGS = (0.25, 0.5)  # fractions of the steps after which halving keeps the better half of the combinations
+SECONDS_BETWEEN_CHECKPOINTS = 300
+EVALUATIONS = 0.1  # the most of the time that evaluations on the way take, for the best so far
+COPIES = 4  # of a weight: itself, its gradient, and two moments
+BEST, ENSEMBLE = "best", "ensemble"  # folders of runs, in the sweep's
+MEMBERS, PLAN = "members.pt", "plan.json"  # in a checkpoint
+
+
+@dataclass
+class SweepArguments:
+    """What is tried, and what comes out."""
+
+    grid: dict[str, list[Any]] = field(
+        default_factory=dict,
+        metadata={"help": "Values to try of an option of heads, or of " + ", ".join(SETTINGS) + "."},
+    )
+    heads: list[str] | None = field(
+        default=None, metadata={"help": "Names of the heads to try, with commas between. Default: head_type."}
+    )
+    seeds: int = field(default=1, metadata={"help": "Number of seeds of each combination, counted from seed."})
+    halving: bool = field(
+        default=False,
+        metadata={
+            "help": "Stop the worse half of the combinations after a quarter of the steps, and of the others after a "
+            "half (successive halving). Not for results that are published: it favours what learns soon."
+        },
+    )
+    ensemble: int | None = field(
+        default=None,
+        metadata={"help": "Number of the best heads to save as one model too, which averages their probabilities."},
+    )
+    test_all: bool = field(
+        default=False, metadata={"help": "Evaluate all heads on the test split, not only the one that is chosen."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on where a sweep in output_dir was killed."})
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("seeds", self.seeds, 1), ("ensemble", self.ensemble, 2)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected {least} or more.")
+        for name, values in self.grid.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"grid has {name}={values}; expected one value or more, each of them once.")
+
+
+def combine(plan: SweepArguments, head_type: str, options: Mapping[str, Any]) -> list[Combination]:
+    """Return every combination of a sweep: of each head, all values of the settings and of the options that it has.
+
+    Args:
+        plan: what is tried.
+        head_type: the head where the plan names none.
+        options: those of heads that all combinations have, where a head has them.
+
+    Raises:
+        ValueError: If a head is not registered, or a name in the grid is of no head and no setting.
+    """
+    heads = list(dict.fromkeys(plan.heads or [head_type]))
+    known = {name: get_head(name).Options.names() for name in heads}
+    for name in (*plan.grid, *options):
+        if name not in SETTINGS and not any(name in names for names in known.values()):
+            expected = sorted({*SETTINGS, *itertools.chain.from_iterable(known.values())})
+            raise ValueError(f"{name} is no option of {', '.join(heads)}; expected one of {', '.join(expected)}.")
+    combinations = []
+    for head, names in known.items():
+        axes = {name: values for name, values in plan.grid.items() if name in SETTINGS or name in names}
+        common = {name: value for name, value in options.items() if name in names}
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            settings = {name: chosen.pop(name) for name in SETTINGS if name in chosen}
+            get_head(head).make_options({**common, **chosen})  # refuses what does not fit, before anything is loaded
+            combinations.append(Combination(head, {**common, **chosen}, settings))
+    return combinations
+
+
+class Each(Protocol):
+    """Calls a function for each of some members, several at a time."""
+
+    def __call__(self, function: Callable[[Member], None], members: Sequence[Member]) -> None:
+        """Call it, and return when all calls have."""
+
+
+class Sweep:
+    """Train every combination of settings from several seeds, in one pass over the cached hidden states of texts.
+
+    Each batch is read once and given to all heads. On a CPU they share its threads, one head to a thread. A head ends
+    with the weights that `CapsuleTrainer` gives with its settings, `seed`, and the `data_seed` of all.
+
+    Memory: `members * 4 * parameters * 4` bytes for weights, gradients and moments, and what a forward pass keeps of
+    the longest batch for as many heads as there are threads. It is checked before training.
+
+    Args:
+        plan: what is tried.
+        data: options of the data.
+        model: options of the model.
+        head_options: options of heads, for each head that has them.
+        arguments: transformers' training arguments, those of all heads.
+
+    Attributes:
+        members: the heads, in order of combination and seed.
+        split: name of the validation split (of several, the first).
+        metric: what the best is chosen by, on that split.
+        n_steps: of the training, once it has begun.
+        seconds: that the training took.
+
+    Raises:
+        ValueError: If an option does not fit the others, the data or the backbone, or there is no validation split.
+        TypeError: If a head has no such option.
+        OSError: If the data or the backbone is not found.
+        ImportError: If a package is not installed that the backbone or the optimizer needs.
+    """
+
+    def __init__(
+        self,
+        plan: SweepArguments,
+        data: DataArguments,
+        model: ModelArguments,
+        head_options: Mapping[str, Any],
+        arguments: CapsuleTrainingArguments,
+    ) -> None:
+        _refuse(data, model, arguments)
+        self.plan, self.data, self.model_arguments, self.arguments = plan, data, model, arguments
+        self.combinations = combine(plan, model.head_type, head_options)
+        self.output_dir = Path(str(arguments.output_dir))
+        base_head = self._base_head()
+        own = get_head(base_head).Options.names()
+        run = TrainingRun(
+            dataclasses.replace(data, cache_hidden_states=True, cache_on_device=False),
+            dataclasses.replace(model, head_type=base_head),
+            {name: value for name, value in head_options.items() if name in own},
+            arguments,
+        )
+        if not run.validation:
+            raise ValueError("There is no validation split to choose by; expected one: give it with --validation.")
+        self.run = run
+        self.split = next(iter(run.validation))
+        self.caches = {
+            name: HiddenStateCache(split, run.model, run.processor)
+            for name, split in {**run.validation, **(run.tests if plan.test_all else {})}.items()
+        }
+        self.members = self._make_members()
+        self.metric, self.greater_is_better = self._choose_metric()
+        self.n_steps = self._step = 0
+        self.seconds = 0.0
+        self._saved = self._evaluated = time.monotonic()  # when last
+        self._evaluation_seconds = 0.0
+        self._check_memory()
+
+    def _base_head(self) -> str:
+        """Return the head of the run whose hidden states are cached: one that takes all layers, where there is one."""
+        heads = list(dict.fromkeys(x.head_type for x in self.combinations))
+        return next((name for name in heads if not get_head(name).takes_one_layer), heads[0])
+
+    def _make_members(self) -> list[Member]:
+        run, plan = self.run, self.plan
+        labels = run.collator([run.train_data[0]])["labels"]
+        members, solutions = [], Solutions()
+        with _said_once():
+            settle_arguments(run.trainer, run.model)
+            for combination, seed in itertools.product(self.combinations, range(plan.seeds)):
+                member = make_member(
+                    combination,
+                    self.arguments.seed + seed,
+                    self.arguments,
+                    run.model,
+                    self.model_arguments.layers,
+                    run.collator,
+                    train_dataset=run.train_data,
+                    processing_class=run.processor,
+                    compute_metrics=run.compute_metrics,
+                )
+                settle_problem_type(member.model, labels)
+                member.trainer.settle(solutions=solutions)
+                members.append(member)
+        return members
+
+    def _choose_metric(self) -> tuple[str, bool]:
+        """Return the metric that is chosen by, and whether more of it is better."""
+        args, config = self.arguments, self.members[0].model.config
+        named = args.metric_for_best_model
+        if named is not None:
+            name = named.removeprefix("eval_")
+            better = args.greater_is_better
+            return name, name not in LESS_IS_BETTER if better is None else better
+        metric = default_metric(config) if self.run.task.is_own_data else self.run.task.metric
+        return ("loss", False) if metric is None else (metric_names(metric)[0], True)
+
+    def _check_memory(self) -> None:
+        """Refuse a sweep that does not fit in memory, and say how large a one would.
+
+        Raises:
+            ValueError: If it does not fit.
+        """
+        device = self.arguments.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        weights = [4 * COPIES * sum(x.numel() for x in member.model.parameters()) for member in self.members]
+        batch = self._longest_batch()
+        of_each = {str(member.combination): member for member in self.members}  # seeds take the same
+        kept = max(self._kept_by_a_pass(member, batch) for member in of_each.values())
+        of_passes = 2 * kept * self._n_threads()  # as much again for gradients
+        if sum(weights) + of_passes > free:
+            fitting = max(0, int((free - of_passes) / max(weights)))
+            raise ValueError(
+                f"The sweep has {len(self.members)} heads and takes {gigabytes(sum(weights) + of_passes)} of memory, "
+                f"and {gigabytes(free)} are free; expected at most {fitting} heads: fewer values, heads or seeds."
+            )
+
+    def _longest_batch(self) -> dict[str, Any]:
+        run = self.run
+        longest = np.argsort(run.train_data[self.arguments.length_column_name])[-self.arguments.train_batch_size :]
+        return run.trainer._prepare_inputs(run.collator([run.train_data[row] for row in longest.tolist()]))
+
+    def _kept_by_a_pass(self, member: Member, batch: Mapping[str, Any]) -> int:
+        """Return the bytes that a forward pass of a batch keeps for the backward pass."""
+        kept: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        state = torch.get_rng_state()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            member.trainer.compute_loss(member.model.train(), member.select(batch))
+        torch.set_rng_state(state)
+        return sum(kept.values())
+
+    def _n_threads(self) -> int:
+        return 1 if self.arguments.device.type != "cpu" else max(1, min(torch.get_num_threads(), len(self.members)))
+
+    def train(self) -> None:
+        """Train all heads, from the beginning or, with `resume` in the plan, from the last checkpoint.
+
+        Raises:
+            ValueError: If what is to be resumed was another sweep.
+            OSError: If there is no place to write to, or another process trains there.
+        """
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        lead = self.run.trainer
+        loader: Any = lead.get_train_dataloader()
+        _, steps_in_epoch, *_, self.n_steps = lead.set_initial_training_values(lead.args, loader)
+        for member in self.members:
+            member.prepare(self.n_steps)
+        with locked(self.output_dir), _threads(self._n_threads()) as each:
+            self._resume()
+            start = time.monotonic()
+            bar: Any = transformers_logging.tqdm(
+                desc="Training", total=self.n_steps, initial=self._step, disable=self.arguments.disable_tqdm
+            )
+            with bar:
+                while not self._is_done():
+                    self._train_epoch(loader, *divmod(self._step, steps_in_epoch), each, bar)
+            self._save()
+            self.evaluate(each)
+            self.seconds = time.monotonic() - start
+        if not self.living():
+            raise FloatingPointError(f"No head was trained to the end; the first: {self.members[0].fault}.")
+
+    def _is_done(self) -> bool:
+        return self._step == self.n_steps or not self.living()
+
+    def _train_epoch(self, loader: Any, epoch: int, done: int, each: Each, bar: Any) -> None:
+        """Take the steps of an epoch, of which some may be done, and measure all heads where that takes little."""
+        loader.set_epoch(epoch)
+        set_epoch(loader, epoch)
+        if not done:
+            each(Member.start_epoch, self.living())
+        for batch in skip_first_batches(loader, done) if done else loader:
+            prepared = _in_float32(self.run.trainer._prepare_inputs(dict(batch)))
+            each(partial(Member.step, batch=prepared), self.living())
+            self._step += 1
+            bar.update()
+            if self._step in self._rungs():
+                self._halve(each)
+            if time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
+                self._save()
+            if self._is_done():
+                return
+        start = time.monotonic()
+        if self._evaluation_seconds <= EVALUATIONS * (start - self._evaluated):
+            self.evaluate(each)
+            self._evaluated = time.monotonic()
+            self._evaluation_seconds = self._evaluated - start
+            bar.set_postfix_str(self._best_so_far())
+
+    def _rungs(self) -> list[int]:
+        return [round(part * self.n_steps) for part in RUNGS] if self.plan.halving else []
+
+    def execute(self) -> dict[str, Any]:
+        """Train all heads, write the table, and make the best a run of its own.
+
+        Returns:
+            What `sweep.json` has: see `sweep_results.describe`.
+
+        Raises:
+            As `train` does.
+        """
+        self.train()
+        found = save(self, self.output_dir)
+        found |= {"best": self.save_best(), "saved": str(self.output_dir / BEST)}
+        if self.plan.ensemble is not None:
+            found["ensemble"] = self.save_ensemble(self.plan.ensemble)
+        write_json(self.output_dir / RESULTS, found)
+        delete(self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self._step}")  # all that it is for is done
+        shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
+        return found
+
+    def save_best(self) -> dict[str, Any]:
+        """Make the best head a run of its own, in the folder `best`, and return its results; the test is measured here.
+
+        Raises:
+            OSError: If there is no place to write to.
+        """
+        run = self._run_of(self.ranked()[0], self.output_dir / BEST)
+        run.finish()
+        return run.evaluate(self.seconds)
+
+    def save_ensemble(self, n_heads: int) -> dict[str, Any]:
+        """Make the best heads one model, a run in the folder `ensemble`, and return its results.
+
+        Args:
+            n_heads: how many of them; all there are, where those are fewer.
+
+        Raises:
+            OSError: If there is no place to write to.
+        """
+        best, *others = self.ranked()[:n_heads]
+        run = self._run_of(best, self.output_dir / ENSEMBLE)
+        for member in others:
+            member.model.config.head_only = run.model.config.head_only
+        ensemble = make_ensemble([run.model, *(member.model for member in others)])
+        run.replace_model(ensemble, ensemble.config.head_type, f"{1 + len(others)} heads")
+        run.finish()
+        return run.evaluate(self.seconds)
+
+    def _run_of(self, member: Member, folder: Path) -> TrainingRun:
+        """Return the run that would have trained a member, with the member's weights."""
+        combination, model = member.combination, member.model
+        run = TrainingRun(
+            dataclasses.replace(self.data, cache_hidden_states=False),
+            dataclasses.replace(
+                self.model_arguments, head_type=combination.head_type, mixup_alpha=model.config.mixup_alpha
+            ),
+            combination.options,
+            dataclasses.replace(member.args, output_dir=str(folder)),
+            self.run.task,
+        )
+        run.model.config.problem_type = model.config.problem_type
+        run.model.config.class_weights = model.config.class_weights
+        if model.linear_term is not None:
+            run.model.add_linear_term()
+        unexpected = run.model.load_state_dict(member.weights(), strict=False).unexpected_keys
+        assert not unexpected, unexpected
+        run.trainer.state.global_step = member.steps
+        return run
+
+    def _halve(self, each: Each) -> None:
+        """Stop the worse half of the combinations that train, by the mean over their seeds."""
+        self.evaluate(each)
+        scores: dict[str, list[float]] = {}
+        for member in self.living():
+            scores.setdefault(str(member.combination), []).append(self.score(member))
+        means = {name: statistics.fmean(values) for name, values in scores.items()}
+        ranked = sorted(means, key=means.__getitem__, reverse=self.greater_is_better)
+        for member in self.living():
+            if str(member.combination) in ranked[math.ceil(len(ranked) / 2) :]:
+                member.fault = f"stopped after step {self._step}: among the worse half"
+
+    def evaluate(self, each: Each) -> None:
+        """Measure all members on the splits whose hidden states are cached; see `Member.found`."""
+        lead, members = self.run.trainer, self.living()
+        for name, cache in self.caches.items():
+            for member in members:
+                member.outputs.clear()
+            labels = []
+            for batch in lead.get_eval_dataloader(cache):
+                prepared = _in_float32(lead._prepare_inputs(dict(batch)))
+                labels.append(prepared["labels"].cpu().numpy())
+                each(partial(Member.predict, batch=prepared), members)
+            for member in members:
+                member.found[name] = member.measure(np.concatenate(labels))
+
+    def score(self, member: Member) -> float:
+        """Return what a member is chosen by: the metric on the (first) validation split, as it was last measured."""
+        return float(member.found[self.split][self.metric])
+
+    def ranked(self) -> list[Member]:
+        """Return the members that are trained to the end, the best first; of equal ones that of less loss."""
+        sign = -1 if self.greater_is_better else 1
+        return sorted(self.living(), key=lambda x: (sign * self.score(x), x.found[self.split]["loss"]))
+
+    def _best_so_far(self) -> str:
+        best = self.ranked()[:1]
+        return f"best {self.metric} {self.score(best[0]):.4f}: {best[0].combination}" if best else ""
+
+    def _describe(self) -> dict[str, Any]:
+        """Return what a sweep that goes on has in common with the one that was killed."""
+        names = ("num_train_epochs", "max_steps", "warmup_steps", "max_grad_norm", "learning_rate", "weight_decay")
+        run = describe_run(self.run.trainer, self.run.model)
+        return {
+            **{name: run[name] for name in ("backbone", "classes", "training data", "examples in a step", "data_seed")},
+            **{name: getattr(self.arguments, name) for name in names},
+            "members": [f"{member.combination}, seed={member.seed}" for member in self.members],
+        }
+
+    def _save(self) -> None:
+        """Write a checkpoint of all members; the one before is then deleted."""
+        checkpoint = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
+        unfinished = self.output_dir / UNFINISHED / checkpoint.name
+        shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a sweep that was killed
+        with writing(checkpoint):
+            unfinished.mkdir(parents=True)
+            torch.save([member.state_dict() for member in self.members], unfinished / MEMBERS)
+            write_json(unfinished / PLAN, {"step": self._step, **self._describe()})
+            finish(unfinished, checkpoint)
+        self._saved = time.monotonic()
+        rotate(checkpoint, 1, None)
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+    def _resume(self) -> None:
+        checkpoint = resolve_checkpoint(LAST if self.plan.resume else None, self.output_dir)
+        if checkpoint is None:
+            return
+        before = read_json(Path(checkpoint, PLAN))
+        step = before.pop("step")
+        for name, value in self._describe().items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{checkpoint} is of another sweep: its {name} is {before.get(name)}, and this one has {value}; "
+                    "resume with what it was written with, or start in another output_dir."
+                )
+        states = torch.load(Path(checkpoint, MEMBERS), weights_only=True)
+        for member, state in zip(self.members, states, strict=True):
+            member.load_state_dict(state)
+        self._step = step
+
+    def living(self) -> list[Member]:
+        """Return the members that train, or have trained to the end."""
+        return [member for member in self.members if member.fault is None]
+
+
+def _in_float32(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch whose hidden states are as every head would make them, so that none has to."""
+    return {**batch, "hidden_states": batch["hidden_states"].float()}
+
+
+@contextmanager
+def _threads(n_threads: int) -> Iterator[Each]:
+    """Give what calls a function for each member: on threads, each of which computes on one core.
+
+    A thread of torch's own would help a head little: its tensors are small, and there are many heads.
+    """
+    if n_threads == 1:
+
+        def one_by_one(function: Callable[[Member], None], members: Sequence[Member]) -> None:
+            for member in members:
+                function(member)
+
+        yield one_by_one
+        return
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def at_once(function: Callable[[Member], None], members: Sequence[Member]) -> None:
+            for _ in pool.map(function, members):  # raises what a call raised
+                pass
+
+        try:
+            yield at_once
+        finally:
+            torch.set_num_threads(before)  # the initializer's counts for threads that come later, too
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Let the recipe's log say the same words once, though each head has one."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        words = re.sub(r" \([\d.]+ s\)", "", record.getMessage())  # a time
+        is_known = words in said
+        said.add(words)
+        return not is_known
+
+    log = logging.getLogger(f"{__package__}.recipe")
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
+def _refuse(data: DataArguments, model: ModelArguments, arguments: CapsuleTrainingArguments) -> None:
+    """Refuse what has no place in a sweep.
+
+    Raises:
+        ValueError: Names what was set, and why it is refused.
+    """
+    refused = {
+        "freeze_backbone": (model.freeze_backbone is False, "a sweep trains heads on the states of a frozen backbone"),
+        "adapt": (model.adapt is not None, "a sweep trains heads on the states of a frozen backbone"),
+        "cache_hidden_states": (data.cache_hidden_states is False, "a sweep reads hidden states from a cache"),
+        "cache_on_device": (data.cache_on_device, "a sweep reads each batch once, for all heads"),
+        "early_stopping_patience": (data.early_stopping_patience is not None, "all heads see the same steps"),
+        "load_best_model_at_end": (arguments.load_best_model_at_end, "all heads see the same steps"),
+        "eval_strategy": (word_of(arguments.eval_strategy) != "no", "a sweep evaluates when it is done"),
+        "gradient_accumulation_steps": (arguments.gradient_accumulation_steps != 1, "each batch is a step"),
+        "fp16": (arguments.fp16, "losses are not scaled; bf16 works"),
+        "torch_compile": (arguments.torch_compile, "heads are not compiled in a sweep"),
+        "resume_from_checkpoint": (arguments.resume_from_checkpoint is not None, "a sweep goes on with resume"),
+        "push_to_hub": (arguments.push_to_hub, "push the best head when it is chosen, with capsule-heads push"),
+    }
+    for name, (is_set, why) in refused.items():
+        if is_set:
+            value = getattr(data, name, getattr(model, name, getattr(arguments, name, None)))
+            raise ValueError(f"{name} is {word_of(value)}, which a sweep does not take: {why}; leave it out.")
+    if arguments.world_size > 1:
+        raise ValueError(f"There are {arguments.world_size} processes; expected one: a sweep trains all heads in it.")
