@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,6 @@ from .trainer import CapsuleTrainer
 
 if TYPE_CHECKING:
     from ..models.modeling_capsule_head import CapsuleHeadClassifier
-
-# torch has one generator of the CPU for all threads: a member that draws from it has it alone meanwhile.
-_GENERATOR = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -144,12 +140,11 @@ class Member:
     @contextlib.contextmanager
     def _own_generator(self) -> Iterator[None]:
         """Draw from torch's generator as if this member were alone, and find out whether it draws at all."""
-        with _GENERATOR:
-            before = self._generator_state
-            torch.set_rng_state(before)
-            yield
-            self._generator_state = torch.get_rng_state()
-            self._draws = self.steps == 0 or not torch.equal(before, self._generator_state)
+        before = self._generator_state
+        torch.set_rng_state(before)
+        yield
+        self._generator_state = torch.get_rng_state()
+        self._draws = self.steps == 0 or not torch.equal(before, self._generator_state)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the head, and of what else of the classifier is beside the backbone."""

@@ -10,18 +10,15 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from accelerate import skip_first_batches
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
@@ -35,6 +32,7 @@ from ..models.ensembles import make_ensemble
 from .arguments import CapsuleTrainingArguments, word_of
 from .capsule_model import settle_problem_type
 from .checkpoints import LAST, UNFINISHED, delete, finish, locked, resolve_checkpoint, rotate, writing
+from .crews import Batches, Crew, Tell, crews, file_of, number_of_processes
 from .members import Combination, Member, make_member
 from .metrics import default_metric
 from .recipe import settle_arguments
@@ -42,7 +40,6 @@ from .regression import Solutions
 from .resume import describe_run
 from .run import DataArguments, ModelArguments, TrainingRun
 from .sweep_results import RESULTS, save
-from .trainer import set_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +49,10 @@ LESS_IS_BETTER = ("loss", "mean_squared_error", "mean_absolute_error")
 RUNGS = (0.25, 0.5)  # fractions of the steps after which halving keeps the better half of the combinations
 SECONDS_BETWEEN_CHECKPOINTS = 300
 EVALUATIONS = 0.1  # the most of the time that evaluations on the way take, for the best so far
-COPIES = 4  # of a weight: itself, its gradient, and two moments
+COPIES = 5  # of a weight: itself, its gradient, two moments, and itself in the process that shares out the members
+STEPS_AT_A_TIME = 10  # that crews take on their own; then the progress is shown
 BEST, ENSEMBLE = "best", "ensemble"  # folders of runs, in the sweep's
-MEMBERS, PLAN = "members.pt", "plan.json"  # in a checkpoint
+PLAN = "plan.json"  # in a checkpoint
 
 
 @dataclass
@@ -123,21 +121,14 @@ def combine(plan: SweepArguments, head_type: str, options: Mapping[str, Any]) ->
     return combinations
 
 
-class Each(Protocol):
-    """Calls a function for each of some members, several at a time."""
-
-    def __call__(self, function: Callable[[Member], None], members: Sequence[Member]) -> None:
-        """Call it, and return when all calls have."""
-
-
 class Sweep:
     """Train every combination of settings from several seeds, in one pass over the cached hidden states of texts.
 
-    Each batch is read once and given to all heads. On a CPU they share its threads, one head to a thread. A head ends
-    with the weights that `CapsuleTrainer` gives with its settings, `seed`, and the `data_seed` of all.
+    Each batch is read once and given to all heads of a process; on a CPU there are as many as torch uses threads. A
+    head ends with the weights that `CapsuleTrainer` gives with its settings, `seed`, and the `data_seed` of all.
 
-    Memory: `members * 4 * parameters * 4` bytes for weights, gradients and moments, and what a forward pass keeps of
-    the longest batch for as many heads as there are threads. It is checked before training.
+    Memory: `members * 5 * parameters * 4` bytes for weights, gradients, two moments, and weights in this process, and
+    twice what a forward pass keeps of the longest batch for each process. It is checked before training.
 
     Args:
         plan: what is tried.
@@ -247,7 +238,7 @@ class Sweep:
         batch = self._longest_batch()
         of_each = {str(member.combination): member for member in self.members}  # seeds take the same
         kept = max(self._kept_by_a_pass(member, batch) for member in of_each.values())
-        of_passes = 2 * kept * self._n_threads()  # as much again for gradients
+        of_passes = 2 * kept * self._n_processes()  # as much again for gradients
         if sum(weights) + of_passes > free:
             fitting = max(0, int((free - of_passes) / max(weights)))
             raise ValueError(
@@ -261,7 +252,10 @@ class Sweep:
         return run.trainer._prepare_inputs(run.collator([run.train_data[row] for row in longest.tolist()]))
 
     def _kept_by_a_pass(self, member: Member, batch: Mapping[str, Any]) -> int:
-        """Return the bytes that a forward pass of a batch keeps for the backward pass."""
+        """Return the bytes that a forward pass of a batch keeps for the backward pass.
+
+        Both are run: the kernels are then compiled here, once for all processes.
+        """
         kept: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
@@ -270,19 +264,22 @@ class Sweep:
 
         state = torch.get_rng_state()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            member.trainer.compute_loss(member.model.train(), member.select(batch))
+            loss: Any = member.trainer.compute_loss(member.model.train(), member.select(batch))
+        loss.backward()
+        member.model.zero_grad()
         torch.set_rng_state(state)
         return sum(kept.values())
 
-    def _n_threads(self) -> int:
-        return 1 if self.arguments.device.type != "cpu" else max(1, min(torch.get_num_threads(), len(self.members)))
+    def _n_processes(self) -> int:
+        return number_of_processes(len(self.members), self.arguments.device)
 
     def train(self) -> None:
         """Train all heads, from the beginning or, with `resume` in the plan, from the last checkpoint.
 
         Raises:
             ValueError: If what is to be resumed was another sweep.
-            OSError: If there is no place to write to, or another process trains there.
+            OSError: If there is no place to write to, another process trains there, or a process of it was killed.
+            FloatingPointError: If no head was trained to the end.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
         lead = self.run.trainer
@@ -290,44 +287,39 @@ class Sweep:
         _, steps_in_epoch, *_, self.n_steps = lead.set_initial_training_values(lead.args, loader)
         for member in self.members:
             member.prepare(self.n_steps)
-        with locked(self.output_dir), _threads(self._n_threads()) as each:
+        with locked(self.output_dir):
             self._resume()
             start = time.monotonic()
+            batches = Batches(lead, loader, steps_in_epoch, self.caches)
             bar: Any = transformers_logging.tqdm(
                 desc="Training", total=self.n_steps, initial=self._step, disable=self.arguments.disable_tqdm
             )
-            with bar:
-                while not self._is_done():
-                    self._train_epoch(loader, *divmod(self._step, steps_in_epoch), each, bar)
-            self._save()
-            self.evaluate(each)
+            with crews(self.members, self._n_processes(), batches, self._step) as tell, bar:
+                while self._step < self.n_steps and self.living():
+                    self._advance(tell, steps_in_epoch, bar)
+                checkpoint = self._save(tell)
+                self._evaluate(tell)
+            for place, member in enumerate(self.members):
+                member.model.load_state_dict(torch.load(file_of(checkpoint, place), weights_only=True)["model"])
             self.seconds = time.monotonic() - start
         if not self.living():
             raise FloatingPointError(f"No head was trained to the end; the first: {self.members[0].fault}.")
 
-    def _is_done(self) -> bool:
-        return self._step == self.n_steps or not self.living()
-
-    def _train_epoch(self, loader: Any, epoch: int, done: int, each: Each, bar: Any) -> None:
-        """Take the steps of an epoch, of which some may be done, and measure all heads where that takes little."""
-        loader.set_epoch(epoch)
-        set_epoch(loader, epoch)
-        if not done:
-            each(Member.start_epoch, self.living())
-        for batch in skip_first_batches(loader, done) if done else loader:
-            prepared = _in_float32(self.run.trainer._prepare_inputs(dict(batch)))
-            each(partial(Member.step, batch=prepared), self.living())
-            self._step += 1
-            bar.update()
-            if self._step in self._rungs():
-                self._halve(each)
-            if time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
-                self._save()
-            if self._is_done():
-                return
+    def _advance(self, tell: Tell, steps_in_epoch: int, bar: Any) -> None:
+        """Take some steps, and do what is to be done after them; members are measured where that takes little."""
+        epoch_end = self._step - self._step % steps_in_epoch + steps_in_epoch
+        rungs = [rung for rung in self._rungs() if rung > self._step]
+        until = min(self._step + STEPS_AT_A_TIME, epoch_end, self.n_steps, *rungs)
+        tell(Crew.advance, until)
+        bar.update(until - self._step)
+        self._step = until
+        if until in self._rungs():
+            self._halve(tell)
+        if time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
+            self._save(tell)
         start = time.monotonic()
-        if self._evaluation_seconds <= EVALUATIONS * (start - self._evaluated):
-            self.evaluate(each)
+        if until == epoch_end < self.n_steps and self._evaluation_seconds <= EVALUATIONS * (start - self._evaluated):
+            self._evaluate(tell)
             self._evaluated = time.monotonic()
             self._evaluation_seconds = self._evaluated - start
             bar.set_postfix_str(self._best_so_far())
@@ -403,31 +395,22 @@ class Sweep:
         run.trainer.state.global_step = member.steps
         return run
 
-    def _halve(self, each: Each) -> None:
+    def _halve(self, tell: Tell) -> None:
         """Stop the worse half of the combinations that train, by the mean over their seeds."""
-        self.evaluate(each)
+        self._evaluate(tell)
         scores: dict[str, list[float]] = {}
         for member in self.living():
             scores.setdefault(str(member.combination), []).append(self.score(member))
         means = {name: statistics.fmean(values) for name, values in scores.items()}
         ranked = sorted(means, key=means.__getitem__, reverse=self.greater_is_better)
-        for member in self.living():
-            if str(member.combination) in ranked[math.ceil(len(ranked) / 2) :]:
-                member.fault = f"stopped after step {self._step}: among the worse half"
+        worse = ranked[math.ceil(len(ranked) / 2) :]
+        why = f"stopped after step {self._step}: among the worse half"
+        living = ((place, member) for place, member in enumerate(self.members) if member.fault is None)
+        tell(Crew.stop, {place: why for place, member in living if str(member.combination) in worse})
 
-    def evaluate(self, each: Each) -> None:
+    def _evaluate(self, tell: Tell) -> None:
         """Measure all members on the splits whose hidden states are cached; see `Member.found`."""
-        lead, members = self.run.trainer, self.living()
-        for name, cache in self.caches.items():
-            for member in members:
-                member.outputs.clear()
-            labels = []
-            for batch in lead.get_eval_dataloader(cache):
-                prepared = _in_float32(lead._prepare_inputs(dict(batch)))
-                labels.append(prepared["labels"].cpu().numpy())
-                each(partial(Member.predict, batch=prepared), members)
-            for member in members:
-                member.found[name] = member.measure(np.concatenate(labels))
+        tell(Crew.evaluate)
 
     def score(self, member: Member) -> float:
         """Return what a member is chosen by: the metric on the (first) validation split, as it was last measured."""
@@ -452,19 +435,20 @@ class Sweep:
             "members": [f"{member.combination}, seed={member.seed}" for member in self.members],
         }
 
-    def _save(self) -> None:
-        """Write a checkpoint of all members; the one before is then deleted."""
+    def _save(self, tell: Tell) -> Path:
+        """Write a checkpoint of all members, and return its folder; the one before is then deleted."""
         checkpoint = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
         unfinished = self.output_dir / UNFINISHED / checkpoint.name
         shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a sweep that was killed
         with writing(checkpoint):
             unfinished.mkdir(parents=True)
-            torch.save([member.state_dict() for member in self.members], unfinished / MEMBERS)
+            tell(Crew.save, unfinished)
             write_json(unfinished / PLAN, {"step": self._step, **self._describe()})
             finish(unfinished, checkpoint)
         self._saved = time.monotonic()
         rotate(checkpoint, 1, None)
         shutil.rmtree(unfinished.parent, ignore_errors=True)
+        return checkpoint
 
     def _resume(self) -> None:
         checkpoint = resolve_checkpoint(LAST if self.plan.resume else None, self.output_dir)
@@ -478,46 +462,13 @@ class Sweep:
                     f"{checkpoint} is of another sweep: its {name} is {before.get(name)}, and this one has {value}; "
                     "resume with what it was written with, or start in another output_dir."
                 )
-        states = torch.load(Path(checkpoint, MEMBERS), weights_only=True)
-        for member, state in zip(self.members, states, strict=True):
-            member.load_state_dict(state)
+        for place, member in enumerate(self.members):
+            member.load_state_dict(torch.load(file_of(Path(checkpoint), place), weights_only=True))
         self._step = step
 
     def living(self) -> list[Member]:
         """Return the members that train, or have trained to the end."""
         return [member for member in self.members if member.fault is None]
-
-
-def _in_float32(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a batch whose hidden states are as every head would make them, so that none has to."""
-    return {**batch, "hidden_states": batch["hidden_states"].float()}
-
-
-@contextmanager
-def _threads(n_threads: int) -> Iterator[Each]:
-    """Give what calls a function for each member: on threads, each of which computes on one core.
-
-    A thread of torch's own would help a head little: its tensors are small, and there are many heads.
-    """
-    if n_threads == 1:
-
-        def one_by_one(function: Callable[[Member], None], members: Sequence[Member]) -> None:
-            for member in members:
-                function(member)
-
-        yield one_by_one
-        return
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-
-        def at_once(function: Callable[[Member], None], members: Sequence[Member]) -> None:
-            for _ in pool.map(function, members):  # raises what a call raised
-                pass
-
-        try:
-            yield at_once
-        finally:
-            torch.set_num_threads(before)  # the initializer's counts for threads that come later, too
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import csv
+import multiprocessing
 import re
 import shutil
 from types import SimpleNamespace
@@ -46,6 +47,20 @@ def make_sweep(bert, data, tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture(params=[1, 2])
+def processes(request):
+    """Number of processes that share the heads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setattr("capsule_heads.training.sweep.number_of_processes", lambda n_members, device: 2)
+
+
 def train_alone(sweep, member, **given):
     """Train what a member of a sweep is by CapsuleTrainer, and return its weights."""
     combination, run = member.combination, sweep.run
@@ -66,6 +81,7 @@ def train_alone(sweep, member, **given):
     return {name: x for name, x in model.state_dict().items() if not name.startswith("backbone")}
 
 
+@pytest.mark.usefixtures("two_processes")
 @pytest.mark.parametrize("head_type", [name for name in TRAINED if name != "spatial_pose"])  # of images
 def test_members_end_with_the_weights_that_the_trainer_gives(make_sweep, head_type):
     options = {x: v for x, v in SMALL.items() if x in registered_heads()[head_type].Options.names()}
@@ -151,7 +167,7 @@ def test_the_best_is_a_run_of_its_own(make_sweep):
     assert (sweep.output_dir / "sweep.png").stat().st_size > 10_000
 
 
-def test_a_killed_sweep_goes_on(make_sweep, monkeypatch):
+def test_a_killed_sweep_goes_on(make_sweep, processes, monkeypatch):
     grid = {"learning_rate": [2e-2], "mixup_alpha": [0.0, 0.2]}
     complete = make_sweep(SweepArguments(grid=grid), max_steps=20)
     complete.train()
@@ -162,9 +178,9 @@ def test_a_killed_sweep_goes_on(make_sweep, monkeypatch):
     killed = make_sweep(SweepArguments(grid=grid), max_steps=20)
     save = killed._save
 
-    def save_and_die():
-        save()
-        if killed._step == 11:
+    def save_and_die(tell):
+        save(tell)
+        if killed._step == 8:  # the end of an epoch
             raise KeyboardInterrupt
 
     killed._save = save_and_die
@@ -180,7 +196,7 @@ def test_a_killed_sweep_goes_on(make_sweep, monkeypatch):
             torch.testing.assert_close(x, weights[name], rtol=1e-4, atol=1e-6)
 
 
-def test_halving_stops_the_worse_half(make_sweep):
+def test_halving_stops_the_worse_half(make_sweep, processes):
     rates = [1e-5, 1e-4, 2e-2, 2e-1]
     sweep = make_sweep(SweepArguments(grid={"learning_rate": rates}, halving=True), max_steps=40, min_learning_rate=0)
     sweep.train()
@@ -190,7 +206,7 @@ def test_halving_stops_the_worse_half(make_sweep):
     assert [x["seeds"] for x in found["combinations"]] == [1, 0, 0, 0]
 
 
-def test_a_head_that_diverges_leaves_the_others(make_sweep):
+def test_a_head_that_diverges_leaves_the_others(make_sweep, processes):
     sweep = make_sweep(SweepArguments(seeds=2), max_steps=10)
     with torch.no_grad():
         next(sweep.members[0].model.head.parameters()).fill_(torch.nan)
@@ -204,3 +220,32 @@ def test_a_sweep_that_does_not_fit_in_memory_is_refused(make_sweep, monkeypatch)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
     with pytest.raises(ValueError, match=r"The sweep has 3 heads and takes .* expected at most 0 heads"):
         sweep._check_memory()
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_process_that_is_killed_is_one_sentence(make_sweep):
+    sweep = make_sweep(SweepArguments(seeds=2), max_steps=40)
+    advance = sweep._advance
+
+    def advance_and_kill(tell, *args):
+        multiprocessing.active_children()[0].kill()
+        advance(tell, *args)
+
+    sweep._advance = advance_and_kill
+    with pytest.raises(ChildProcessError, match=r"ended with exit code -9 .* go on from the last checkpoint"):
+        sweep.train()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_what_a_process_raises_is_raised(make_sweep, monkeypatch):
+    sweep = make_sweep(SweepArguments(seeds=2), max_steps=40)
+
+    def fail(state, file):
+        raise OSError("no space")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="could not be written: no space") as caught:
+        sweep.train()
+    assert "in fail" in caught.value.__cause__.__notes__[0]  # where it was raised there
+    assert not multiprocessing.active_children()
