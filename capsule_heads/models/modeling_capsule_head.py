@@ -151,12 +151,14 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
     rows learns nothing. For regression the values are the sum of both, and the head learns what the term leaves.
 
     `label_smoothing` smooths the targets of the loss. `CapsuleTrainer` sets it for its `label_smoothing_factor`.
+    `mixup_draws` are those of the next batch, from `mixup.draw_mixup`; where None, the forward pass draws them.
 
     In training, with `config.mixup_alpha` above 0, samples and targets are mixed within the batch here, in the forward
     pass, so that mixup is right in any trainer and under DDP.
     """
 
     label_smoothing = 0.0
+    mixup_draws: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, config: CapsuleHeadConfig, backbone: PreTrainedModel | None = None, **building: Any) -> None:
         is_regression = config.problem_type == "regression"
@@ -249,7 +251,8 @@ class CapsuleHeadClassifier(CapsuleHeadPreTrainedModel):
             raise ValueError(f"There are labels of {targets.shape[0]} samples, and inputs of {inputs.shape[0]}.")
         if not self.training or targets is None or self.config.mixup_alpha == 0:
             return None
-        ratio, partner = draw_mixup(len(targets), self.config.mixup_alpha, targets.device)
+        alpha = self.config.mixup_alpha
+        ratio, partner = self.mixup_draws or draw_mixup(len(targets), alpha, targets.device)
         return lambda tensor: mix(tensor, ratio.to(tensor.device), partner.to(tensor.device))
 
     def _logits(self, capsules: HeadOutput, linear: Tensor | None) -> Tensor:

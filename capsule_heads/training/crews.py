@@ -24,6 +24,7 @@ import torch
 from accelerate import skip_first_batches
 
 from ..data.hidden_states import HiddenStateCache
+from .graphs import GraphedSteps
 from .members import Member
 from .trainer import CapsuleTrainer, set_epoch
 
@@ -78,6 +79,9 @@ class Crew:
     def __init__(self, members: Mapping[int, Member], batches: Batches, step: int) -> None:
         self.members, self.batches, self.step = members, batches, step
         self._training = batches.of_training(step)
+        args: Any = batches.lead.args
+        # A step that is left out for its numbers has to be known before the next one begins.
+        self._graphs = GraphedSteps() if args.device.type == "cuda" and args.on_nonfinite == "stop" else None
 
     def living(self) -> list[Member]:
         """Return the members that train."""
@@ -94,8 +98,14 @@ class Crew:
             for member in self.living():
                 if begins_epoch:
                     member.start_epoch()
-                member.step(batch)
+            if self._graphs is not None:
+                self._graphs.step(self.living(), batch)
+            else:
+                for member in self.living():
+                    member.step(batch)
             self.step += 1
+        if self._graphs is not None:
+            self._graphs.check()
 
     def evaluate(self) -> None:
         """Measure all members on the splits whose hidden states are cached; see `Member.found`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, set_seed
 
+from ..mixup import draw_mixup
 from .arguments import CapsuleTrainingArguments
 from .trainer import CapsuleTrainer
 
@@ -37,6 +38,19 @@ class Combination:
     def __str__(self) -> str:
         values = {**self.options, **self.settings}
         return ", ".join([self.head_type, *(f"{name}={value}" for name, value in values.items())])
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a member's forward and backward pass found.
+
+    Attributes:
+        gradients: of each parameter that trains, clipped; None where the loss does not depend on it.
+        check: a number that is finite where loss and gradients are.
+    """
+
+    gradients: Sequence[Tensor | None]
+    check: Tensor
 
 
 class Member:
@@ -102,24 +116,57 @@ class Member:
         Args:
             batch: `hidden_states` `[batch, tokens, layers, hidden_size]`, `attention_mask` and `labels`.
         """
-        trainer, optimizer, schedule = self.trainer, self.trainer.optimizer, self.trainer.lr_scheduler
-        assert optimizer is not None and schedule is not None  # prepare has made them
-        generator = self._own_generator() if self._draws else contextlib.nullcontext()
-        with generator, trainer.compute_loss_context_manager():
-            loss: Any = trainer.compute_loss(self.model, self.select(batch))
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([x.grad for x in self._parameters if x.grad is not None])
-        if not (norm + loss.detach() * 0).isfinite():
+        with self._own_generator() if self._draws else contextlib.nullcontext():
+            found = self.differentiate(batch)
+        gradients = found.gradients
+        if not found.check.isfinite():
             if self.args.on_nonfinite == "stop":
                 self.fault = f"step {self.steps + 1}: not finite"
                 return
-            optimizer.zero_grad()
-        elif self.args.max_grad_norm:
+            gradients = [None] * len(gradients)
+        self.update(gradients)
+
+    def differentiate(self, batch: Mapping[str, Any], draws: tuple[Tensor, Tensor] | None = None) -> Gradients:
+        """Compute the gradients of a batch's loss; nothing waits for the device.
+
+        Args:
+            batch: see `step`.
+            draws: of mixup, from `draw_mixup`; without them they are drawn.
+        """
+        trainer = self.trainer
+        self.model.mixup_draws = draws
+        with trainer.compute_loss_context_manager():
+            loss: Any = trainer.compute_loss(self.model, self.select(batch))
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        norm = torch.nn.utils.get_total_norm([x for x in gradients if x is not None])
+        if self.args.max_grad_norm:
+            self._set_gradients(gradients)
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.args.max_grad_norm, norm)
+            self._set_gradients([None] * len(gradients))
+        return Gradients(gradients, norm + loss.detach() * 0)
+
+    def draw_mixup(self, n_samples: int) -> tuple[Tensor, Tensor]:
+        """Draw what mixup needs for a batch, as a step draws it."""
+        with self._own_generator():
+            return draw_mixup(n_samples, self.model.config.mixup_alpha, self.args.device)
+
+    def update(self, gradients: Sequence[Tensor | None]) -> None:
+        """Let the optimizer and the schedule take a step.
+
+        Args:
+            gradients: one for each parameter that trains, or None for one that stays.
+        """
+        optimizer, schedule = self.trainer.optimizer, self.trainer.lr_scheduler
+        assert optimizer is not None and schedule is not None  # prepare has made them
+        self._set_gradients(gradients)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         self.steps += 1
+
+    def _set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     @torch.no_grad()
     def predict(self, batch: Mapping[str, Any]) -> None:

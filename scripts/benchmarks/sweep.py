@@ -9,7 +9,6 @@ same `--steps`, and neither evaluates. A pair is measured `--repeats` times; the
 """
 
 import argparse
-import dataclasses
 import logging
 import platform
 import statistics
@@ -23,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.training import CapsuleTrainingArguments, Sweep, SweepArguments
-from capsule_heads.training.members import Member
-from capsule_heads.training.run import DataArguments, ModelArguments, TrainingRun
+from capsule_heads.training.members import Member, make_member
+from capsule_heads.training.run import DataArguments, ModelArguments
 
 
 def make_sweep(options: argparse.Namespace, head: str, folder: str) -> Sweep:
@@ -49,16 +48,20 @@ def make_sweep(options: argparse.Namespace, head: str, folder: str) -> Sweep:
 
 def train_alone(sweep: Sweep, member: Member) -> float:
     """Train what a member of a sweep is by `CapsuleTrainer`, from the same cache, and return the seconds it took."""
-    run = TrainingRun(
-        dataclasses.replace(sweep.data, cache_hidden_states=True),
-        dataclasses.replace(sweep.model_arguments, head_type=member.combination.head_type),
-        member.combination.options,
-        member.args,
-        sweep.run.task,
-    )
-    run.trainer.remove_callback(PrinterCallback)  # it prints times of its own
+    run = sweep.run
+    trainer = make_member(
+        member.combination,
+        member.seed,
+        sweep.arguments,
+        run.model,
+        sweep.model_arguments.layers,
+        run.collator,
+        train_dataset=run.train_data,
+        processing_class=run.processor,
+    ).trainer
+    trainer.remove_callback(PrinterCallback)  # it prints times of its own
     start = time.perf_counter()
-    run.trainer.train()
+    trainer.train()
     return time.perf_counter() - start
 
 

@@ -1,16 +1,22 @@
 """A tiny random backbone with its tokenizer, and a task that a head on it can learn."""
 
+import csv
 import random
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, BertConfig, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoModel, BertConfig, GPT2Config, PreTrainedTokenizerFast, set_seed
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainingArguments
+from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads.data import HiddenStateCache
 from capsule_heads.data.tokenization import tokenize
 from capsule_heads.paper import PAPER
+from capsule_heads.training.run import DataArguments, ModelArguments
+from capsule_heads.training.sweep import Sweep
+
+SMALL_HEAD = {"d_inp": 8, "n_parts": 4}
 
 WORDS = ["fine", "good", "great", "super", "sweet", "awful", "bad", "dull", "poor", "sad"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -107,3 +113,55 @@ def arguments(tmp_path):
         return cls(disable_tqdm=True, report_to=[], **fields)
 
     return make
+
+
+@pytest.fixture
+def data(tmp_path, texts):
+    """Folder with train.csv, validation.csv and test.csv of texts that a head can learn."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, split in {**texts, "test": texts["validation"]}.items():
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            rows = [{"text": x["text"], "label": ["fine", "poor"][x["label"]]} for x in split]
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+@pytest.fixture
+def make_sweep(bert, data, tmp_path, monkeypatch):
+    """make_sweep(plan, **arguments): a sweep of small heads on the BERT, its hidden states in a folder of the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def make(plan, head_options=SMALL_HEAD, layers=None, **given):
+        quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+        arguments = CapsuleTrainingArguments(str(tmp_path / "run"), **quiet, **given)
+        return Sweep(plan, DataArguments(data=str(data)), ModelArguments(bert, layers=layers), head_options, arguments)
+
+    return make
+
+
+@pytest.fixture
+def train_alone():
+    """train_alone(sweep, member, **arguments): its weights, trained by CapsuleTrainer."""
+
+    def train(sweep, member, **given):
+        combination, run = member.combination, sweep.run
+        settings = dict(combination.settings)
+        fields = {"mixup_alpha": settings.pop("mixup_alpha", 0.0), **combination.options}
+        names = run.model.config.id2label
+        set_seed(member.seed)
+        model = CapsuleHeadForSequenceClassification.from_backbone(
+            sweep.model_arguments.backbone, id2label=names, head_type=combination.head_type, **fields
+        )
+        quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+        arguments = CapsuleTrainingArguments(
+            str(sweep.output_dir / "alone"), seed=member.seed, data_seed=1, **quiet, **settings, **given
+        )
+        cache = HiddenStateCache(run.prepared["train"], model, run.processor)
+        trainer = CapsuleTrainer(model, arguments, train_dataset=cache, data_collator=run.trainer.data_collator)
+        trainer.train()
+        return {name: x for name, x in model.state_dict().items() if not name.startswith("backbone")}
+
+    return train

@@ -6,45 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import set_seed
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data import HiddenStateCache
+from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.files import read_json
 from capsule_heads.heads import DEFAULT_HEAD, registered_heads
-from capsule_heads.training.run import DataArguments, ModelArguments
-from capsule_heads.training.sweep import Sweep, SweepArguments, combine
+from capsule_heads.training.sweep import SweepArguments, combine
 from capsule_heads.training.sweep_results import describe, render
 
 SMALL = {"d_inp": 8, "n_parts": 4}
 TRAINED = [name for name, head in registered_heads().items() if head.made_by is None]
-
-
-@pytest.fixture
-def data(tmp_path, texts):
-    """Folder with train.csv, validation.csv and test.csv of texts that a head can learn."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, split in {**texts, "test": texts["validation"]}.items():
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            rows = [{"text": x["text"], "label": ["fine", "poor"][x["label"]]} for x in split]
-            writer = csv.DictWriter(file, ["text", "label"])
-            writer.writeheader()
-            writer.writerows(rows)
-    return folder
-
-
-@pytest.fixture
-def make_sweep(bert, data, tmp_path, monkeypatch):
-    """make_sweep(plan, **arguments): a sweep of small heads on the BERT, its hidden states in a folder of the test."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def make(plan, head_options=SMALL, layers=None, **given):
-        quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
-        arguments = CapsuleTrainingArguments(str(tmp_path / "run"), **quiet, **given)
-        return Sweep(plan, DataArguments(data=str(data)), ModelArguments(bert, layers=layers), head_options, arguments)
-
-    return make
 
 
 @pytest.fixture(params=[1, 2])
@@ -61,29 +31,9 @@ def two_processes(monkeypatch):
     monkeypatch.setattr("capsule_heads.training.sweep.number_of_processes", lambda n_members, device: 2)
 
 
-def train_alone(sweep, member, **given):
-    """Train what a member of a sweep is by CapsuleTrainer, and return its weights."""
-    combination, run = member.combination, sweep.run
-    settings = dict(combination.settings)
-    fields = {"mixup_alpha": settings.pop("mixup_alpha", 0.0), **combination.options}
-    names = run.model.config.id2label
-    set_seed(member.seed)
-    model = CapsuleHeadForSequenceClassification.from_backbone(
-        sweep.model_arguments.backbone, id2label=names, head_type=combination.head_type, **fields
-    )
-    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-    arguments = CapsuleTrainingArguments(
-        str(sweep.output_dir / "alone"), seed=member.seed, data_seed=1, **quiet, **settings, **given
-    )
-    cache = HiddenStateCache(run.prepared["train"], model, run.processor)
-    trainer = CapsuleTrainer(model, arguments, train_dataset=cache, data_collator=run.trainer.data_collator)
-    trainer.train()
-    return {name: x for name, x in model.state_dict().items() if not name.startswith("backbone")}
-
-
 @pytest.mark.usefixtures("two_processes")
 @pytest.mark.parametrize("head_type", [name for name in TRAINED if name != "spatial_pose"])  # of images
-def test_members_end_with_the_weights_that_the_trainer_gives(make_sweep, head_type):
+def test_members_end_with_the_weights_that_the_trainer_gives(make_sweep, train_alone, head_type):
     options = {x: v for x, v in SMALL.items() if x in registered_heads()[head_type].Options.names()}
     grid = {"learning_rate": [2e-2], "mixup_alpha": [0.0, 0.2]}
     plan = SweepArguments(grid=grid, heads=[head_type], seeds=1 + (head_type == DEFAULT_HEAD))

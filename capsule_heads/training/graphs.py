@@ -1,0 +1,175 @@
+"""The forward and backward passes of all members of a sweep as one CUDA graph for each shape of batches.
+
+A member's passes are hundreds of small launches, which cost more than their arithmetic. A graph is one launch, and runs
+members beside each other. Optimizers stay outside: they have settings that change from step to step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .members import Gradients, Member
+
+logger = logging.getLogger(__name__)
+
+MULTIPLE = 8  # of tokens in a batch: of each length there would be a graph
+BRANCHES = 8  # that run beside each other; each keeps what one member's passes need
+OF_TOKENS = ("hidden_states", "attention_mask")
+
+Record = Callable[[Sequence[Callable[[], None]]], Callable[[], None]]
+
+
+def record_on_cuda(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """Record calls as the branches of one CUDA graph, and return what runs them all again.
+
+    Raises:
+        RuntimeError: If a call does what a graph cannot, such as read a number from the device.
+    """
+    current = torch.cuda.current_stream()
+    streams = [torch.cuda.Stream() for _ in calls[:BRANCHES]]
+
+    def run() -> None:
+        before = torch.cuda.current_stream()
+        for stream in streams:
+            stream.wait_stream(before)
+        for place, call in enumerate(calls):
+            with torch.cuda.stream(streams[place % len(streams)]):
+                call()
+        for stream in streams:
+            before.wait_stream(stream)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):  # kernels are compiled, and libraries make their workspaces, before
+        run()
+    current.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@dataclass
+class _Graph:
+    """The passes of all members on batches of one shape.
+
+    Attributes:
+        batch: what the passes read.
+        draws: of mixup, that they read, by member.
+        found: what they wrote, by member.
+        replay: runs them.
+    """
+
+    batch: dict[str, Any]
+    draws: list[tuple[Tensor, Tensor] | None]
+    found: list[Gradients]
+    replay: Callable[[], None]
+
+
+class GraphedSteps:
+    """Steps of the members of a sweep by CUDA graphs; see the module.
+
+    A shape is recorded when it comes for the second time. Where a step cannot be recorded, all are taken one by one,
+    and the log says so. Numbers that are not finite are found by `check`, some steps late: the member's weights are
+    lost by then, but it trains no more anyway.
+
+    Args:
+        record: makes a graph; a test gives another.
+    """
+
+    def __init__(self, record: Record = record_on_cuda) -> None:
+        self._record = record
+        self._members: list[Member] = []
+        self._seen: set[tuple] = set()
+        self._graphs: dict[tuple, _Graph] = {}
+        self._first_bad = torch.zeros(0)  # step at which each member's numbers were not finite; 0 for none
+        self._works = True
+
+    def step(self, members: Sequence[Member], batch: Mapping[str, Any]) -> None:
+        """Take a step of training with all members.
+
+        Args:
+            members: those that train.
+            batch: as `Member.step` takes it.
+        """
+        if list(members) != self._members:  # some have left
+            self.check()
+            self._members = list(members)
+            self._seen, self._graphs = set(), {}
+            self._first_bad = torch.zeros(len(members), device=batch["hidden_states"].device)
+        padded = _pad(batch)
+        shape = tuple((name, x.shape, x.dtype) for name, x in padded.items())
+        if not self._works or shape not in self._seen:
+            self._seen.add(shape)
+            for member in self._members:
+                member.step(padded)
+            return
+        if shape not in self._graphs:
+            try:
+                self._graphs[shape] = self._make(padded)
+            except RuntimeError as error:
+                self._works = False
+                reason = str(error).splitlines()[0]
+                logger.warning(f"Heads take their steps one by one, as they cannot be a CUDA graph: {reason}")
+                self.step(members, batch)
+                return
+        graph = self._graphs[shape]
+        for name, x in padded.items():
+            graph.batch[name].copy_(x, non_blocking=True)
+        for member, draws in zip(self._members, graph.draws):
+            if draws is not None:
+                for into, drawn in zip(draws, member.draw_mixup(len(padded["labels"])), strict=True):
+                    into.copy_(drawn, non_blocking=True)
+        graph.replay()
+        is_fine = torch.stack([found.check for found in graph.found]).isfinite() | (self._first_bad > 0)
+        self._first_bad.masked_fill_(~is_fine, self._members[0].steps + 1)  # all have taken as many
+        for member, found in zip(self._members, graph.found):
+            member.update(found.gradients)
+
+    def check(self) -> None:
+        """Stop the members whose numbers were not finite since the last call. This waits for the device."""
+        for member, step in zip(self._members, self._first_bad.tolist()):
+            if step and member.fault is None:
+                member.fault = f"step {step:.0f}: not finite"
+
+    def _make(self, batch: Mapping[str, Any]) -> _Graph:
+        """Record the passes of all members on a batch.
+
+        Raises:
+            RuntimeError: If a member's cannot be recorded.
+        """
+        fixed = {name: x.clone() for name, x in batch.items()}
+        n, device = len(batch["labels"]), batch["labels"].device
+        nothing_mixed = [(torch.ones(n, device=device), torch.arange(n, device=device)) for _ in self._members]
+        draws = [
+            draws if member.model.config.mixup_alpha else None
+            for member, draws in zip(self._members, nothing_mixed, strict=True)
+        ]
+        found: list[Any] = [None] * len(self._members)
+
+        def call(place: int) -> None:
+            found[place] = self._members[place].differentiate(fixed, draws[place])
+
+        before = torch.get_rng_state()
+        replay = self._record([functools.partial(call, place) for place in range(len(found))])
+        if not torch.equal(before, torch.get_rng_state()):
+            raise RuntimeError("a head draws random numbers on the CPU, which a graph would draw once.")
+        return _Graph(fixed, draws, found, replay)
+
+
+def _pad(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch with padding, so that its number of tokens is a multiple of `MULTIPLE`."""
+    missing = -batch["hidden_states"].shape[1] % MULTIPLE
+    padded = dict(batch)
+    for name in OF_TOKENS:
+        x = padded[name]
+        padded[name] = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
+    return padded
