@@ -26,6 +26,13 @@ def test_a_grid_is_parsed_as_the_options_would_be():
     assert (options.head, options.data.data) == ({"d_inp": 8}, "reviews.csv")
 
 
+def test_a_file_that_is_for_training_too_is_taken(caplog):
+    given = ["--config", "sst5_minilm", "--seeds", "10", "--use_cpu"]
+    options = SweepParser("capsule-heads sweep").parse_args(given)
+    assert options.plan.seeds == 10 and options.data.task == "sst5"
+    assert caplog.messages == ["sst5_minilm: without effect in a sweep: logging_steps, save_strategy."]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ...training.sweep import SweepArguments
 from .parser import fail
 from .training import OUTPUT, GivenOptions, TrainParser
+
+logger = logging.getLogger(__name__)
 
 # Of a training's options, what a sweep does for itself; output_dir and disable_tqdm are for both.
 WITHOUT_EFFECT = (*(x for x in OUTPUT if x not in ("output_dir", "disable_tqdm")), "eval_steps", "eval_delay")
@@ -41,11 +44,17 @@ class SweepParser(TrainParser):
         for name in ("halving", "test_all", "resume"):
             self.add_argument(f"--{name}", action="store_true", help=help[name])
 
-    def parse_more(self, own: argparse.Namespace, parser: GivenOptions, values: Mapping[str, Any]) -> dict[str, Any]:
+    def parse_more(
+        self, own: argparse.Namespace, parser: GivenOptions, in_file: Mapping[str, Any], overrides: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Return the plan of the sweep."""
-        for name in values:
+        for name, value in overrides.items():
             if name.startswith(WITHOUT_EFFECT):
-                fail(f"{self.source}: {name} is {values[name]}, which has no effect in a sweep; leave it out")
+                fail(f"{self.source}: {name} is {value}, which has no effect in a sweep; leave it out")
+        unused = [name for name in in_file if name.startswith(WITHOUT_EFFECT)]
+        if unused:  # the file is for capsule-heads train too
+            logger.warning(f"{own.config}: without effect in a sweep: {', '.join(unused)}.")
+        values = {**in_file, **overrides}
         grid: dict[str, list[Any]] = {}
         for axis in (axis for axes in own.grid for axis in axes):
             name, equals, text = axis.partition("=")

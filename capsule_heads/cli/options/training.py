@@ -100,16 +100,19 @@ class TrainParser(OneLineParser):
             if void is not None:
                 fail(f"{where}: {void}")
         head = {name: value for name, value in values.items() if name in _fields(head_class)}
-        more = self.parse_more(own, parser, values)
+        more = self.parse_more(own, parser, in_file, overrides)
         return argparse.Namespace(data=data, model=model, head=head, arguments=arguments, **more)
 
-    def parse_more(self, own: argparse.Namespace, parser: GivenOptions, values: Mapping[str, Any]) -> dict[str, Any]:
+    def parse_more(
+        self, own: argparse.Namespace, parser: GivenOptions, in_file: Mapping[str, Any], overrides: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Return what a command has beside a training's options.
 
         Args:
             own: the parsed options that this parser has itself.
             parser: of a training's options.
-            values: those that were given.
+            in_file: values of the YAML file.
+            overrides: those of the command line.
         """
         return {}
 
