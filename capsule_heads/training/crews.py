@@ -137,10 +137,8 @@ class Crew:
 
     def report(self) -> dict[int, dict[str, Any]]:
         """Return how each member stands, by place."""
-        return {
-            place: {"steps": member.steps, "fault": member.fault, "found": member.found}
-            for place, member in self.members.items()
-        }
+        names = ("steps", "seconds", "fault", "found")
+        return {place: {name: getattr(member, name) for name in names} for place, member in self.members.items()}
 
 
 def file_of(folder: Path, place: int) -> Path:
@@ -169,7 +167,7 @@ def number_of_processes(n_members: int, device: torch.device) -> int:
 def crews(members: Sequence[Member], n_processes: int, batches: Batches, step: int) -> Iterator[Tell]:
     """Share the members of a sweep among processes, and give what tells them all.
 
-    In several processes a change of a member is seen here only in its `steps`, `fault` and `found`. Weights come from
+    In several processes a change of a member is seen here only in what `Crew.report` has. Weights come from
     `Crew.save`.
 
     Args:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction, set_seed
 
 from ..mixup import draw_mixup
@@ -28,7 +29,7 @@ class Combination:
     Attributes:
         head_type: name of the head.
         options: those of the head that were given.
-        settings: training arguments, and `mixup_alpha`, by name.
+        settings: training arguments, and `mixup_alpha` and `layers` of the model, by name.
     """
 
     head_type: str
@@ -69,6 +70,7 @@ class Member:
         seed: of its initial weights and of what it draws.
         fault: why it trains no more, in words; None while it does.
         steps: that it has taken.
+        seconds: that these took, where they were taken one by one.
         found: its metrics by split, as they were last measured.
         outputs: logits `[batch, num_labels]` and loss of each batch that was predicted since they were last cleared.
     """
@@ -85,12 +87,13 @@ class Member:
         self.seed: int = self.args.seed
         self.fault: str | None = None
         self.steps = 0
+        self.seconds = 0.0
         self.found: dict[str, dict[str, float]] = {}
         self.outputs: list[tuple[Tensor, float]] = []
         self._generator_state = torch.get_rng_state()  # transformers' Trainer has just seeded it
         self._draws = True  # until a step shows that it does not
         self._places = places
-        self._parameters = [x for x in model.parameters() if x.requires_grad]
+        self._parameters: list[nn.Parameter] = []
 
     def prepare(self, n_steps: int) -> None:
         """Make optimizer and schedule.
@@ -99,6 +102,7 @@ class Member:
             n_steps: of the training.
         """
         self.trainer.create_optimizer_and_scheduler(n_steps)
+        self._parameters = [x for x in self.model.parameters() if x.requires_grad]
         self.model.train()
 
     def start_epoch(self) -> None:
@@ -116,6 +120,7 @@ class Member:
         Args:
             batch: `hidden_states` `[batch, tokens, layers, hidden_size]`, `attention_mask` and `labels`.
         """
+        start = time.perf_counter()
         with self._own_generator() if self._draws else contextlib.nullcontext():
             found = self.differentiate(batch)
         gradients = found.gradients
@@ -125,6 +130,7 @@ class Member:
                 return
             gradients = [None] * len(gradients)
         self.update(gradients)
+        self.seconds += time.perf_counter() - start
 
     def differentiate(self, batch: Mapping[str, Any], draws: tuple[Tensor, Tensor] | None = None) -> Gradients:
         """Compute the gradients of a batch's loss; nothing waits for the device.
@@ -207,6 +213,7 @@ class Member:
             "schedule": schedule.state_dict(),
             "generator": self._generator_state,
             "steps": self.steps,
+            "seconds": self.seconds,
             "fault": self.fault,
         }
 
@@ -217,7 +224,8 @@ class Member:
         self.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        self._generator_state, self.steps, self.fault = state["generator"], state["steps"], state["fault"]
+        self._generator_state, self.fault = state["generator"], state["fault"]
+        self.steps, self.seconds = state["steps"], state["seconds"]
 
 
 def _take(batch: Mapping[str, Any], places: Sequence[int] | None) -> dict[str, Any]:
@@ -269,6 +277,7 @@ def make_member(
         config.pop(name, None)
     settings = dict(combination.settings)
     config |= {"mixup_alpha": settings.pop("mixup_alpha", base.config.mixup_alpha), "linear_term": None}
+    layers = settings.pop("layers", layers)
     config |= {"head_type": combination.head_type, "layers": layers, **combination.options}
     set_seed(seed)
     model = type(base)(type(base.config).from_dict(config), build=False)

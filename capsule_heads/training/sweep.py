@@ -10,7 +10,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +29,12 @@ from ..files import read_json, write_json
 from ..heads import get_head
 from ..metrics import metric_names
 from ..models.ensembles import make_ensemble
+from ..tasks import Task
 from .arguments import CapsuleTrainingArguments, word_of
 from .capsule_model import settle_problem_type
 from .checkpoints import LAST, UNFINISHED, delete, finish, locked, resolve_checkpoint, rotate, writing
 from .crews import Batches, Crew, Tell, crews, file_of, number_of_processes
+from .graphs import BRANCHES
 from .members import Combination, Member, make_member
 from .metrics import default_metric
 from .recipe import settle_arguments
@@ -128,7 +130,8 @@ class Sweep:
     head ends with the weights that `CapsuleTrainer` gives with its settings, `seed`, and the `data_seed` of all.
 
     Memory: `members * 5 * parameters * 4` bytes for weights, gradients, two moments, and weights in this process, and
-    twice what a forward pass keeps of the longest batch for each process. It is checked before training.
+    twice what a forward pass keeps of the longest batch for each process, or branch of a CUDA graph. It is checked
+    before training.
 
     Args:
         plan: what is tried.
@@ -136,6 +139,8 @@ class Sweep:
         model: options of the model.
         head_options: options of heads, for each head that has them.
         arguments: transformers' training arguments, those of all heads.
+        task: of data that is loaded already, as in `TrainingRun`.
+        combinations: what is tried, instead of the plan's heads and grid.
 
     Attributes:
         members: the heads, in order of combination and seed.
@@ -158,10 +163,12 @@ class Sweep:
         model: ModelArguments,
         head_options: Mapping[str, Any],
         arguments: CapsuleTrainingArguments,
+        task: Task | None = None,
+        combinations: Sequence[Combination] | None = None,
     ) -> None:
         _refuse(data, model, arguments)
         self.plan, self.data, self.model_arguments, self.arguments = plan, data, model, arguments
-        self.combinations = combine(plan, model.head_type, head_options)
+        self.combinations = combinations or combine(plan, model.head_type, head_options)
         self.output_dir = Path(str(arguments.output_dir))
         base_head = self._base_head()
         own = get_head(base_head).Options.names()
@@ -170,6 +177,7 @@ class Sweep:
             dataclasses.replace(model, head_type=base_head),
             {name: value for name, value in head_options.items() if name in own},
             arguments,
+            task,
         )
         if not run.validation:
             raise ValueError("There is no validation split to choose by; expected one: give it with --validation.")
@@ -238,7 +246,8 @@ class Sweep:
         batch = self._longest_batch()
         of_each = {str(member.combination): member for member in self.members}  # seeds take the same
         kept = max(self._kept_by_a_pass(member, batch) for member in of_each.values())
-        of_passes = 2 * kept * self._n_processes()  # as much again for gradients
+        n_at_once = min(BRANCHES, len(self.members)) if device.type == "cuda" else self._n_processes()
+        of_passes = 2 * kept * n_at_once  # as much again for gradients
         if sum(weights) + of_passes > free:
             fitting = max(0, int((free - of_passes) / max(weights)))
             raise ValueError(
@@ -380,7 +389,10 @@ class Sweep:
         run = TrainingRun(
             dataclasses.replace(self.data, cache_hidden_states=False),
             dataclasses.replace(
-                self.model_arguments, head_type=combination.head_type, mixup_alpha=model.config.mixup_alpha
+                self.model_arguments,
+                head_type=combination.head_type,
+                mixup_alpha=model.config.mixup_alpha,
+                layers=combination.settings.get("layers", self.model_arguments.layers),
             ),
             combination.options,
             dataclasses.replace(member.args, output_dir=str(folder)),

