@@ -156,9 +156,9 @@ class Tell(Protocol):
 def number_of_processes(n_members: int, device: torch.device) -> int:
     """Return how many processes share the members of a sweep: as many as torch uses threads.
 
-    A process has to be a copy of this one, which Linux alone makes safely.
+    A process has to be a copy of this one. Linux alone makes it safely, and CUDA does not work in a copy.
     """
-    if device.type != "cpu" or sys.platform != "linux":
+    if device.type != "cpu" or sys.platform != "linux" or torch.cuda.is_initialized():
         return 1
     return max(1, min(torch.get_num_threads(), n_members))
 
