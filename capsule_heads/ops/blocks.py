@@ -105,7 +105,9 @@ def d_logits_of_R(weights: Tensor, sum_weights: Tensor, d_R: Tensor | None) -> T
 class Workspace(threading.local):
     """Buffers for the temporaries of a block. The next block and the next call use them again.
 
-    Allocating them anew would cost page faults on the CPU. Each thread that routes keeps as much as a block takes.
+    Allocating them anew would cost page faults on the CPU. Each thread that routes keeps as much as a block takes. On
+    another device they are allocated anew: it has memory of its own for each stream and each graph, and two of them may
+    run at once.
     """
 
     def __init__(self) -> None:
@@ -113,6 +115,8 @@ class Workspace(threading.local):
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised tensor, which is valid until the same name is asked for again."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
         numel = math.prod(shape)
         key = (name, dtype, device)
         buffer = self._buffers.get(key)

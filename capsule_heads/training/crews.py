@@ -24,7 +24,7 @@ import torch
 from accelerate import skip_first_batches
 
 from ..data.hidden_states import HiddenStateCache
-from .graphs import GraphedSteps
+from .graphs import CudaGraphs, GraphedSteps
 from .members import Member
 from .trainer import CapsuleTrainer, set_epoch
 
@@ -81,7 +81,8 @@ class Crew:
         self._training = batches.of_training(step)
         args: Any = batches.lead.args
         # A step that is left out for its numbers has to be known before the next one begins.
-        self._graphs = GraphedSteps() if args.device.type == "cuda" and args.on_nonfinite == "stop" else None
+        has_graphs = args.device.type == "cuda" and args.on_nonfinite == "stop"
+        self._graphs = GraphedSteps(CudaGraphs()) if has_graphs else None
 
     def living(self) -> list[Member]:
         """Return the members that train."""

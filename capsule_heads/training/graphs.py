@@ -27,17 +27,35 @@ OF_TOKENS = ("hidden_states", "attention_mask")
 Record = Callable[[Sequence[Callable[[], None]]], Callable[[], None]]
 
 
-def record_on_cuda(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
-    """Record calls as the branches of one CUDA graph, and return what runs them all again.
+class CudaGraphs:
+    """Records calls as the branches of a CUDA graph, and returns what runs them all again.
 
-    Raises:
-        RuntimeError: If a call does what a graph cannot, such as read a number from the device.
+    All graphs share memory: one is replayed at a time, and what it wrote is read before the next.
     """
-    current = torch.cuda.current_stream()
-    streams = [torch.cuda.Stream() for _ in calls[:BRANCHES]]
 
-    def run() -> None:
+    def __init__(self) -> None:
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._streams = [torch.cuda.Stream() for _ in range(BRANCHES)]
+
+    def __call__(self, calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """Record a graph.
+
+        Raises:
+            RuntimeError: If a call does what a graph cannot, such as read a number from the device.
+        """
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # kernels are compiled, and libraries make their workspaces, before
+            self._run(calls)
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._run(calls)
+        return graph.replay
+
+    def _run(self, calls: Sequence[Callable[[], None]]) -> None:
         before = torch.cuda.current_stream()
+        streams = self._streams[: len(calls)]
         for stream in streams:
             stream.wait_stream(before)
         for place, call in enumerate(calls):
@@ -45,16 +63,6 @@ def record_on_cuda(calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
                 call()
         for stream in streams:
             before.wait_stream(stream)
-
-    aside = torch.cuda.Stream()
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):  # kernels are compiled, and libraries make their workspaces, before
-        run()
-    current.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 @dataclass
@@ -82,10 +90,10 @@ class GraphedSteps:
     lost by then, but it trains no more anyway.
 
     Args:
-        record: makes a graph; a test gives another.
+        record: makes a graph, such as `CudaGraphs`.
     """
 
-    def __init__(self, record: Record = record_on_cuda) -> None:
+    def __init__(self, record: Record) -> None:
         self._record = record
         self._members: list[Member] = []
         self._seen: set[tuple] = set()

@@ -141,8 +141,11 @@ class Member:
         """
         trainer = self.trainer
         self.model.mixup_draws = draws
-        with trainer.compute_loss_context_manager():
-            loss: Any = trainer.compute_loss(self.model, self.select(batch))
+        try:
+            with trainer.compute_loss_context_manager():
+                loss: Any = trainer.compute_loss(self.model, self.select(batch))
+        finally:
+            self.model.mixup_draws = None
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         norm = torch.nn.utils.get_total_norm([x for x in gradients if x is not None])
         if self.args.max_grad_norm:

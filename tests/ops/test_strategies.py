@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capsule_heads.layers import Routing
-from capsule_heads.ops import STRATEGIES, autograd, cpu, kept, moments, route, streaming, uniform, votes
+from capsule_heads.ops import STRATEGIES, autograd, blocks, cpu, kept, moments, route, streaming, uniform, votes
 from capsule_heads.ops.routing import SMALL, _choose
 from capsule_heads.ops.strategy import Call
 
@@ -281,6 +281,16 @@ def test_training_after_inference_mode(strategy):
         inferred = route(*tensors, n_out=64, strategy=strategy)
     trained = values_and_gradients(tensors, strategy, n_out=64)
     assert all(torch.equal(a, b) for a, b in zip(inferred, trained[:3]))
+
+
+def test_buffers_are_kept_on_the_cpu_alone():
+    """Elsewhere two calls may run at once, on streams of their own."""
+    kept, anew = (
+        [blocks.workspace("x", (3,), torch.float32, torch.device(device)) for _ in range(2)]
+        for device in ("cpu", "meta")
+    )
+    assert kept[0].data_ptr() == kept[1].data_ptr()
+    assert anew[0].untyped_storage()._cdata != anew[1].untyped_storage()._cdata
 
 
 class LargestResult(TorchDispatchMode):
