@@ -15,6 +15,10 @@ another:
   score. The probabilities of the first routing are taken as given. And a backbone mixes tokens, so the state of one
   token at a later layer says something about other tokens too.
 
+Heads without capsules whose scores are sums have exact credits of tokens too (`Head.credits`): linear, attentive
+pooling and scalar mix. With what the head says of nothing, all tokens masked, they add up to the score. The weights of
+attention are taken as given, as routing probabilities are.
+
 A linear term (`capsule_heads.heads.linear_term`) is a sum over tokens and layers, and a bias, for each class. A
 model's logits are then the mean of its scores and the head's. Its credits are exact, and are added to those of the
 tokens, all halved. Halved credits of parts, of the term and its bias add up to the logit.
@@ -58,14 +62,16 @@ class Credits(NamedTuple):
 
     Attributes:
         scores: `[batch, n_out]`, the class scores.
-        parts: `[batch, n_parts, n_out]`, exact: their sum over parts is `scores`.
-        inputs: per layer `[batch, tokens, n_out]`, the chain of the two routings, to first order; none where they are
-            left out.
+        parts: `[batch, n_parts, n_out]`, exact: their sum over parts is `scores`. A head without capsules has no part.
+        inputs: per layer `[batch, tokens, n_out]`; none where they are left out. Of a head with capsules the chain of
+            the two routings, to first order; of others exact: with `baseline` they add up to `scores`.
+        baseline: `[batch, n_out]`, scores of an input that is all masked, where the credits of tokens are exact.
     """
 
     scores: Tensor
     parts: Tensor
     inputs: list[Tensor]
+    baseline: Tensor | None = None
 
 
 class Word(NamedTuple):
@@ -83,10 +89,10 @@ def compute_credits(
     """Compute the credits of parts, and of all tokens at all layers, for all classes.
 
     It costs a forward pass of the head and, for each class, a backward pass of its second routing, which is small. Its
-    memory is `[n_inp, n_parts]` numbers for each sample.
+    memory is `[n_inp, n_parts]` numbers for each sample. A head without capsules costs forward passes alone.
 
     Args:
-        head: a head with two routings, such as `TokenDepthHead`.
+        head: a head that explains tokens (`Head.explains`).
         hidden_states: per layer `[batch, tokens, hidden_size]`, as the head takes them.
         masks: per layer `[batch, tokens]`.
         parts_only: whether to leave the credits of tokens out, and with them the backward passes.
@@ -95,9 +101,12 @@ def compute_credits(
         `Credits`, in float32 or wider.
 
     Raises:
-        ValueError: If the head does not route to classes.
+        ValueError: If the head explains no class scores.
     """
-    head = _check_routes(head)
+    if not head.explains or head.n_out is None:
+        raise _no_credits(type(head))
+    if not isinstance(head, RoutingHead):
+        return _credits_of_sum(head, hidden_states, masks, parts_only)
     first, second = (routing for routing in head.routings if isinstance(routing, Routing))
     with torch.no_grad():
         a_inp, mu_inp = head.detect(hidden_states, masks)
@@ -126,31 +135,36 @@ def compute_credits(
     return Credits(scores.detach(), to_classes, by_layer)
 
 
+@torch.no_grad()
+def _credits_of_sum(head: Head, hidden_states: Sequence[Tensor], masks: Sequence[Tensor], parts_only: bool) -> Credits:
+    """Compute what `compute_credits` does for a head without capsules."""
+    scores = head(hidden_states, masks).a_out
+    parts = scores.new_empty(len(scores), 0, scores.shape[-1])
+    if parts_only:
+        return Credits(scores, parts, [])
+    nothing = head(hidden_states, [torch.zeros_like(mask) for mask in masks]).a_out
+    return Credits(scores, parts, [x.to(scores.dtype) for x in head.credits(hidden_states, masks)], nothing)
+
+
 def check_explained(config: CapsuleHeadConfig) -> None:
     """Check that the scores of a classifier can be explained, before it is loaded.
 
     Raises:
-        ValueError: If it is a regression, or its head has no capsules.
+        ValueError: If it is a regression, or its head explains nothing.
     """
     if config.problem_type == "regression":
         raise ValueError("Explanations are of class scores, and this model is a regression; its values have none.")
     head = get_head(config.head_type)
-    if not (issubclass(head, RoutingHead) and head.explains):
+    if not head.explains:
         raise _no_credits(head)
-
-
-def _check_routes(head: Head) -> RoutingHead:
-    if isinstance(head, RoutingHead) and head.explains and head.n_out is not None:
-        return head
-    raise _no_credits(type(head))
 
 
 def _no_credits(head: type[Head]) -> ValueError:
     names = [name for name, known in registered_heads().items() if known.explains]
     article = "An" if head.__name__[0] in "AEIOU" else "A"
     return ValueError(
-        f"{article} {head.__name__} has no credits to explain; expected a head with capsules of classes, such as "
-        f'head_type="{names[0]}".'
+        f"{article} {head.__name__} has no credits to explain; expected a classifier with one of the heads "
+        f"{', '.join(names)}."
     )
 
 
@@ -172,10 +186,13 @@ class Explanation:
         probabilities: `[classes]`, that the model gives them.
         is_multi_label: whether each class has a probability of its own; otherwise they add up to 1.
         parts: `[n_parts, classes]`, credits of parts, in logits: exact, their sum over parts and `linear` is `logits`.
-        credits: per layer `[tokens, classes]`, credits of tokens, in logits, to first order (see the module), those of
-            the linear term included; none where they are left out.
+            There are none of a head without capsules.
+        credits: per layer `[tokens, classes]`, credits of tokens, in logits, those of the linear term included; none
+            where they are left out. Of a head with capsules they are to first order (see the module).
         layers: the index of each hidden state.
         linear: `[classes]`, what the linear term and its bias add, in logits; None for a model without one.
+        baseline: `[classes]`, the logits of an input that is all masked: with all of `credits` they add up to `logits`.
+            None where credits are to first order.
         tokens: the text that each token stands for, or the name of a special one; None for an image or audio.
         is_special: for each token, whether the tokenizer added it.
         spans: for each word, its first and last character in `text`, and its tokens; empty without a fast tokenizer.
@@ -197,6 +214,7 @@ class Explanation:
     credits: tuple[Tensor, ...]
     layers: tuple[int, ...]
     linear: Tensor | None = None
+    baseline: Tensor | None = None
     tokens: tuple[str, ...] | None = None
     is_special: tuple[bool, ...] | None = None
     spans: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
@@ -508,7 +526,9 @@ def _prepare_audio(
 
 def _at_temperature(found: Credits, temperature: float) -> Credits:
     """Return scores, and credits of them, as the model's own logits are; the credits add up as before."""
-    return Credits(found.scores / temperature, found.parts / temperature, [x / temperature for x in found.inputs])
+    baseline = None if found.baseline is None else found.baseline / temperature
+    inputs = [x / temperature for x in found.inputs]
+    return Credits(found.scores / temperature, found.parts / temperature, inputs, baseline)
 
 
 def _explain_batch(
@@ -525,7 +545,11 @@ def _explain_batch(
         with torch.no_grad():
             linear = model.linear_term(states, masks)
             own = [] if parts_only else model.linear_term.credits(states, masks)
-        both = Credits(found.scores + linear, found.parts, [x + y for x, y in zip(found.inputs, own, strict=True)])
+            baseline = found.baseline
+            if baseline is not None:
+                baseline = baseline + model.linear_term(states, [torch.zeros_like(mask) for mask in masks])
+        of_both = [x + y for x, y in zip(found.inputs, own, strict=True)]
+        both = Credits(found.scores + linear, found.parts, of_both, baseline)
         found = _at_temperature(both, 2)  # the model's logits are the mean of both
         linear = linear / 2 / model.config.calibration_temperature
     found = _at_temperature(found, model.config.calibration_temperature)
@@ -555,6 +579,7 @@ def _explain_batch(
                 credits=credits,
                 layers=tuple(model.config.layers),
                 linear=None if linear is None else linear[row].cpu(),
+                baseline=None if found.baseline is None else found.baseline[row].cpu(),
                 **of_row,
             )
         )

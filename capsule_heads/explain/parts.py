@@ -107,6 +107,8 @@ def describe_parts(model: CapsuleHeadClassifier, inputs: Any, processor: Any | N
     """
     from ..models.processors import modality_of
 
+    if "parts" not in model.head.explains:
+        raise ValueError(f"A {type(model.head).__name__} has no parts to describe; expected a head with capsules.")
     if modality_of(model) != "text":
         raise ValueError(f"Parts are described by words, and the model takes {modality_of(model)}; expected texts.")
     step = max(1, -(-len(inputs) // MOST_INPUTS))

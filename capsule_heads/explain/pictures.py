@@ -330,10 +330,12 @@ def draw_parts(explanations: Sequence[Explanation]) -> Figure:
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If there is no explanation.
+        ValueError: If there is no explanation, or the model has no parts.
     """
     if not explanations:
         raise ValueError("There is nothing to draw; expected at least one explanation.")
+    if not len(explanations[0].parts):
+        raise ValueError("There are no parts to draw; expected explanations of a model whose head has capsules.")
     credits = np.mean([explanation.parts.numpy() for explanation in explanations], axis=0)  # [parts, classes]
     labels = explanations[0].labels
     credits = credits[np.argsort(credits[:, -1] - credits[:, 0])]

@@ -105,6 +105,7 @@ class Head(nn.Module, abc.ABC):
         takes_one_layer: whether the head takes a single hidden state, by default the last.
         has_parts: whether the head can stop at its parts.
         explains: what the head's scores can be attributed to: "parts", "tokens"; empty for a head that says neither.
+            A head that does not route, and has "tokens", computes them in `credits`.
         made_by: the function that makes this head of trained models; None for a head that is trained.
 
     Raises:
@@ -181,6 +182,19 @@ class Head(nn.Module, abc.ABC):
         mix: Mix | None,
     ) -> HeadOutput:
         """Compute what `forward` returns, from checked inputs with one mask per layer."""
+
+    def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return what each token at each layer adds to the scores, of a head whose scores are sums.
+
+        Args:
+            hidden_states: as in `forward`.
+            masks: one per layer.
+
+        Returns:
+            Per layer `[batch, tokens, n_out]`, in logits: with the scores of an input that is all masked they add up to
+            the scores.
+        """
+        raise NotImplementedError(f"{type(self).__name__} explains tokens; expected it to have a method credits.")
 
     def reset_parameters(self) -> None:
         """Initialise all parameters again: those of each module in the head that knows how."""

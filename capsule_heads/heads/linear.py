@@ -37,6 +37,7 @@ class LinearHead(Head):
     title = "A linear control head, without capsules,"
     Options = LinearOptions
     takes_one_layer = True
+    explains = ("tokens",)
     options: LinearOptions
 
     def __init__(self, *, hidden_sizes: Sequence[int], n_out: int, **options: Any) -> None:
@@ -60,6 +61,12 @@ class LinearHead(Head):
         x = mixed(hidden_states[0].to(self.affine.weight.dtype), mix)
         return HeadOutput(self.affine(pool_tokens(x, masks[0], self.options.pooling)).float())
 
+    def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the terms of the sum over tokens; see `Head.credits`."""
+        weight = self.affine.weight
+        weights = token_weights(masks[0].to(weight.dtype), self.options.pooling)
+        return [(hidden_states[0].to(weight.dtype) @ weight.mT) * weights.unsqueeze(-1)]
+
 
 def pool_tokens(x: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """Return `[batch, hidden_size]` from `[batch, tokens, hidden_size]`; zero where all tokens are masked.
@@ -69,10 +76,18 @@ def pool_tokens(x: Tensor, mask: Tensor, pooling: str) -> Tensor:
         mask: `[batch, tokens]`, from 0 to 1.
         pooling: one of the choices of `LinearOptions`.
     """
-    mask = mask.to(x.dtype)
+    return (token_weights(mask.to(x.dtype), pooling)[:, None] @ x)[:, 0]
+
+
+def token_weights(mask: Tensor, pooling: str) -> Tensor:
+    """Return the weight of each token in what is pooled, `[batch, tokens]`.
+
+    Args:
+        mask: `[batch, tokens]`, from 0 to 1.
+        pooling: one of the choices of `LinearOptions`.
+    """
     if pooling == "first":  # where the mask rises: of texts that were mixed there may be two
         mask = (mask - F.pad(mask, (1, 0))[:, :-1]).clamp_min(0)
     elif pooling == "last":  # where it falls
         mask = (mask - F.pad(mask, (0, 1))[:, 1:]).clamp_min(0)
-    weights = mask / mask.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
-    return (weights[:, None] @ x)[:, 0]
+    return mask / mask.sum(-1, keepdim=True).clamp_min(torch.finfo(mask.dtype).eps)

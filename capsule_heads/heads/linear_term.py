@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Mix, mixed
-from .linear import pool_tokens
+from .linear import pool_tokens, token_weights
 
 
 class LinearTerm(nn.Module):
@@ -65,10 +65,9 @@ class LinearTerm(nn.Module):
     def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return the terms of the sum per layer, `[batch, tokens, n_out]`: with the bias they add up to the scores."""
         weight = self.affine.weight
-        weights = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(self.hidden_sizes, dim=1)
+        of_layers = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(self.hidden_sizes, dim=1)
         credits = []
-        for x, mask, of_layer in zip(hidden_states, masks, weights, strict=True):
-            fractions = mask.to(of_layer.dtype)
-            fractions = fractions / fractions.sum(-1, keepdim=True).clamp_min(torch.finfo(of_layer.dtype).eps)
-            credits.append((x.to(of_layer.dtype) @ of_layer.mT) * fractions.unsqueeze(-1))
+        for x, mask, of_layer in zip(hidden_states, masks, of_layers, strict=True):
+            weights = token_weights(mask.to(of_layer.dtype), "mean")
+            credits.append((x.to(of_layer.dtype) @ of_layer.mT) * weights.unsqueeze(-1))
         return credits

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Head, HeadOptions, HeadOutput, Mix, mixed, option, register
-from .linear import pool_tokens
+from .linear import pool_tokens, token_weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ScalarMixHead(Head):
 
     title = "A control head without capsules, which mixes layers,"
     Options = ScalarMixOptions
+    explains = ("tokens",)
     options: ScalarMixOptions
 
     def __init__(self, *, hidden_sizes: Sequence[int], n_out: int, **options: Any) -> None:
@@ -73,3 +74,22 @@ class ScalarMixHead(Head):
         means = [pool_tokens(mixed(x.to(dtype), mix), mask, "mean") for x, mask in zip(hidden_states, masks)]
         pooled = self.gamma * torch.einsum("l,lbd->bd", self.w.softmax(0), torch.stack(means))
         return HeadOutput(self.affine(F.silu(self.hidden(pooled))).float())
+
+    def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return how the scores are divided among tokens and layers; see `Head.credits`.
+
+        What comes before the swish is a sum of terms of each token at each layer. What a hidden unit gains by all of
+        them together is divided in proportion to the terms: that is the integral of the gradient along the straight
+        path from nothing (integrated gradients, Sundararajan et al., 2017), which has a closed form here.
+        """
+        weight, bias = self.hidden.weight.double(), self.hidden.bias.double()
+        shares = self.gamma.double() * self.w.double().softmax(0)
+        terms = [
+            share * token_weights(mask.double(), "mean").unsqueeze(-1) * (x.double() @ weight.mT)
+            for share, x, mask in zip(shares, hidden_states, masks)
+        ]
+        total = torch.stack([x.sum(1) for x in terms]).sum(0)
+        risen, sigmoid = F.silu(total + bias) - F.silu(bias), bias.sigmoid()
+        slope = torch.where(total.abs() > 1e-6, risen / total, sigmoid * (1 + bias * (1 - sigmoid)))  # of the secant
+        of_units = (slope.unsqueeze(1) * x @ self.affine.weight.double().mT for x in terms)
+        return [x.to(self.hidden.weight.dtype) for x in of_units]

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..backbones.loading import PACKAGE_PREFIX
 from ..files import write_text
-from ..heads import Head, RoutingHead, get_head
+from ..heads import Head, get_head
 from ..version import __version__
 from .config import auto_class_of, members_of, read_config
 from .results import SPLITS, is_metric
@@ -173,8 +173,7 @@ def _fields(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _explains(head: type[Head], config: dict[str, Any]) -> tuple[str, ...]:
     """Return what class scores can be attributed to: values of a regression have no explanations."""
-    is_explained = issubclass(head, RoutingHead) and config.get("problem_type") != "regression"
-    return head.explains if is_explained else ()
+    return () if config.get("problem_type") == "regression" else head.explains
 
 
 def _labels(config: dict[str, Any]) -> list[str]:

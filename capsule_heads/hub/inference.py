@@ -33,10 +33,13 @@ FILES = {
 CHECKS = r"_?check_(?!weights$)\w+"
 WITHOUT = {
     "backbones.backbone": ["Backbone.find", "Backbone.candidates", "Backbone.probe", "Backbone.fields"],
-    "heads.base": ["HeadOptions.__post_init__"],
+    "heads.attentive_pooling": ["AttentivePoolingHead.credits"],
+    "heads.base": ["HeadOptions.__post_init__", "Head.credits"],
     "heads.ensemble": ["EnsembleOptions.__post_init__"],
+    "heads.linear": ["LinearHead.credits"],
     "heads.routing": ["RoutingOptions.__post_init__", "RoutingHead.split_by_layer"],
     "heads.inputs": ["TokenHead.split_by_layer"],
+    "heads.scalar_mix": ["ScalarMixHead.credits"],
     "heads.spatial_pose": ["SpatialPoseHead.split_by_layer"],
     "ops.reference": ["Reference.unserved"],
     "ops.strategy": ["Strategy.missing", "Strategy.route", "Strategy.unserved"],

@@ -34,7 +34,6 @@ from ..data.own import OwnData, load_data
 from ..data.own_labels import CLASSES
 from ..data.state_file import gigabytes
 from ..data.tokenization import window_fields
-from ..explain.attributions import check_explained
 from ..explain.parts import PARTS_FILE, describe_parts
 from ..files import write_json
 from ..heads import DEFAULT_HEAD, get_head
@@ -353,9 +352,7 @@ class TrainingRun:
         """Write what the head's parts respond to, in words of a user's own texts, for explanations."""
         if self.task.modality != "text" or not self.task.is_own_data or not self.trainer.is_world_process_zero():
             return
-        try:
-            check_explained(self.model.config)
-        except ValueError:  # a regression, or a head without parts
+        if self.model.config.problem_type == "regression" or "parts" not in self.model.head.explains:
             return
         descriptions = describe_parts(self.model, self.task.data.inputs(self.own_texts, self.processor), self.processor)
         descriptions.save(Path(self.output_dir, PARTS_FILE))

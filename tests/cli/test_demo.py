@@ -163,7 +163,7 @@ def test_there_is_nothing_of_an_input_before(classifier):
 
 def test_a_model_without_credits_shows_its_scores(classifier, tmp_path):
     labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
-    folder = save_variant(classifier, tmp_path / "linear", head_type="linear", **labels)
+    folder = save_variant(classifier, tmp_path / "routing", head_type="vector_routing", **labels)
     page = explain_input(build_demo(str(folder)))("good film", "")
     model = CapsuleHeadForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -171,7 +171,7 @@ def test_a_model_without_credits_shows_its_scores(classifier, tmp_path):
         expected = model(**tokenizer("good film", return_tensors="pt")).logits.softmax(-1)[0].tolist()
     for label, probability in zip(labels["id2label"].values(), expected):
         assert label in page and f"{probability:.3f}" in page
-    assert "A LinearHead has no credits to explain" in page and "legend" not in page.split("</style>")[1]
+    assert "A VectorRoutingHead has no credits to explain" in page and "legend" not in page.split("</style>")[1]
 
 
 def test_a_regression_shows_its_value(classifier, tmp_path):

@@ -114,7 +114,11 @@ def test_a_task_of_other_classes(fails, classifier, tmp_path, own_tasks):
 
 def test_models_without_credits_are_refused_before_they_are_loaded(fails, backbone, tmp_path):
     for name, fields, message in (
-        ("linear", {"head_type": "linear"}, "A LinearHead has no credits to explain; expected a head with capsules"),
+        (
+            "routing",
+            {"head_type": "vector_routing"},
+            "A VectorRoutingHead has no credits to explain; expected a classifier",
+        ),
         ("value", {"num_labels": 1, "d_inp": 8, "n_parts": 6}, "this model is a regression; its values have none"),
     ):
         CapsuleHeadForSequenceClassification.from_backbone(backbone, **fields).save_pretrained(tmp_path / name)

@@ -24,7 +24,15 @@ from capsule_heads import (
     Routing,
 )
 from capsule_heads.explain import compute_credits, explain
-from capsule_heads.heads import LinearHead, SpatialPoseHead, TokenDepthHead
+from capsule_heads.explain.parts import describe_parts
+from capsule_heads.heads import (
+    AttentivePoolingHead,
+    LinearHead,
+    ScalarMixHead,
+    SpatialPoseHead,
+    TokenDepthHead,
+    VectorRoutingHead,
+)
 from capsule_heads.paper.configuration_stereo_conv import StereoConvConfig
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
@@ -110,10 +118,80 @@ def test_credits_of_a_routing_add_up_to_its_scores():
     assert (credits[1] == 0).all() and (credits[2] != 0).all()
 
 
-def test_a_head_without_capsules_is_refused():
+SUMS = {
+    "linear": (LinearHead, [(7, 5)], {}),
+    "linear, first": (LinearHead, [(7, 5)], {"pooling": "first"}),
+    "linear, last": (LinearHead, [(7, 5)], {"pooling": "last"}),
+    "attentive pooling": (AttentivePoolingHead, [(7, 5), (7, 5)], {"d_inp": 4}),
+    "attentive pooling, hierarchical": (AttentivePoolingHead, [(8, 5), (2, 3)], {"d_inp": 4}),
+    "scalar mix": (ScalarMixHead, [(7, 5), (7, 5)], {"d_inp": 4}),
+    "scalar mix, hierarchical": (ScalarMixHead, [(8, 5), (2, 5)], {"d_inp": 4}),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_credits_of_heads_that_are_sums_add_up(shake, name):
+    make, sizes, options = SUMS[name]
+    head = shaken(make(hidden_sizes=[size for _, size in sizes], n_out=N_OUT, **options), shake)
+    states = some_states(*sizes)
+    masks = [torch.ones(x.shape[:2], dtype=torch.float64) for x in states]
+    masks[-1][1, -1] = 0
+    found = compute_credits(head, states, masks)
+    torch.testing.assert_close(found.scores, head(states, masks).a_out.detach())
+    assert found.parts.shape == (2, 0, N_OUT)
+    bias = head.affine(torch.nn.functional.silu(head.hidden.bias)) if make is ScalarMixHead else head.affine.bias
+    torch.testing.assert_close(found.baseline, bias.detach().to(found.baseline).expand(2, -1))
+    assert [x.shape for x in found.inputs] == [(*x.shape[:2], N_OUT) for x in states]
+    assert all(x.abs().max() > 1e-3 for x in found.inputs)
+    torch.testing.assert_close(found.baseline + sum(x.sum(1) for x in found.inputs), found.scores)
+    assert (found.inputs[-1][1, -1] == 0).all()  # masked
+
+
+def test_credits_of_attention_are_weighted_scores(shake):
+    head = shaken(AttentivePoolingHead(hidden_sizes=[5], n_out=N_OUT, d_inp=4), shake)
+    (states,) = some_states((7, 5))
+    (credits,) = compute_credits(head, [states], [torch.ones(2, 7)]).inputs
+    with torch.no_grad():
+        _, x = head.detect([states], [torch.ones(2, 7)])
+        for vectors, of_row in zip(x[:, :, 0], credits):
+            exponentials = [torch.exp(head.query @ vector / 2) for vector in vectors]
+            for vector, exponential, found in zip(vectors, exponentials, of_row):
+                expected = exponential / sum(exponentials) * (head.affine.weight @ vector)
+                torch.testing.assert_close(found.double(), expected)
+
+
+def test_credits_of_a_scalar_mix_are_integrated_gradients(shake):
+    """With many nodes instead of the closed form, by gradients with respect to all hidden states at once."""
+    head = shaken(ScalarMixHead(hidden_sizes=[5, 5], n_out=N_OUT, d_inp=4), shake)
+    states, masks = some_states((7, 5), (7, 5)), [torch.ones(2, 7, dtype=torch.float64)] * 2
+    found = compute_credits(head, states, masks)
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    for k in range(N_OUT):
+        expected = [torch.zeros(2, 7, dtype=torch.float64) for _ in states]
+        for node, weight in zip((nodes + 1) / 2, weights / 2):
+            scaled = [(node * x).requires_grad_() for x in states]
+            slopes = torch.autograd.grad(head(scaled, masks).a_out[:, k].sum(), scaled)
+            for total, slope, x in zip(expected, slopes, states):
+                total += weight * (slope * x).sum(-1)
+        for credits, total in zip(found.inputs, expected):
+            torch.testing.assert_close(credits[..., k].double(), total, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hidden_unit_that_gains_nothing_is_divided_too(shake):
+    """Terms that cancel: their sum is what the secant would be divided by."""
+    head = shaken(ScalarMixHead(hidden_sizes=[5], n_out=N_OUT, d_inp=4), shake)
+    (states,) = some_states((1, 5))
+    states = torch.cat([states, -states], dim=1)
+    found = compute_credits(head, [states], [torch.ones(2, 2)])
+    torch.testing.assert_close(found.scores, found.baseline)
+    assert found.inputs[0].isfinite().all() and found.inputs[0].abs().max() > 1e-3
+    torch.testing.assert_close(found.inputs[0].sum(1), torch.zeros(2, N_OUT).to(found.inputs[0]), rtol=0, atol=1e-6)
+
+
+def test_a_head_that_explains_nothing_is_refused():
     (states,) = some_states((4, 5))
-    with pytest.raises(ValueError, match=r'A LinearHead has no credits.*such as head_type="token_depth"'):
-        compute_credits(LinearHead(hidden_sizes=[5], n_out=2), [states], [torch.ones(2, 4)])
+    with pytest.raises(ValueError, match=r"A VectorRoutingHead has no credits.*one of the heads token_depth, .*linear"):
+        compute_credits(VectorRoutingHead(hidden_sizes=[5], n_out=2), [states], [torch.ones(2, 4)])
     with pytest.raises(ValueError, match="A TokenDepthHead has no credits"):
         compute_credits(TokenDepthHead(hidden_sizes=[5], n_out=None), [states], [torch.ones(2, 4)])
 
@@ -221,9 +299,33 @@ def test_what_cannot_be_explained(make_model, backbone_dir, tokenizer):
         explain(make_model(num_labels=1, problem_type="regression"), "dull", tokenizer)
     with pytest.raises(TypeError, match="Input 1 is 3; expected a text, or a pair: a tuple of two"):
         explain(make_model(), ["dull", 3], tokenizer)
-    with pytest.raises(ValueError, match="A LinearHead has no credits"):
-        linear = CapsuleHeadForSequenceClassification.from_backbone(backbone_dir(), num_labels=3, head_type="linear")
-        explain(linear, "dull", tokenizer)
+    with pytest.raises(ValueError, match="A VectorRoutingHead has no credits"):
+        model = CapsuleHeadForSequenceClassification.from_backbone(
+            backbone_dir(), num_labels=3, head_type="vector_routing"
+        )
+        explain(model, "dull", tokenizer)
+
+
+@pytest.mark.parametrize("has_term", [False, True])
+@pytest.mark.parametrize("head_type", ["linear", "scalar_mix", "attentive_pooling"])
+def test_texts_by_heads_without_capsules(backbone_dir, shake, tokenizer, head_type, has_term):
+    model = CapsuleHeadForSequenceClassification.from_backbone(
+        backbone_dir(), num_labels=3, head_type=head_type, calibration_temperature=1.7
+    )
+    if has_term:
+        model.add_linear_term()
+    shake(model, scale=0.3)
+    model.eval()
+    texts = ["the film is good", "dull"]
+    for text, explanation in zip(texts, explain(model, texts, tokenizer)):
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0].detach()
+        torch.testing.assert_close(explanation.logits, logits)
+        assert explanation.by_token().abs().max() > 1e-3
+        torch.testing.assert_close(explanation.baseline + explanation.by_layer().sum(0), logits)
+        assert explanation.parts.shape == (0, 3) and (explanation.linear is not None) == has_term
+        assert len(explanation.by_word()) == len(text.split())
+    with pytest.raises(ValueError, match="has no parts to describe"):
+        describe_parts(model, texts, tokenizer)
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])

@@ -336,6 +336,18 @@ def test_parts():
         draw_parts([])
 
 
+def test_a_head_without_parts():
+    explanations = [
+        dataclasses.replace(of_text([0.0, 1.0, 3.0], f"good film {n % 3}", seed=n), parts=torch.zeros(0, 3))
+        for n in range(9)
+    ]
+    with pytest.raises(ValueError, match="There are no parts to draw"):
+        draw_parts(explanations)
+    page = render_report(explanations, [2] * 9, "nine")
+    assert page.count("Tokens by layer") == 9 and "Parts that carry" not in page
+    draw_explanation(explanations[0])
+
+
 def test_deletion_curves():
     curves = {"ours": [1 - share for share in DELETED], "random": [0.9] * len(DELETED)}
     (axes,) = draw_deletion(curves).axes

@@ -113,21 +113,26 @@ def test_of_images(make_checkpoint):
 
 
 @pytest.mark.parametrize(
-    "fields, is_explained",
-    [({}, True), ({"head_type": "linear"}, False), ({"num_labels": 1}, False)],
-    ids=["capsules", "no capsules", "regression"],
+    "fields, explained, n_parts",
+    [
+        ({}, "parts and to tokens", 2),
+        ({"head_type": "linear"}, "tokens", 0),
+        ({"head_type": "vector_routing"}, None, 0),
+        ({"num_labels": 1}, None, 0),
+    ],
+    ids=["capsules", "sum", "neither", "regression"],
 )
-def test_it_says_what_can_be_explained(make_checkpoint, fields, is_explained):
+def test_it_says_what_can_be_explained(make_checkpoint, fields, explained, n_parts):
     directory = make_checkpoint(**fields)
     card = str(model_card(directory, "me/x"))
-    assert ("## Explanations" in card) == is_explained
-    if is_explained:
-        assert "attributes the score of each class to parts and to tokens." in card
+    assert ("## Explanations" in card) == (explained is not None)
+    if explained is not None:
+        assert f"attributes the score of each class to {explained}." in card
         snippet = re.findall("```python\n(.*?)```", card, re.DOTALL)[1].replace('"me/x"', repr(str(directory)))
         inputs = {"input_ids": torch.arange(4)[None]}
         names = {}
         exec(snippet.replace('"Worth every minute of the queue."', "inputs"), {"inputs": inputs}, names)
-        assert names["explanation"].parts.shape == (2, 2)
+        assert names["explanation"].parts.shape == (n_parts, 2)
 
 
 def test_code_is_announced_with_its_length(make_checkpoint):

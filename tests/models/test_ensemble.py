@@ -176,7 +176,7 @@ def test_it_is_calibrated_as_any_model(make_members, pad, tmp_path):
 
 def test_it_is_not_trained_or_explained(make_members, pad, tokenizer, tmp_path):
     ensemble = make_ensemble(make_members())
-    with pytest.raises(ValueError, match=r"^An EnsembleHead has no credits to explain; expected a head with capsules"):
+    with pytest.raises(ValueError, match=r"^An EnsembleHead has no credits to explain; expected a classifier"):
         explain(ensemble, "the film", tokenizer)
     trainer = CapsuleTrainer(ensemble, CapsuleTrainingArguments(tmp_path, use_cpu=True, report_to="none"))
     with pytest.raises(
