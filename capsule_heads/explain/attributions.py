@@ -142,7 +142,8 @@ def _credits_of_sum(head: Head, hidden_states: Sequence[Tensor], masks: Sequence
     parts = scores.new_empty(len(scores), 0, scores.shape[-1])
     if parts_only:
         return Credits(scores, parts, [])
-    nothing = head(hidden_states, [torch.zeros_like(mask) for mask in masks]).a_out
+    # All that is masked is alike: one token says what all would.
+    nothing = head([x[:, :1] for x in hidden_states], [torch.zeros_like(mask[:, :1]) for mask in masks]).a_out
     return Credits(scores, parts, [x.to(scores.dtype) for x in head.credits(hidden_states, masks)], nothing)
 
 
@@ -547,7 +548,7 @@ def _explain_batch(
             own = [] if parts_only else model.linear_term.credits(states, masks)
             baseline = found.baseline
             if baseline is not None:
-                baseline = baseline + model.linear_term(states, [torch.zeros_like(mask) for mask in masks])
+                baseline = baseline + model.linear_term.affine.bias.to(baseline.dtype)
         of_both = [x + y for x, y in zip(found.inputs, own, strict=True)]
         both = Credits(found.scores + linear, found.parts, of_both, baseline)
         found = _at_temperature(both, 2)  # the model's logits are the mean of both

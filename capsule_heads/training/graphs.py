@@ -156,10 +156,9 @@ class GraphedSteps:
         """
         fixed = {name: x.clone() for name, x in batch.items()}
         n, device = len(batch["labels"]), batch["labels"].device
-        nothing_mixed = [(torch.ones(n, device=device), torch.arange(n, device=device)) for _ in self._members]
-        draws = [
-            draws if member.model.config.mixup_alpha else None
-            for member, draws in zip(self._members, nothing_mixed, strict=True)
+        draws = [  # that mix nothing; each step writes its own into them
+            (torch.ones(n, device=device), torch.arange(n, device=device)) if x.model.config.mixup_alpha else None
+            for x in self._members
         ]
         found: list[Any] = [None] * len(self._members)
 

@@ -161,7 +161,7 @@ def test_credits_of_attention_are_weighted_scores(shake):
 
 
 def test_credits_of_a_scalar_mix_are_integrated_gradients(shake):
-    """With many nodes instead of the closed form, by gradients with respect to all hidden states at once."""
+    """By quadrature instead: at 20 nodes of the path, the gradients with respect to all hidden states."""
     head = shaken(ScalarMixHead(hidden_sizes=[5, 5], n_out=N_OUT, d_inp=4), shake)
     states, masks = some_states((7, 5), (7, 5)), [torch.ones(2, 7, dtype=torch.float64)] * 2
     found = compute_credits(head, states, masks)
