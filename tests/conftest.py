@@ -47,3 +47,31 @@ def compiled_kernels():
         inputs = torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3, 1, 4, dtype=dtype, requires_grad=True)
         weights = (torch.ones(1, 5, *shape, dtype=dtype) for shape in ((4, 2), (1, 2), (), ()))
         route(*inputs, *weights, n_out=5, strategy="kept")[0].sum().backward()
+
+
+def _process_state():
+    """What a test could change for those after it; what it imports first is not compared."""
+    import logging
+    import sys
+
+    state = {"logging.disable": logging.root.manager.disable}
+    for name in ("capsule_heads", "transformers"):
+        logger = logging.getLogger(name)
+        state |= {f"level of {name}": logger.level, f"propagation of {name}": logger.propagate}
+    if torch := sys.modules.get("torch"):
+        state |= {"threads": torch.get_num_threads(), "dtype": torch.get_default_dtype()}
+        state["gradients"] = torch.is_grad_enabled()
+    if datasets := sys.modules.get("datasets"):
+        state["bars of datasets"] = datasets.are_progress_bars_disabled()
+    if transformers_logging := sys.modules.get("transformers.utils.logging"):
+        state["bars of transformers"] = transformers_logging.is_progress_bar_enabled()
+    return state
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(compiled_kernels):
+    """Fail where a test leaves its process other than it found it: tests after it would fail, or could not."""
+    before = _process_state()
+    yield
+    after = _process_state()
+    assert {name: (value, after[name]) for name, value in before.items() if value != after[name]} == {}

@@ -110,10 +110,10 @@ def test_attention_outputs_of_an_encoder_decoder(shake):
         assert is_causal == (stack == "decoder")
 
 
-def test_attention_that_gives_none_does_as_in_transformers(build, caplog):
+def test_attention_that_gives_none_does_as_in_transformers(build, caplog, monkeypatch):
     model, inputs = build(attention="sdpa")
     native = AutoModelForSequenceClassification.from_config(base_config("bert", attn_implementation="sdpa"))
-    logging.get_logger("transformers").propagate = True
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)  # for caplog
     assert (
         model(**inputs, output_attentions=True).attentions == native(**inputs, output_attentions=True).attentions == ()
     )

@@ -12,6 +12,14 @@ import capsule_heads
 
 ROOT = Path(capsule_heads.__file__).parents[1]
 
+# What a script sets for all of its process, which is here that of all tests.
+OF_THE_PROCESS = (
+    "datasets.disable_progress_bars",
+    "logging.disable",
+    "torch.set_num_threads",
+    "transformers.utils.logging.disable_progress_bar",
+)
+
 
 @pytest.fixture(scope="session")
 def run(environment):
@@ -50,7 +58,7 @@ def call(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        for setting in ("datasets.disable_progress_bars", "torch.set_num_threads"):  # of this process, for all tests
+        for setting in OF_THE_PROCESS:
             monkeypatch.setattr(setting, lambda *given: None)
         capfd.readouterr()
         status = 0
