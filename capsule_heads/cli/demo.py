@@ -115,7 +115,7 @@ def build_demo(model: str) -> gradio.Blocks:
 def _make_show(model: CapsuleHeadClassifier) -> Callable[..., str]:
     """Return what makes HTML of what the input components hold."""
     from ..explain import explain
-    from ..explain.attributions import check_explained
+    from ..explain.credits import check_explained
     from ..explain.parts import load_parts
     from ..explain.report import render_explanation, render_scores
     from ..models.processors import modality_of, processor_of

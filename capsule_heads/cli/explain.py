@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from ..models import CapsuleHeadClassifier
 
 DESCRIPTION = (
-    "Write report.html, one page that needs no network, and a picture of each input: tokens by layers, or patches over "
-    "the image. Without inputs a sample of labelled data is explained, and wrong predictions come first."
+    "Write report.html, one page that needs no network; a picture of each input: tokens by layers, or patches over the "
+    "image; and explanations.json, with all numbers. Without inputs a sample of labelled data is explained, and wrong "
+    "predictions come first."
 )
 MAX_INPUTS = 50
 OF_SAMPLES = ("max_inputs", "seed")  # options without effect on inputs that are given
@@ -47,6 +48,11 @@ def make_parser(prog: str) -> OneLineParser:
         help=f"Number of inputs of the sample, drawn at random; 0 for all (default: {MAX_INPUTS}).",
     )
     parser.add_argument("--seed", type=at_least(0), help="Random seed of the sample (default: 0).")
+    parser.add_argument(
+        "--through_backbone",
+        action="store_true",
+        help="Trace credits through the backbone to the embeddings of tokens: more faithful, and slower.",
+    )
     parser.add_argument("--output_dir", default="explanations", help="Folder to write to (default: %(default)s).")
     return parser
 
@@ -54,6 +60,7 @@ def make_parser(prog: str) -> OneLineParser:
 def run(options: argparse.Namespace) -> None:
     """Explain the inputs, and print the path of the page."""
     from ..explain import explain
+    from ..explain.export import save_explanations
     from ..explain.parts import load_parts
     from ..explain.pictures import draw_explanation
     from ..explain.report import render_report
@@ -72,12 +79,13 @@ def run(options: argparse.Namespace) -> None:
         else:
             modality.check_arguments(options.inputs)
             inputs = [modality.read(given, processor) for given in options.inputs]
-        explanations = explain(model, inputs, processor)
+        explanations = explain(model, inputs, processor, through_backbone=options.through_backbone)
         folder = Path(options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         title = f"{title_of(model)} {len(explanations):,} explained"
         page = render_report(explanations, labels, title, load_parts(options.model))
         write_text(folder / "report.html", page)
+        save_explanations(folder / "explanations.json", explanations)
         n_digits = max(3, len(str(len(explanations))))  # so that names sort
         for n, explanation in enumerate(explanations, 1):
             draw_explanation(explanation).savefig(folder / f"{n:0{n_digits}}.png")
@@ -91,7 +99,7 @@ def _check_options(options: argparse.Namespace) -> None:
         ValueError: If there is nothing to explain, an option has no effect, or the model's scores have no credits.
         OSError: If there is no such model, or the folder to write to is a file.
     """
-    from ..explain.attributions import check_explained
+    from ..explain.credits import check_explained
     from ..models import CapsuleHeadConfig
 
     if sum(map(bool, (options.inputs, options.task, options.data))) != 1:

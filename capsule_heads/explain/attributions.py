@@ -1,28 +1,4 @@
-"""Attributions of class scores to parts, and to tokens at layers, for the price of a forward pass.
-
-The score of a capsule IS a sum over its inputs, `a_out_j = sum_i credit_ij`, with `credit_ij = beta_use_ij D_use_ij -
-beta_ign_ij D_ign_ij` (Heinsen, 2019, section 2). The terms of this sum are called credits. With two routings, one after
-another:
-
-- **Parts to classes** is exact: the credits of all parts for a class add up to its score, to rounding.
-- **Tokens to parts** is exact too: the credits of all tokens at all layers for a part add up to the part's score.
-- **Tokens to classes** is a chain of the two. A class score is a smooth function of the scores and poses of parts, `a`
-  and `mu`. Both are sums over tokens and layers once routing probabilities are settled: `a_j = sum_i credit_ij`, and
-  `mu_j = sum_i f_ij V_ij`, with fractions `f_ij = D_use_ij / n_j` that add up to 1. The credit of input `i` for class
-  `k` is its term of each sum, times the derivative of the class score: `sum_j credit_ij da_k/da_j + f_ij (V_ij - mu_j)
-  da_k/dmu_j`. The two sums and the derivatives, through all iterations of the second routing, are exact. The rest is
-  not. A class score is no linear function of the parts, so these credits add up to `sum_j a_j da_k/da_j` and not to the
-  score. The probabilities of the first routing are taken as given. And a backbone mixes tokens, so the state of one
-  token at a later layer says something about other tokens too.
-
-Heads without capsules whose scores are sums have exact credits of tokens too (`Head.credits`): linear, attentive
-pooling and scalar mix. With what the head says of nothing, all tokens masked, they add up to the score. The weights of
-attention are taken as given, as routing probabilities are.
-
-A linear term (`capsule_heads.heads.linear_term`) is a sum over tokens and layers, and a bias, for each class. A
-model's logits are then the mean of its scores and the head's. Its credits are exact, and are added to those of the
-tokens, all halved. Halved credits of parts, of the term and its bias add up to the logit.
-"""
+"""Explanations: the scores of texts, images and audio, and the tokens, layers and parts that they come from."""
 
 from __future__ import annotations
 
@@ -30,20 +6,22 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..data.audio import LONGEST_FRAME, AudioCollator, as_audio, audio_features, check_length, least_samples
 from ..data.images import as_image, is_scaled, process_images, resizes, warn_of_scaled
 from ..data.inputs import is_input, list_inputs
 from ..data.tokenization import without_empty_pair
-from ..heads import Head, RoutingHead, get_head, registered_heads
-from ..layers import Routing
-from ..models.configuration_capsule_head import DEFAULT_THRESHOLD, CapsuleHeadConfig
+from ..models.configuration_capsule_head import DEFAULT_THRESHOLD
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from ..models.processors import modality_of, processor_of
+from .credits import Credits, check_explained, compute_credits, credits_with_graph
+from .tracing import check_traceable, trace, traced
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,23 +35,6 @@ COLOUR_CHANNELS = (1, 3)  # channels of a grey and of a coloured image
 Known = dict[str, Any]  # fields of an `Explanation` that are known before it is computed
 
 
-class Credits(NamedTuple):
-    """Where the scores of a batch come from, in logits.
-
-    Attributes:
-        scores: `[batch, n_out]`, the class scores.
-        parts: `[batch, n_parts, n_out]`, exact: their sum over parts is `scores`. A head without capsules has no part.
-        inputs: per layer `[batch, tokens, n_out]`; none where they are left out. Of a head with capsules the chain of
-            the two routings, to first order; of others exact: with `baseline` they add up to `scores`.
-        baseline: `[batch, n_out]`, scores of an input that is all masked, where the credits of tokens are exact.
-    """
-
-    scores: Tensor
-    parts: Tensor
-    inputs: list[Tensor]
-    baseline: Tensor | None = None
-
-
 class Word(NamedTuple):
     """A word of a text, and its credit for each class `[classes]`, in logits."""
 
@@ -81,100 +42,6 @@ class Word(NamedTuple):
     start: int
     end: int
     credit: Tensor
-
-
-def compute_credits(
-    head: Head, hidden_states: Sequence[Tensor], masks: Sequence[Tensor], parts_only: bool = False
-) -> Credits:
-    """Compute the credits of parts, and of all tokens at all layers, for all classes.
-
-    It costs a forward pass of the head and, for each class, a backward pass of its second routing, which is small. Its
-    memory is `[n_inp, n_parts]` numbers for each sample. A head without capsules costs forward passes alone.
-
-    Args:
-        head: a head that explains tokens (`Head.explains`).
-        hidden_states: per layer `[batch, tokens, hidden_size]`, as the head takes them.
-        masks: per layer `[batch, tokens]`.
-        parts_only: whether to leave the credits of tokens out, and with them the backward passes.
-
-    Returns:
-        `Credits`, in float32 or wider.
-
-    Raises:
-        ValueError: If the head explains no class scores.
-    """
-    if not head.explains or head.n_out is None:
-        raise _no_credits(type(head))
-    if not isinstance(head, RoutingHead):
-        return _credits_of_sum(head, hidden_states, masks, parts_only)
-    first, second = (routing for routing in head.routings if isinstance(routing, Routing))
-    with torch.no_grad():
-        a_inp, mu_inp = head.detect(hidden_states, masks)
-        if parts_only:
-            a, mu, _ = first(a_inp, mu_inp)
-            scores, _, _, R = second(a, mu, return_R=True)
-            return Credits(scores, second.credits(a, R), [])
-        a, mu, _, R = first(a_inp, mu_inp, return_R=True)  # of the parts
-        to_parts = first.credits(a_inp, R)  # [bij]
-        fractions = a_inp.to(R.dtype).sigmoid().unsqueeze(-1) * R
-        fractions /= fractions.sum(-2, keepdim=True) + first.eps
-    with torch.enable_grad():
-        a, mu = a.detach().requires_grad_(), mu.detach().requires_grad_()
-        scores, _, _, R = second(a, mu, return_R=True)
-        derivatives = [
-            torch.autograd.grad(score.sum(), (a, mu), retain_graph=True, materialize_grads=True)
-            for score in scores.unbind(-1)
-        ]
-    with torch.no_grad():
-        to_classes = second.credits(a, R)
-        inputs = [
-            (to_parts * d_a.unsqueeze(-2)).sum(-1) + _along_poses(first, mu_inp, mu, fractions, d_mu)
-            for d_a, d_mu in derivatives
-        ]
-        by_layer = head.split_by_layer(torch.stack(inputs, dim=-1), [x.shape[1] for x in hidden_states])
-    return Credits(scores.detach(), to_classes, by_layer)
-
-
-@torch.no_grad()
-def _credits_of_sum(head: Head, hidden_states: Sequence[Tensor], masks: Sequence[Tensor], parts_only: bool) -> Credits:
-    """Compute what `compute_credits` does for a head without capsules."""
-    scores = head(hidden_states, masks).a_out
-    parts = scores.new_empty(len(scores), 0, scores.shape[-1])
-    if parts_only:
-        return Credits(scores, parts, [])
-    # All that is masked is alike: one token says what all would.
-    nothing = head([x[:, :1] for x in hidden_states], [torch.zeros_like(mask[:, :1]) for mask in masks]).a_out
-    return Credits(scores, parts, [x.to(scores.dtype) for x in head.credits(hidden_states, masks)], nothing)
-
-
-def check_explained(config: CapsuleHeadConfig) -> None:
-    """Check that the scores of a classifier can be explained, before it is loaded.
-
-    Raises:
-        ValueError: If it is a regression, or its head explains nothing.
-    """
-    if config.problem_type == "regression":
-        raise ValueError("Explanations are of class scores, and this model is a regression; its values have none.")
-    head = get_head(config.head_type)
-    if not head.explains:
-        raise _no_credits(head)
-
-
-def _no_credits(head: type[Head]) -> ValueError:
-    names = [name for name, known in registered_heads().items() if known.explains]
-    article = "An" if head.__name__[0] in "AEIOU" else "A"
-    return ValueError(
-        f"{article} {head.__name__} has no credits to explain; expected a classifier with one of the heads "
-        f"{', '.join(names)}."
-    )
-
-
-def _along_poses(routing: Routing, mu_inp: Tensor, mu: Tensor, fractions: Tensor, d_mu: Tensor) -> Tensor:
-    """Compute `sum_jch f_ij (V_ijch - mu_jch) d_mu_jch`, `[bi]`, without the votes `V`."""
-    weights = torch.einsum("jdh,bjch->bjcd", routing.W[0].to(d_mu.dtype), d_mu)
-    votes = torch.einsum("bicd,bjcd->bij", mu_inp.to(d_mu.dtype), weights)  # along d_mu, but for what inputs share
-    of_all = ((routing.B[0].to(d_mu.dtype) - mu) * d_mu).sum((-2, -1))  # [bj]
-    return (fractions * (votes + of_all.unsqueeze(-2))).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -189,11 +56,12 @@ class Explanation:
         parts: `[n_parts, classes]`, credits of parts, in logits: exact, their sum over parts and `linear` is `logits`.
             There are none of a head without capsules.
         credits: per layer `[tokens, classes]`, credits of tokens, in logits, those of the linear term included; none
-            where they are left out. Of a head with capsules they are to first order (see the module).
+            where they are left out. Those that are traced through the backbone are of the embeddings alone.
         layers: the index of each hidden state.
         linear: `[classes]`, what the linear term and its bias add, in logits; None for a model without one.
-        baseline: `[classes]`, the logits of an input that is all masked: with all of `credits` they add up to `logits`.
-            None where credits are to first order.
+        baseline: `[classes]`, the logits of an input that is all masked, and what biases of the backbone add where
+            credits are traced through it. With all of `credits` they add up to `logits`: of a head with capsules to
+            1e-4 (`credits.TOLERANCE`), of others to rounding. None where credits of tokens are left out.
         tokens: the text that each token stands for, or the name of a special one; None for an image or audio.
         is_special: for each token, whether the tokenizer added it.
         spans: for each word, its first and last character in `text`, and its tokens; empty without a fast tokenizer.
@@ -264,6 +132,24 @@ class Explanation:
             return credits
         others = self.logits.repeat(len(self.logits), 1).fill_diagonal_(-torch.inf).softmax(-1)  # [class, other]
         return credits - credits @ others.mT
+
+    def between(self, credits: Tensor, label: str, other: str) -> Tensor:
+        """Return credits of the difference between two classes: why the one, and not the other.
+
+        Args:
+            credits: `[..., classes]`, in logits, such as `by_token` returns.
+            label: name of the class that credits are for.
+            other: name of the class that they are against.
+
+        Returns:
+            `[...]`, in logits. With the difference of baselines they add up to the difference of logits.
+
+        Raises:
+            ValueError: If there is no such class.
+        """
+        for name in (label, other):
+            check_choice("label", name, self.labels)
+        return credits[..., self.labels.index(label)] - credits[..., self.labels.index(other)]
 
     def by_token(self) -> Tensor:
         """Return credits of tokens, of all layers together, `[tokens, classes]`.
@@ -355,6 +241,7 @@ def explain(
     processor: Any | None = None,
     batch_size: int = 16,
     parts_only: bool = False,
+    through_backbone: bool = False,
 ) -> list[Explanation]:
     """Explain the scores of a classifier: those that transformers' pipeline gives for the same inputs.
 
@@ -369,7 +256,10 @@ def explain(
             saved with the model, or with its backbone.
         batch_size: number of inputs to explain at once. Audio, and images that are not resized, go one at a time,
             without padding.
-        parts_only: whether to leave the credits of tokens out, which cost a backward pass for each class.
+        parts_only: whether to leave the credits of tokens out, which cost backward passes for each class.
+        through_backbone: whether to trace credits through the backbone, from the states that the head reads to the
+            embeddings of tokens (see `capsule_heads.explain.tracing`). It costs a backward pass of the backbone for
+            each class, and there are no credits of layers.
 
     Returns:
         One `Explanation` for each input. The model is left in the mode that it was in. Texts that are cut and images
@@ -377,15 +267,21 @@ def explain(
 
     Raises:
         TypeError: If an input is no text, image or audio.
-        ValueError: If the model is a regression or its head has no capsules, or inputs do not fit the model.
+        ValueError: If the model is a regression or its head has no credits, or inputs do not fit the model; or
+            credits are to be traced through a backbone that they cannot be traced through.
         OSError: If a file is not found.
     """
     check_explained(model.config)
+    if through_backbone:
+        if parts_only:
+            raise ValueError("parts_only and through_backbone are True; expected one of them: parts are of the head.")
+        check_traceable(model)
+    explain_batch = partial(_explain_batch, parts_only=parts_only, through_backbone=through_backbone)
     was_training = model.training
     model.eval()
     try:
         if isinstance(inputs, Mapping) and not is_input(inputs):
-            return _explain_batch(model, inputs, parts_only=parts_only)
+            return explain_batch(model, inputs)
         processor = processor_of(model) if processor is None else processor
         modality = modality_of(model)
         given = list_inputs(inputs, modality)
@@ -395,7 +291,7 @@ def explain(
         explanations = []
         for start in range(0, len(given), step):
             batch = dict(zip(names[start : start + step], given[start : start + step]))
-            explanations += _explain_batch(model, *prepare(model, batch, processor), parts_only=parts_only)
+            explanations += explain_batch(model, *prepare(model, batch, processor))
     finally:
         model.train(was_training)
     _warn_of_losses(explanations)
@@ -525,11 +421,25 @@ def _prepare_audio(
     return AudioCollator(extractor)(rows), [{"seconds": seconds} for _ in rows]
 
 
-def _at_temperature(found: Credits, temperature: float) -> Credits:
-    """Return scores, and credits of them, as the model's own logits are; the credits add up as before."""
-    baseline = None if found.baseline is None else found.baseline / temperature
-    inputs = [x / temperature for x in found.inputs]
-    return Credits(found.scores / temperature, found.parts / temperature, inputs, baseline)
+def _credits_of_model(
+    model: CapsuleHeadClassifier, found: Credits, states: Sequence[Tensor], masks: Sequence[Tensor]
+) -> tuple[Credits, Tensor | None]:
+    """Return credits of the head as those of the model's logits, and what its linear term adds, if it has one."""
+    linear = None
+    scores, parts, inputs, baseline = found
+    if model.linear_term is not None:
+        linear = model.linear_term(states, masks).detach()
+        own = model.linear_term.credits(states, masks) if inputs else []
+        inputs = [x + y for x, y in zip(inputs, own, strict=True)]
+        if baseline is not None:
+            baseline = baseline + model.linear_term.affine.bias.detach().to(baseline.dtype)
+        scores = scores + linear
+    # With a linear term the logits are the mean of both scores.
+    scale = model.config.calibration_temperature * (1 if linear is None else 2)
+    found = Credits(
+        scores / scale, parts / scale, [x / scale for x in inputs], None if baseline is None else baseline / scale
+    )
+    return found, None if linear is None else linear / scale
 
 
 def _explain_batch(
@@ -537,23 +447,23 @@ def _explain_batch(
     inputs: Mapping[str, Any],
     known: list[Known] | None = None,
     parts_only: bool = False,
+    through_backbone: bool = False,
 ) -> list[Explanation]:
     given = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    with torch.no_grad():
-        states, masks = model.compute_hidden_states(**given)
-    found, linear = compute_credits(model.head, states, masks, parts_only), None
-    if model.linear_term is not None:
+    layers = tuple(model.config.layers)
+    if through_backbone:
+        with traced(model, given) as run:
+            read = [x.detach().requires_grad_() for x in run.states]
+            of_head = credits_with_graph(model.head, read, run.masks)
+            found, linear = _credits_of_model(model, of_head, read, run.masks)
+            of_tokens = trace(found.inputs, read, run)
+        masks, layers = run.masks[:1], (0,)
+        found = found._replace(inputs=[of_tokens], baseline=found.scores - of_tokens.sum(1))
+    else:
         with torch.no_grad():
-            linear = model.linear_term(states, masks)
-            own = [] if parts_only else model.linear_term.credits(states, masks)
-            baseline = found.baseline
-            if baseline is not None:
-                baseline = baseline + model.linear_term.affine.bias.to(baseline.dtype)
-        of_both = [x + y for x, y in zip(found.inputs, own, strict=True)]
-        both = Credits(found.scores + linear, found.parts, of_both, baseline)
-        found = _at_temperature(both, 2)  # the model's logits are the mean of both
-        linear = linear / 2 / model.config.calibration_temperature
-    found = _at_temperature(found, model.config.calibration_temperature)
+            states, masks = model.compute_hidden_states(**given)
+            of_head = compute_credits(model.head, states, masks, parts_only)
+            found, linear = _credits_of_model(model, of_head, states, masks)
     known = [{} for _ in found.scores] if known is None else known
     if len(known) != len(found.scores):
         raise ValueError(
@@ -578,7 +488,7 @@ def _explain_batch(
                 thresholds=tuple(model.config.label_thresholds),
                 parts=found.parts[row].cpu(),
                 credits=credits,
-                layers=tuple(model.config.layers),
+                layers=layers,
                 linear=None if linear is None else linear[row].cpu(),
                 baseline=None if found.baseline is None else found.baseline[row].cpu(),
                 **of_row,

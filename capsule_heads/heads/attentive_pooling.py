@@ -68,7 +68,7 @@ class AttentivePoolingHead(TokenHead):
         """Return the terms of the sum over tokens and layers; see `Head.credits`."""
         weights, x = self._attend(hidden_states, masks)
         return self.split_by_layer(
-            weights.unsqueeze(-1) * (x @ self.affine.weight.mT), [x.shape[1] for x in hidden_states]
+            weights.detach().unsqueeze(-1) * (x @ self.affine.weight.mT), [x.shape[1] for x in hidden_states]
         )
 
     def _attend(

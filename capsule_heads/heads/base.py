@@ -186,6 +186,8 @@ class Head(nn.Module, abc.ABC):
     def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return what each token at each layer adds to the scores, of a head whose scores are sums.
 
+        What is taken as given, such as weights of attention, is a constant in its graph.
+
         Args:
             hidden_states: as in `forward`.
             masks: one per layer.

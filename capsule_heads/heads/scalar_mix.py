@@ -91,5 +91,5 @@ class ScalarMixHead(Head):
         total = torch.stack([x.sum(1) for x in terms]).sum(0)
         risen, sigmoid = F.silu(total + bias) - F.silu(bias), bias.sigmoid()
         slope = torch.where(total.abs() > 1e-6, risen / total, sigmoid * (1 + bias * (1 - sigmoid)))  # of the secant
-        of_units = (slope.unsqueeze(1) * x @ self.affine.weight.double().mT for x in terms)
+        of_units = (slope.detach().unsqueeze(1) * x @ self.affine.weight.double().mT for x in terms)
         return [x.to(self.hidden.weight.dtype) for x in of_units]

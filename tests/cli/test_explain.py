@@ -7,6 +7,7 @@ from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification, tasks
 from capsule_heads.data import load_reviews
+from capsule_heads.explain import load_explanations
 from capsule_heads.tasks import Task, register_task
 
 
@@ -15,7 +16,7 @@ def test_texts(call, classifier, tmp_path):
     assert status == 0, err
     assert out == f"{tmp_path / 'found' / 'report.html'}\n"
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
-        "001.png", "002.png", "report.html",
+        "001.png", "002.png", "explanations.json", "report.html",
     ]  # fmt: skip
     assert ">good</span>" in (tmp_path / "found" / "report.html").read_text()
     assert Image.open(tmp_path / "found" / "001.png").size[0] > 300
@@ -41,6 +42,16 @@ def test_images(call, tmp_path):
     assert status == 0, err
     assert "data:image/webp;base64," in (tmp_path / "found" / "report.html").read_text()
     assert (tmp_path / "found" / "001.png").exists()
+
+
+def test_credits_through_the_backbone(call, classifier, tmp_path):
+    found = {}
+    for name, options in (("usual", []), ("traced", ["--through_backbone"])):
+        status, _, err = call("explain", classifier, "the food was good", *options, "--output_dir", tmp_path / name)
+        assert status == 0, err
+        (found[name],) = load_explanations(tmp_path / name / "explanations.json")
+    assert (found["usual"].layers, found["traced"].layers) == ((0, 1, 2), (0,))
+    assert (found["usual"].by_token() - found["traced"].by_token()).abs().max() > 1e-4
 
 
 def test_a_thousand_inputs_keep_their_order(call, classifier, tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ from capsule_heads import (
     CapsuleHeadForSequenceClassification,
     Routing,
 )
-from capsule_heads.explain import compute_credits, explain
+from capsule_heads.explain import compute_credits, credits, explain
+from capsule_heads.explain.credits import TOLERANCE, integrate_slopes
 from capsule_heads.explain.parts import describe_parts
 from capsule_heads.heads import (
     AttentivePoolingHead,
@@ -63,7 +64,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_credits_are_those_of_the_literal_chain(shake, name):
+def test_credits_are_those_of_the_literal_path(shake, name):
     make, sizes = HEADS[name]
     head, states = shaken(make(), shake), some_states(*sizes)
     masks = [torch.ones(x.shape[:2], dtype=torch.float64) for x in states]
@@ -72,8 +73,12 @@ def test_credits_are_those_of_the_literal_chain(shake, name):
     expected = head(states, masks).a_out.detach()
     torch.testing.assert_close(found.scores, expected)
     torch.testing.assert_close(found.parts.sum(1), expected)
+    nothing = head(states, [torch.zeros_like(mask) for mask in masks]).a_out.detach()
+    torch.testing.assert_close(found.baseline, nothing)
+    totals = found.baseline + sum(x.sum(1) for x in found.inputs)
+    torch.testing.assert_close(totals, expected, rtol=0, atol=TOLERANCE)
 
-    # The chain, with votes, a complete Jacobian, and loops instead of sums.
+    # The path, with votes, a complete Jacobian at each of many nodes, and loops instead of sums.
     first, second = head.routings
     with torch.no_grad():
         a_inp, x = head.detect(states, masks)
@@ -85,15 +90,17 @@ def test_credits_are_those_of_the_literal_chain(shake, name):
         votes = torch.einsum("bicd,xjdh->bijch", x, first.W) + first.B[None]
         share = use / (use.sum(1, keepdim=True) + first.eps)
         torch.testing.assert_close(torch.einsum("bij,bijch->bjch", share, votes), mu)
-    slopes = torch.autograd.functional.jacobian(lambda a, mu: second(a, mu)[0].sum(0), (a, mu))
+    slopes = [torch.zeros(N_OUT, *x.shape, dtype=torch.float64) for x in (a, mu)]
+    for node, weight in zip(*np.polynomial.legendre.leggauss(200)):
+        t = (node + 1) / 2
+        at = torch.autograd.functional.jacobian(lambda a, mu: second(a, mu)[0].sum(0), (t * a, t * mu))
+        for total, slope in zip(slopes, at):
+            total += weight / 2 * slope
     by_score = torch.einsum("bij,kbj->bik", to_parts, slopes[0])
-    by_pose = torch.einsum("bij,bijch,kbjch->bik", share, votes - mu[:, None], slopes[1])
-    torch.testing.assert_close(
-        torch.cat(found.inputs, 1).sum(1), (by_score + by_pose).sum(1).detach(), rtol=1e-9, atol=1e-9
-    )
+    by_pose = torch.einsum("bij,bijch,kbjch->bik", share, votes, slopes[1])
     literal = (by_score + by_pose).detach()
     n_tokens = [x.shape[1] for x in states]
-    for layer, credits in enumerate(found.inputs):
+    for layer, of_layer in enumerate(found.inputs):
         for token in range(n_tokens[layer]):
             if name == "spatial pose":  # part * positions + position
                 inputs = [part * n_tokens[0] + token for part in range(4)]
@@ -101,8 +108,52 @@ def test_credits_are_those_of_the_literal_chain(shake, name):
                 inputs = [sum(n_tokens[:layer]) + token]
             else:
                 inputs = [token * len(states) + layer]
-            torch.testing.assert_close(credits[:, token], literal[:, inputs].sum(1), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(of_layer[:, token], literal[:, inputs].sum(1), rtol=1e-3, atol=TOLERANCE)
     assert (found.inputs[-1][1, -1] == 0).all()  # masked
+    assert literal.abs().max() > 100 * TOLERANCE
+
+
+@pytest.fixture
+def sharp():
+    """Parts, and a routing whose scores change fast along the path: votes far apart beside the small variances."""
+    torch.manual_seed(0)
+    routing = Routing(1, 2, 2, n_inp=6, n_out=N_OUT)
+    with torch.no_grad():
+        for parameter in routing.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        routing.B.zero_()
+    return routing, 3 * torch.randn(4, 6), 3 * torch.randn(4, 6, 1, 2)
+
+
+def miss(slopes, routing, a, mu):
+    """How far slopes are from what scores gain."""
+    gain = torch.einsum("bj,bjk->bk", a.double(), slopes.a) + torch.einsum("bjch,bjchk->bk", mu.double(), slopes.mu)
+    return float((slopes.start + gain - routing(a, mu)[0].detach()).abs().max())
+
+
+def test_stretches_of_a_path_are_halved_where_scores_change_fast(sharp, monkeypatch, caplog):
+    slopes = integrate_slopes(*sharp)
+    assert miss(slopes, *sharp) < TOLERANCE and not caplog.records
+    monkeypatch.setattr(credits, "MOST_VOTES", 1)  # one stretch in a call
+    one_by_one = integrate_slopes(*sharp)
+    torch.testing.assert_close(slopes.a, one_by_one.a)
+    torch.testing.assert_close(slopes.mu, one_by_one.mu)
+    monkeypatch.setattr(credits, "MOST_HALVINGS", 0)
+    coarse = miss(integrate_slopes(*sharp), *sharp)
+    assert coarse > 100 * TOLERANCE
+    (record,) = caplog.records
+    assert record.message.startswith("Credits of tokens add up to scores to ")
+
+
+def test_scores_that_are_not_numbers_are_not_halved_for_ever(sharp, monkeypatch):
+    routing, a, mu = sharp
+    mu[0, 0] = torch.nan
+    calls = []
+    stretch = credits._integrate_stretch
+    monkeypatch.setattr(credits, "_integrate_stretch", lambda *given: calls.append(given[2]) or stretch(*given))
+    slopes = integrate_slopes(routing, a, mu)
+    assert slopes.a[0].isnan().all() and slopes.a[1:].isfinite().all()
+    assert sum(bool(x.isnan().any()) for x in calls) <= 1  # where the sample with a NaN was in
 
 
 def test_credits_of_a_routing_add_up_to_its_scores():
@@ -173,8 +224,8 @@ def test_credits_of_a_scalar_mix_are_integrated_gradients(shake):
             slopes = torch.autograd.grad(head(scaled, masks).a_out[:, k].sum(), scaled)
             for total, slope, x in zip(expected, slopes, states):
                 total += weight * (slope * x).sum(-1)
-        for credits, total in zip(found.inputs, expected):
-            torch.testing.assert_close(credits[..., k].double(), total, rtol=1e-5, atol=1e-6)
+        for of_layer, total in zip(found.inputs, expected):
+            torch.testing.assert_close(of_layer[..., k].double(), total, rtol=1e-5, atol=1e-6)
 
 
 def test_a_hidden_unit_that_gains_nothing_is_divided_too(shake):
