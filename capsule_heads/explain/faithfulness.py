@@ -1,64 +1,75 @@
 """Faithfulness of explanations of texts: does the probability fall when the tokens that they name are removed?
 
-Tokens are removed by masking. Special tokens stay. Two numbers say how faithful an explanation is (DeYoung et al.,
-2020, arXiv 1911.03429). *Comprehensiveness* is how far the probability of the predicted class falls without the tokens
-that are named first: more is better. *Sufficiency* is how far it falls with these tokens alone: less is better. Each is
-a mean over the fractions `FRACTIONS` of a text's tokens.
+Tokens are removed in two ways: masked, as if they were not there, or replaced by the tokenizer's mask token. Special
+tokens stay. *Comprehensiveness* is how far the probability of the predicted class falls without the tokens that are
+named first: more is better. *Sufficiency* is how far it falls with these tokens alone: less is better (DeYoung et al.,
+2020, arXiv 1911.03429). *Log-odds* is the mean of the log of the probability without them over that with all: less is
+better. Each is a mean over the fractions `FRACTIONS` of a text's tokens.
+
+How far the probability can fall at all differs from model to model. *NAOPC* is the mean fall over all numbers of
+tokens removed, as a share of what is possible: 0 for the worst order of tokens and 1 for the best, both by beam search
+(Edin et al., 2025, arXiv 2408.08137). It compares models. The search takes forward passes by the square of the number
+of tokens, so that longer texts than `MOST_TOKENS` have none.
+
+*Sanity* is the rank correlation of an explanation with that of the same model with the weights of its head shuffled,
+each tensor by itself (Adebayo et al., 2018): a method that explains the head has little.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..models.modeling_capsule_head import CapsuleHeadForSequenceClassification
-from .attributions import explain
+from .methods import METHODS, Method, Text, probabilities
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)  # of a text's tokens, at least one token
 DELETED = tuple(n / 10 for n in range(11))  # fractions of tokens along a deletion curve
-N_STEPS = 50  # of integrated gradients
+MOST_TOKENS = 16  # of a text whose best and worst order are searched
+BEAM = 3  # orders of tokens that the search for the best one, and the worst, keeps
 
 
-class Text(NamedTuple):
-    """One text, as the model takes it.
+class Removal(NamedTuple):
+    """How faithful an explanation is where tokens are removed in one way.
 
     Attributes:
-        inputs: of `forward`, `[1, tokens]` each.
-        candidates: positions of the tokens that may be removed.
-        target: the class that is predicted.
-        pad_token_id: the id of the padding token, the baseline of integrated gradients.
+        comprehensiveness: mean fall of the probability without the tokens named first.
+        sufficiency: mean fall with them alone.
+        log_odds: mean log of the probability without them over that with all.
+        deletion: `[len(DELETED)]`, the probability without each fraction of the tokens.
     """
 
-    inputs: dict[str, Tensor]
-    candidates: Tensor
-    target: int
-    pad_token_id: int
+    comprehensiveness: float
+    sufficiency: float
+    log_odds: float
+    deletion: tuple[float, ...]
 
 
 class Faithfulness(NamedTuple):
     """How faithful one explanation of one text is.
 
     Attributes:
-        comprehensiveness: mean fall of the probability without the tokens named first.
-        sufficiency: mean fall with them alone.
-        deletion: `[len(DELETED)]`, the probability without each fraction of the tokens.
+        masked: where tokens are masked.
+        replaced: where they are replaced by the mask token; None of a tokenizer without one.
+        naopc: the mean fall, where tokens are masked, as a share of what is possible; NaN where that is not known.
+        sanity: rank correlation with the explanation of a head with shuffled weights; NaN of a single token.
         seconds: the time that the explanation took.
     """
 
-    comprehensiveness: float
-    sufficiency: float
-    deletion: tuple[float, ...]
+    masked: Removal
+    replaced: Removal | None
+    naopc: float
+    sanity: float
     seconds: float
-
-
-Method = Callable[[CapsuleHeadForSequenceClassification, Text], Tensor]
 
 
 def prepare_text(model: CapsuleHeadForSequenceClassification, tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
@@ -67,135 +78,118 @@ def prepare_text(model: CapsuleHeadForSequenceClassification, tokenizer: PreTrai
     candidates = (inputs.pop("special_tokens_mask")[0] == 0).nonzero()[:, 0]
     with torch.no_grad():
         target = int(model(**inputs).logits.argmax())
-    return Text(inputs, candidates, target, tokenizer.pad_token_id)
+    pad = tokenizer.pad_token_id
+    return Text(inputs, candidates, target, pad, pad if tokenizer.mask_token_id is None else tokenizer.mask_token_id)
 
 
-def measure(model: CapsuleHeadForSequenceClassification, text: Text, method: Method) -> Faithfulness:
-    """Time an explanation of a text, and measure how faithful it is.
+def measure_removal(
+    model: CapsuleHeadForSequenceClassification, text: Text, ranking: Tensor, is_replaced: bool = False
+) -> tuple[Removal, Tensor]:
+    """Measure what the probability does as tokens are removed.
 
     Args:
         model: a classifier, in evaluation mode.
         text: as `prepare_text` returns it.
-        method: one of `METHODS`. It returns a number for each token: the larger, the more it is for the class.
+        ranking: positions of its tokens, those named first before others.
+        is_replaced: whether tokens are replaced by the mask token, and not masked.
+
+    Returns:
+        A `Removal`, and the probability without the first 0, 1, ... all tokens, `[n + 1]`.
+    """
+    n, mask = len(ranking), text.inputs["attention_mask"][0]
+    named = [max(1, math.ceil(fraction * n)) for fraction in FRACTIONS]
+    kept = [mask.index_fill(0, ranking[:k], 0) for k in range(n + 1)]
+    kept += [mask.index_fill(0, ranking[k:], 0) for k in named]
+    if is_replaced:
+        ids = text.inputs["input_ids"].expand(len(kept), -1)
+        replaced = torch.where(torch.stack(kept) == mask, ids, text.mask_token_id)
+        inputs = {name: x.expand(len(kept), -1) for name, x in text.inputs.items()} | {"input_ids": replaced}
+        with torch.no_grad():
+            found = model(**inputs).logits.softmax(-1)[:, text.target]
+    else:
+        found = probabilities(model, text, torch.stack(kept))
+    curve, alone = found[: n + 1], found[n + 1 :]
+    without = curve[named]
+    return Removal(
+        float(curve[0] - without.mean()),
+        float(curve[0] - alone.mean()),
+        float((without.log() - curve[0].log()).mean()),
+        tuple(curve[[round(fraction * n) for fraction in DELETED]].tolist()),
+    ), curve
+
+
+def extreme_fall(model: CapsuleHeadForSequenceClassification, text: Text, sign: int) -> float:
+    """Return the largest mean fall of the probability over orders of tokens, or the smallest, by beam search.
+
+    Args:
+        model: a classifier, in evaluation mode.
+        text: as `prepare_text` returns it.
+        sign: 1 for the largest, -1 for the smallest.
+    """
+    mask = text.inputs["attention_mask"]
+    masks, totals = mask, -sign * probabilities(model, text, mask)
+    start, n = float(totals[0]) * -sign, len(text.candidates)
+    for _ in range(n):
+        next_masks = torch.cat(
+            [x.index_fill(0, position, 0)[None] for x in masks for position in text.candidates if x[position]]
+        )
+        totals = totals.repeat_interleave(len(next_masks) // len(masks))
+        # Orders that removed the same tokens go on alike: the best of them is kept.
+        totals = totals - sign * probabilities(model, text, next_masks)
+        best: dict[bytes, int] = {}
+        for index in totals.argsort(descending=True).tolist():
+            best.setdefault(next_masks[index].numpy().tobytes(), index)
+            if len(best) == BEAM:
+                break
+        masks, totals = next_masks[list(best.values())], totals[list(best.values())]
+    return start - float(totals.max()) * -sign / (n + 1)
+
+
+def measure(
+    model: CapsuleHeadForSequenceClassification,
+    shuffled: CapsuleHeadForSequenceClassification,
+    text: Text,
+    method: Method,
+    limits: tuple[float, float],
+    has_mask: bool,
+) -> Faithfulness:
+    """Time an explanation of a text, and measure how faithful it is.
+
+    Args:
+        model: a classifier, in evaluation mode.
+        shuffled: the same with the weights of its head shuffled.
+        text: as `prepare_text` returns it.
+        method: one of `METHODS`.
+        limits: the smallest and the largest mean fall; NaN where they are not known.
+        has_mask: whether the tokenizer has a mask token.
     """
     start = time.perf_counter()
-    attributions = method(model, text)
+    attributions = method(model, text)[text.candidates].detach()
     seconds = time.perf_counter() - start
-    ranking = text.candidates[attributions[text.candidates].argsort(descending=True)]
-    n = len(ranking)
-    all_tokens = text.inputs["attention_mask"][0]
-    masks = []
-    for fraction in FRACTIONS:
-        named = ranking[: max(1, math.ceil(fraction * n))]
-        special = all_tokens.index_fill(0, text.candidates, 0)
-        masks += [all_tokens.index_fill(0, named, 0), special.index_fill(0, named, 1)]
-    masks += [all_tokens.index_fill(0, ranking[: round(fraction * n)], 0) for fraction in DELETED]
-    found = _probabilities(model, text, torch.stack(masks))
-    with_all = float(found[len(masks) - len(DELETED)])
-    without, alone = (found[first : 2 * len(FRACTIONS) : 2] for first in (0, 1))
+    ranking = text.candidates[attributions.argsort(descending=True)]
+    masked, curve = measure_removal(model, text, ranking)
+    low, high = limits
+    fall = float(curve[0] - curve.mean())
+    others = method(shuffled, text)[text.candidates].detach()
+    is_constant = attributions.unique().numel() < 2 or others.unique().numel() < 2
     return Faithfulness(
-        with_all - float(without.mean()),
-        with_all - float(alone.mean()),
-        tuple(found[2 * len(FRACTIONS) :].tolist()),
+        masked,
+        measure_removal(model, text, ranking, is_replaced=True)[0] if has_mask else None,
+        (fall - low) / (high - low) if high > low else math.nan,
+        math.nan if is_constant else float(spearmanr(attributions, others).statistic),
         seconds,
     )
 
 
-@torch.no_grad()
-def _probabilities(model: CapsuleHeadForSequenceClassification, text: Text, masks: Tensor) -> Tensor:
-    """Return the probability of the predicted class for each mask, `[n, tokens]` to `[n]`."""
-    inputs = {name: x.expand(len(masks), -1) for name, x in text.inputs.items()}
-    return model(**{**inputs, "attention_mask": masks}).logits.softmax(-1)[:, text.target]
-
-
-# Methods
-
-
-def credit_chain(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return this package's credits, of all layers together, against the other classes."""
-    (explanation,) = explain(model, text.inputs)
-    return explanation.against_others(explanation.by_token())[:, text.target]
-
-
-def leave_one_out(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return how far the log of the probability falls without each token: a forward pass for each."""
-    mask = text.inputs["attention_mask"]
-    without_one = mask.expand(mask.shape[1], -1) * (1 - torch.eye(mask.shape[1], dtype=mask.dtype))
-    found = _probabilities(model, text, torch.cat([mask, without_one])).log()
-    return found[0] - found[1:]
-
-
-def log_probability(model: CapsuleHeadForSequenceClassification, text: Text) -> Callable[[Tensor], Tensor]:
-    """Return the function from embeddings of tokens to the log of the probability of the predicted class.
-
-    It takes `[n, tokens, hidden_size]` and returns `[n]`.
-    """
-    others = {name: x for name, x in text.inputs.items() if name != "input_ids"}
-
-    def compute(embeddings: Tensor) -> Tensor:
-        inputs = {name: x.expand(len(embeddings), -1) for name, x in others.items()}
-        return model(inputs_embeds=embeddings, **inputs).logits.log_softmax(-1)[:, text.target]
-
-    return compute
-
-
-def integrated_gradients(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return Captum's integrated gradients (Sundararajan et al., 2017).
-
-    They go from the embedding of padding to that of the text, in `N_STEPS` steps. Special tokens stay.
-    """
-    from captum.attr import IntegratedGradients
-
-    ids = text.inputs["input_ids"]
-    embed = model.get_input_embeddings()
+def shuffle_head(model: CapsuleHeadForSequenceClassification) -> CapsuleHeadForSequenceClassification:
+    """Return a copy of a model whose head, and linear term, have the same weights in another order."""
+    shuffled = copy.deepcopy(model)
     with torch.no_grad():
-        embeddings = embed(ids)
-        baseline = embed(ids.index_fill(1, text.candidates, text.pad_token_id))
-    attribute = IntegratedGradients(log_probability(model, text)).attribute
-    return attribute(embeddings, baseline, n_steps=N_STEPS, internal_batch_size=N_STEPS)[0].sum(-1)
-
-
-def gradient_x_input(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return Captum's gradient x input, of the embeddings."""
-    from captum.attr import InputXGradient
-
-    with torch.no_grad():
-        embeddings = model.get_input_embeddings()(text.inputs["input_ids"])
-    attribute = InputXGradient(log_probability(model, text)).attribute
-    return attribute(embeddings.requires_grad_())[0].sum(-1)
-
-
-@torch.no_grad()
-def attention_rollout(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return the attention from all tokens to each, through all layers (Abnar and Zuidema, 2020); it knows no class."""
-    backbone = model.backbone
-    assert backbone is not None  # it has predicted the class
-    implementation = backbone.config._attn_implementation
-    backbone.set_attn_implementation("eager")  # the others return none
-    try:
-        attentions = backbone(**text.inputs, output_attentions=True).attentions
-    finally:
-        backbone.set_attn_implementation(implementation)
-    rollout = torch.eye(text.inputs["input_ids"].shape[1])
-    for attention in attentions:
-        with_residual = attention[0].mean(0) + torch.eye(len(rollout))
-        rollout = with_residual / with_residual.sum(-1, keepdim=True) @ rollout
-    return rollout.mean(0)
-
-
-def random_order(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return random numbers: the control."""
-    return torch.rand(text.inputs["input_ids"].shape[1])
-
-
-METHODS: Mapping[str, Method] = {
-    "credits (this package)": credit_chain,
-    f"integrated gradients, {N_STEPS} steps": integrated_gradients,
-    "gradient x input": gradient_x_input,
-    "leave one out": leave_one_out,
-    "attention rollout": attention_rollout,
-    "random": random_order,
-}
+        for module in (shuffled.head, shuffled.linear_term):
+            for parameter in () if module is None else module.parameters():
+                order = torch.randperm(parameter.numel())
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return shuffled
 
 
 def compare_methods(
@@ -222,9 +216,14 @@ def compare_methods(
     if model.config.freeze_backbone:
         raise ValueError("The backbone is frozen, and gradients stop there; load it with freeze_backbone=False.")
     model.eval()
+    shuffled = shuffle_head(model)
     found: dict[str, list[Faithfulness]] = {name: [] for name in METHODS}
     for text in texts:
         prepared = prepare_text(model, tokenizer, text)
+        limits = math.nan, math.nan
+        if len(prepared.candidates) <= MOST_TOKENS:
+            limits = extreme_fall(model, prepared, -1), extreme_fall(model, prepared, 1)
         for name, method in METHODS.items():
-            found[name].append(measure(model, prepared, method))
+            has_mask = tokenizer.mask_token_id is not None
+            found[name].append(measure(model, shuffled, prepared, method, limits, has_mask))
     return found

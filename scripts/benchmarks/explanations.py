@@ -1,69 +1,127 @@
-"""Measure how faithful explanations of texts are, against other methods, and what they cost.
+"""Measure how faithful explanations of texts are, beside other methods, and what they cost.
 
-    python scripts/benchmarks/explanations.py MODEL --task sst2_root --json explanations.json --picture deletion.png
+    python scripts/benchmarks/explanations.py MODEL ... --set trec --data DIRECTORY --json trec.json
+    python scripts/benchmarks/explanations.py --table trec.json sst2.json
 
-For sentences of the test split, drawn at random, the script prints comprehensiveness and sufficiency (see
-`capsule_heads.explain.faithfulness`) with standard errors over sentences, and the time of an explanation, one sentence
-at a time. It draws deletion curves. The other methods are Captum's integrated gradients and gradient x input, attention
-rollout, leave-one-out and a random order.
+For texts of the test split, drawn at random, the script measures each method on each model, such as the seeds of one
+head: comprehensiveness, sufficiency and log-odds where tokens are masked and where they are replaced by the mask token,
+normalised AOPC, rank correlation with a head of shuffled weights (see `capsule_heads.explain.faithfulness`), and the
+time of an explanation, one text at a time. The second command prints tables of such files. The other methods are in
+`capsule_heads.explain.methods`.
 """
 
 import argparse
 import datetime
+import math
+import platform
 import statistics
+from pathlib import Path
 
+import datasets
 import torch
+from text_sets import OF_CSV, OF_TREES, load_text_set
 from transformers import AutoTokenizer
 
 from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
-from capsule_heads.explain.faithfulness import compare_methods
+from capsule_heads.explain.faithfulness import DELETED, compare_methods
 from capsule_heads.explain.pictures import draw_deletion
-from capsule_heads.files import write_json
-from capsule_heads.tasks import get_task
+from capsule_heads.files import read_json, write_json
+
+# Heading, value of a measurement, digits.
+COLUMNS = {
+    "comprehensiveness": (lambda x: x["masked"]["comprehensiveness"], 3),
+    "sufficiency": (lambda x: x["masked"]["sufficiency"], 3),
+    "log-odds": (lambda x: x["masked"]["log_odds"], 2),
+    "comprehensiveness, [MASK]": (lambda x: x["replaced"]["comprehensiveness"] if x["replaced"] else math.nan, 3),
+    "sufficiency, [MASK]": (lambda x: x["replaced"]["sufficiency"] if x["replaced"] else math.nan, 3),
+    "NAOPC": (lambda x: x["naopc"], 3),
+    "sanity": (lambda x: x["sanity"], 2),
+}
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="directory or Hub name of a classifier of texts")
-    parser.add_argument("--task", default="sst2_root", help="task whose test split is explained")
-    parser.add_argument("--source", help="where the task's data is")
-    parser.add_argument("--max_texts", type=at_least(0), default=500, help="drawn at random; 0 for all")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("models", nargs="*", help="directories or Hub names of classifiers of texts with one head")
+    parser.add_argument("--set", choices=(*OF_CSV, *OF_TREES), help="set whose test split is explained")
+    parser.add_argument("--data", help="folder with a folder for each set of CSV files")
+    parser.add_argument("--trees", help="folder of the Stanford Sentiment Treebank")
+    parser.add_argument("--max_texts", type=at_least(1), default=20, help="of each model, the same for all")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the choice of texts")
     parser.add_argument("--json", type=file_to_write, help="file for all numbers")
-    parser.add_argument("--picture", type=file_to_write, help="file for the deletion curves")
+    parser.add_argument("--picture", type=file_to_write, help="file for the deletion curves of the first model")
+    parser.add_argument("--table", nargs="+", metavar="JSON", help="files of earlier runs to print tables of, instead")
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
+    if bool(options.table) == bool(options.models):
+        fail("Expected models to measure, or --table with files of earlier runs: one of them.")
+    if options.models and options.set is None:
+        fail("models without --set; expected the set whose test split is explained.")
+    datasets.disable_progress_bars()
     try:
-        task = get_task(options.task)
-        split = task.load(options.source, phrases=False)["test"]
-        if task.modality != "text" or "text_pair" in split.column_names:
-            raise ValueError(f"task is {task.name}; expected a task of single texts, such as sst2_root.")
-        texts = split.shuffle(seed=options.seed).select(range(min(options.max_texts or len(split), len(split))))["text"]
-        model = CapsuleHeadForSequenceClassification.from_pretrained(options.model, freeze_backbone=False)
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
-        found = compare_methods(model, tokenizer, list(texts))
-        if options.picture:
-            curves = {name: torch.tensor([x.deletion for x in all_texts]).mean(0) for name, all_texts in found.items()}
-            draw_deletion(curves).savefig(options.picture)
+        runs = [read_json(path) for path in options.table] if options.table else [measure(options)]
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
-    print(
-        f"{len(texts)} texts, {torch.get_num_threads()} threads, torch {torch.__version__}, {datetime.date.today()}\n"
-    )
-    print("| method | comprehensiveness | sufficiency | ms an explanation, median |\n| --- | --- | --- | --- |")
-    for name, of_texts in found.items():
-        cells = [mean_and_error([getattr(x, key) for x in of_texts]) for key in ("comprehensiveness", "sufficiency")]
-        print(f"| {name} | {cells[0]} | {cells[1]} | {1e3 * statistics.median(x.seconds for x in of_texts):.1f} |")
+    for run in runs:
+        print_table(run)
     if options.json:
-        rows = {name: [x._asdict() for x in of_texts] for name, of_texts in found.items()}
-        measured_with = {name: value for name, value in vars(options).items() if name not in ("json", "picture")}
-        write_json(options.json, {"options": measured_with, "texts": list(texts), "methods": rows})
+        write_json(options.json, runs[0])
+    if options.picture:
+        of_methods = runs[0]["models"][0]["methods"]
+        curves = {name: mean_curve([x["masked"]["deletion"] for x in rows]) for name, rows in of_methods.items()}
+        draw_deletion(curves).savefig(options.picture)
 
 
-def mean_and_error(values: list[float]) -> str:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+def measure(options: argparse.Namespace) -> dict:
+    """Measure all methods on all models, and return all numbers."""
+    split = load_text_set(options.set, options.data, options.trees)["test"].shuffle(seed=options.seed)
+    texts = list(split.select(range(min(options.max_texts, len(split))))["text"])
+    models = []
+    for name in options.models:
+        torch.manual_seed(options.seed)
+        model = CapsuleHeadForSequenceClassification.from_pretrained(name, freeze_backbone=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        found = compare_methods(model, tokenizer, texts)
+        rows = {method: [as_dict(x) for x in of_texts] for method, of_texts in found.items()}
+        models.append({"name": Path(name).name, "head": model.config.head_type, "methods": rows})
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    about = {"set": options.set, "seed": options.seed, "machine": machine, "date": str(datetime.date.today())}
+    return {**about, "texts": texts, "models": models}
+
+
+def as_dict(found: object) -> object:
+    """Return a tuple with names as a dictionary, and NaN, which JSON has not, as None."""
+    if hasattr(found, "_asdict"):
+        return {name: as_dict(value) for name, value in found._asdict().items()}
+    return None if isinstance(found, float) and math.isnan(found) else found
+
+
+def print_table(run: dict) -> None:
+    """Print the means of a run, with their standard errors over texts, each the mean of its models."""
+    heads = ", ".join(sorted({model["head"] for model in run["models"]}))
+    names = ", ".join(model["name"] for model in run["models"])
+    print(f"\n{run['set']}, {heads}: {len(run['texts'])} texts, models {names}; {run['machine']}, {run['date']}\n")
+    print(f"| method | {' | '.join(COLUMNS)} | ms, median |\n|{' --- |' * (len(COLUMNS) + 2)}")
+    for method in run["models"][0]["methods"]:
+        rows = [model["methods"][method] for model in run["models"]]
+        cells = [mean_and_error(rows, value, digits) for value, digits in COLUMNS.values()]
+        milliseconds = 1e3 * statistics.median(x["seconds"] for of_model in rows for x in of_model)
+        print(f"| {method} | {' | '.join(cells)} | {milliseconds:.0f} |")
+
+
+def mean_and_error(rows: list[list[dict]], value: object, digits: int) -> str:
+    of_texts = []
+    for of_models in zip(*rows, strict=True):
+        known = [x for x in map(value, of_models) if x is not None and not math.isnan(x)]
+        if known:
+            of_texts.append(statistics.fmean(known))
+    if not of_texts:
+        return "-"
+    error = statistics.stdev(of_texts) / len(of_texts) ** 0.5 if len(of_texts) > 1 else math.nan
+    return f"{statistics.fmean(of_texts):.{digits}f} ± {error:.{digits}f}"
+
+
+def mean_curve(curves: list[list[float]]) -> list[float]:
+    return [statistics.fmean(curve[n] for curve in curves) for n in range(len(DELETED))]
 
 
 if __name__ == "__main__":
