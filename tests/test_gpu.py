@@ -247,13 +247,15 @@ def test_hidden_states_are_cached_and_trained_from(bert, tokenizer, texts, tmp_p
 
 
 @pytest.mark.gpu
-def test_explanations_are_those_on_the_cpu(bert, tokenizer):
+@pytest.mark.parametrize("through_backbone", [False, True])
+def test_explanations_are_those_on_the_cpu(bert, tokenizer, through_backbone):
     model = make_text_model(bert).eval()
     given = ["the film was good", "a plot", "not bad not dull is the film"]
-    on_cpu = explain(model, given, tokenizer)
-    for found, expected in zip(explain(model.to(DEVICE), given, tokenizer), on_cpu, strict=True):
+    on_cpu = explain(model, given, tokenizer, through_backbone=through_backbone)
+    on_device = explain(model.to(DEVICE), given, tokenizer, through_backbone=through_backbone)
+    for found, expected in zip(on_device, on_cpu, strict=True):
         assert found.tokens == expected.tokens
-        for name in ("logits", "probabilities", "parts"):
+        for name in ("logits", "probabilities", "parts", "baseline"):
             actual = getattr(found, name).cpu()
             torch.testing.assert_close(actual, getattr(expected, name), rtol=1e-4, atol=1e-4)
         actual = found.by_token_and_layer().cpu()

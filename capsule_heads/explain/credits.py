@@ -47,8 +47,9 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # logits by which credits of tokens may miss the score less its baseline, before rounding
 RELATIVE_TOLERANCE = 1e-6  # of the largest gain, where that is more: float32 has no more digits
+CUTS = (0, 1 / 16, 1 / 4, 1)  # of the path, into the first stretches: shorter ones where scores change faster
 N_NODES = 9  # of a stretch of the path, both ends among them
-MOST_HALVINGS = 12  # of the path, down to a stretch: what misses its tolerance then is taken as it is
+MOST_HALVINGS = 12  # of a stretch: what misses its tolerance then is taken as it is
 MOST_VOTES = 2**22  # numbers, of what is routed in one call: a bound for memory
 
 
@@ -167,10 +168,10 @@ class Slopes(NamedTuple):
 def integrate_slopes(routing: Routing, a: Tensor, mu: Tensor) -> Slopes:
     """Integrate the derivatives of class scores along the straight path from `a = 0` and `mu = 0`.
 
-    By Gauss-Lobatto quadrature, of the whole path at first. What scores gain along a stretch of it is known, from the
-    scores at its ends; a stretch whose derivatives miss that is halved. Variances of votes are small where a path
-    starts, and derivatives change fast there: some texts need many nodes, most need few. In float64, as an error of
-    `TOLERANCE` is little beside the terms that it is of.
+    By Gauss-Lobatto quadrature, of stretches of the path. What scores gain along a stretch is known, from the scores at
+    its ends; one whose derivatives miss that is halved. Variances of votes are small where a path starts, and
+    derivatives change fast there: some texts need many nodes, most need few. In float64, as an error of `TOLERANCE` is
+    little beside the terms that it is of.
 
     Args:
         routing: from parts to classes.
@@ -188,9 +189,9 @@ def integrate_slopes(routing: Routing, a: Tensor, mu: Tensor) -> Slopes:
     allowed = (RELATIVE_TOLERANCE * (end - start).abs().amax(-1)).clamp(min=TOLERANCE)
     per_call = max(1, MOST_VOTES // (N_NODES * mu[0].numel() * start.shape[-1]))
     # Of each stretch its sample, where it starts, and its length.
-    stretches: list[tuple[Tensor, ...]] = [
-        (torch.arange(len(a), device=a.device), a.new_zeros(len(a)), a.new_ones(len(a)))
-    ]
+    cuts = a.new_tensor(CUTS)
+    rows = torch.arange(len(a), device=a.device).repeat_interleave(len(CUTS) - 1)
+    stretches: list[tuple[Tensor, ...]] = [(rows, cuts[:-1].repeat(len(a)), cuts.diff().repeat(len(a)))]
     for halvings in range(MOST_HALVINGS + 1):
         missed = []
         for rows, low, length in (x for found in stretches for x in zip(*(part.split(per_call) for part in found))):
