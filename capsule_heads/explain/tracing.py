@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from ..models.modeling_capsule_head import CapsuleHeadClassifier
 
 ATTENTION = "capsule_heads_traced"  # as an implementation of attention in transformers
-GATED = ("gate_proj", "up_proj", "wi_0", "wi_1", "Wi")  # layers whose outputs are multiplied with one another
-ACTIVATIONS: Any = tuple({x[0] if isinstance(x, tuple) else x for x in ACT2CLS.values()})
+# Layers of one module whose outputs are multiplied with one another, or the halves of whose output are.
+GATED = (("gate_proj", "up_proj"), ("Wi",))
+ACTIVATIONS: Any = (nn.GELU, nn.SiLU, nn.ReLU, *(x[0] if isinstance(x, tuple) else x for x in ACT2CLS.values()))
 
 
 class TracedStates(NamedTuple):
@@ -94,10 +95,11 @@ def traced(model: CapsuleHeadClassifier, inputs: Mapping[str, Any]) -> Iterator[
     implementation = backbone.config._attn_implementation
     # Text comes as numbers of tokens: the graph begins behind them.
     given = {name: x.detach().requires_grad_() if _is_float(name, x) else x for name, x in inputs.items()}
-    hooks = [module.register_forward_hook(hook) for module, hook in _rules(model)]
-    if "input_ids" in inputs:
-        hooks.append(backbone.get_input_embeddings().register_forward_hook(_as_leaf))
+    hooks = []
     try:
+        hooks += [module.register_forward_hook(hook) for module, hook in _rules(model)]
+        if "input_ids" in inputs:
+            hooks.append(backbone.get_input_embeddings().register_forward_hook(_as_leaf))
         backbone.set_attn_implementation(ATTENTION)
         layers = sorted({0, *model.config.layers})
         with torch.enable_grad():
@@ -154,13 +156,13 @@ def _is_float(name: str, x: object) -> bool:
 
 def _rules(model: CapsuleHeadClassifier) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """Yield the modules whose derivatives are not the usual ones, and the hooks that see to it."""
-    for name, module in model.named_modules():
+    for module in model.modules():
+        children = dict(module.named_children())
+        yield from ((children[name], _halved) for names in GATED if children.keys() >= set(names) for name in names)
         if isinstance(module, nn.LayerNorm):
             yield module, _centred
         elif isinstance(module, ACTIVATIONS) or type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
             yield module, _scaled
-        elif name.rpartition(".")[2] in GATED:
-            yield module, _halved
 
 
 def _as_leaf(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:

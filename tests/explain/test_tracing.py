@@ -8,7 +8,7 @@ from torch import nn
 from transformers import SwinConfig, ViTConfig
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
-from capsule_heads.explain import explain
+from capsule_heads.explain import explain, tracing
 
 TEXTS = ["the film is not good", "dull"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -128,3 +128,21 @@ def test_what_cannot_be_traced(make_model, tokenizer, shake):
     )
     shake(hierarchical.head)
     refused(hierarchical, "has a backbone whose layers", {"pixel_values": torch.rand(1, 3, 32, 32)})
+
+
+@pytest.mark.parametrize(("kind", "names"), [("llama", ["gate_proj", "up_proj"]), ("modernbert", ["Wi"]), ("bert", [])])
+def test_layers_that_are_multiplied_are_halved(make_model, kind, names):
+    model = make_model(kind)
+    of_modules = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    found = [of_modules[module] for module, hook in tracing._rules(model) if hook is tracing._halved]
+    assert found == names * 2  # layers
+
+
+def test_an_up_projection_without_a_gate_is_not_halved():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.act = nn.Linear(2, 2), nn.GELU()
+
+    layer = Layer()
+    assert [hook for _, hook in tracing._rules(layer)] == [tracing._scaled]
