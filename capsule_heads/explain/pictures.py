@@ -361,7 +361,7 @@ def draw_deletion(curves: Mapping[str, Sequence[float]]) -> Figure:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure = new_figure(7.0, 4.4)
+    figure = new_figure(9.6, 4.4)
     axes = figure.subplots()
     styles = ("-", "--", "-.", ":")
     for n, (name, curve) in enumerate(curves.items()):
@@ -371,5 +371,5 @@ def draw_deletion(curves: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_ylabel("mean probability of the predicted class")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)  # beside the curves, which fill the axes
     return figure
