@@ -100,14 +100,12 @@ def measure_removal(
     named = [max(1, math.ceil(fraction * n)) for fraction in FRACTIONS]
     kept = [mask.index_fill(0, ranking[:k], 0) for k in range(n + 1)]
     kept += [mask.index_fill(0, ranking[k:], 0) for k in named]
+    masks = torch.stack(kept)
     if is_replaced:
-        ids = text.inputs["input_ids"].expand(len(kept), -1)
-        replaced = torch.where(torch.stack(kept) == mask, ids, text.mask_token_id)
-        inputs = {name: x.expand(len(kept), -1) for name, x in text.inputs.items()} | {"input_ids": replaced}
-        with torch.no_grad():
-            found = model(**inputs).logits.softmax(-1)[:, text.target]
+        replaced = torch.where(masks == mask, text.inputs["input_ids"], text.mask_token_id)
+        found = probabilities(model, text, input_ids=replaced)
     else:
-        found = probabilities(model, text, torch.stack(kept))
+        found = probabilities(model, text, attention_mask=masks)
     curve, alone = found[: n + 1], found[n + 1 :]
     without = curve[named]
     return Removal(
@@ -127,15 +125,15 @@ def extreme_fall(model: CapsuleHeadForSequenceClassification, text: Text, sign: 
         sign: 1 for the largest, -1 for the smallest.
     """
     mask = text.inputs["attention_mask"]
-    masks, totals = mask, -sign * probabilities(model, text, mask)
+    masks, totals = mask, -sign * probabilities(model, text, attention_mask=mask)
     start, n = float(totals[0]) * -sign, len(text.candidates)
     for _ in range(n):
         next_masks = torch.cat(
             [x.index_fill(0, position, 0)[None] for x in masks for position in text.candidates if x[position]]
         )
         totals = totals.repeat_interleave(len(next_masks) // len(masks))
+        totals = totals - sign * probabilities(model, text, attention_mask=next_masks)
         # Orders that removed the same tokens go on alike: the best of them is kept.
-        totals = totals - sign * probabilities(model, text, next_masks)
         best: dict[bytes, int] = {}
         for index in totals.argsort(descending=True).tolist():
             best.setdefault(next_masks[index].numpy().tobytes(), index)
@@ -217,6 +215,7 @@ def compare_methods(
         raise ValueError("The backbone is frozen, and gradients stop there; load it with freeze_backbone=False.")
     model.eval()
     shuffled = shuffle_head(model)
+    has_mask = tokenizer.mask_token_id is not None
     found: dict[str, list[Faithfulness]] = {name: [] for name in METHODS}
     for text in texts:
         prepared = prepare_text(model, tokenizer, text)
@@ -224,6 +223,5 @@ def compare_methods(
         if len(prepared.candidates) <= MOST_TOKENS:
             limits = extreme_fall(model, prepared, -1), extreme_fall(model, prepared, 1)
         for name, method in METHODS.items():
-            has_mask = tokenizer.mask_token_id is not None
             found[name].append(measure(model, shuffled, prepared, method, limits, has_mask))
     return found

@@ -44,10 +44,17 @@ Method = Callable[[CapsuleHeadForSequenceClassification, Text], Tensor]
 
 
 @torch.no_grad()
-def probabilities(model: CapsuleHeadForSequenceClassification, text: Text, masks: Tensor) -> Tensor:
-    """Return the probability of the predicted class for each mask, `[n, tokens]` to `[n]`."""
-    inputs = {name: x.expand(len(masks), -1) for name, x in text.inputs.items()}
-    return model(**{**inputs, "attention_mask": masks}).logits.softmax(-1)[:, text.target]
+def probabilities(model: CapsuleHeadForSequenceClassification, text: Text, **changed: Tensor) -> Tensor:
+    """Return the probability of the predicted class for each variant of a text, `[n]`.
+
+    Args:
+        model: a classifier, in evaluation mode.
+        text: as `faithfulness.prepare_text` returns it.
+        **changed: inputs that differ, `[n, tokens]`.
+    """
+    n = len(next(iter(changed.values())))
+    inputs = {name: x.expand(n, -1) for name, x in text.inputs.items()}
+    return model(**{**inputs, **changed}).logits.softmax(-1)[:, text.target]
 
 
 def credits(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
@@ -66,7 +73,7 @@ def leave_one_out(model: CapsuleHeadForSequenceClassification, text: Text) -> Te
     """Return how far the log of the probability falls without each token: a forward pass for each."""
     mask = text.inputs["attention_mask"]
     without_one = mask.expand(mask.shape[1], -1) * (1 - torch.eye(mask.shape[1], dtype=mask.dtype))
-    found = probabilities(model, text, torch.cat([mask, without_one])).log()
+    found = probabilities(model, text, attention_mask=torch.cat([mask, without_one])).log()
     return found[0] - found[1:]
 
 
@@ -78,7 +85,7 @@ def shapley_sampling(n_permutations: int) -> Method:
 
         mask = text.inputs["attention_mask"]
         groups = torch.zeros_like(mask).index_copy(1, text.candidates, torch.arange(1, 1 + len(text.candidates))[None])
-        found = ShapleyValueSampling(lambda masks: probabilities(model, text, masks.long()).log()).attribute(
+        found = ShapleyValueSampling(lambda x: probabilities(model, text, attention_mask=x.long()).log()).attribute(
             mask.float(),
             baselines=mask.index_fill(1, text.candidates, 0).float(),
             feature_mask=groups,  # special tokens are one feature, which never changes
