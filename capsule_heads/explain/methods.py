@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models.modeling_capsule_head import CapsuleHeadForSequenceClassification
 from .attributions import explain
-from .tracing import traced
+from .tracing import attention_of, traced
 
 N_STEPS = 50  # of integrated gradients
 N_STEPS_OF_EACH = 10  # of sequential integrated gradients, for each token
@@ -173,12 +173,8 @@ def attention_rollout(model: CapsuleHeadForSequenceClassification, text: Text) -
     """Return the attention from all tokens to each, through all layers (Abnar and Zuidema, 2020); it knows no class."""
     backbone = model.backbone
     assert backbone is not None  # it has predicted the class
-    implementation = backbone.config._attn_implementation
-    backbone.set_attn_implementation("eager")  # the others return none
-    try:
+    with attention_of(backbone, "eager"):  # the others return none
         attentions = backbone(**text.inputs, output_attentions=True).attentions
-    finally:
-        backbone.set_attn_implementation(implementation)
     rollout = torch.eye(text.inputs["input_ids"].shape[1])
     for attention in attentions:
         with_residual = attention[0].mean(0) + torch.eye(len(rollout))
@@ -191,10 +187,11 @@ def random_order(model: CapsuleHeadForSequenceClassification, text: Text) -> Ten
     return torch.rand(text.inputs["input_ids"].shape[1])
 
 
+CREDITS, THROUGH_BACKBONE, LEAVE_ONE_OUT = "credits", "credits, through the backbone", "leave one out"
 METHODS: Mapping[str, Method] = {
-    "credits": credits,
-    "credits, through the backbone": traced_credits,
-    "leave one out": leave_one_out,
+    CREDITS: credits,
+    THROUGH_BACKBONE: traced_credits,
+    LEAVE_ONE_OUT: leave_one_out,
     **{f"Shapley sampling, {n} permutation{'s' * (n > 1)}": shapley_sampling(n) for n in N_PERMUTATIONS},
     f"integrated gradients, {N_STEPS} steps": integrated_gradients,
     f"sequential integrated gradients, {N_STEPS_OF_EACH} steps a token": sequential_integrated_gradients,

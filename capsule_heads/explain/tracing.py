@@ -92,15 +92,14 @@ def traced(model: CapsuleHeadClassifier, inputs: Mapping[str, Any]) -> Iterator[
         raise _not_traced("was given hidden states, which come from no backbone here")
     backbone = model.backbone
     assert backbone is not None  # check_traceable refuses such a model
-    implementation = backbone.config._attn_implementation
     # Text comes as numbers of tokens: the graph begins behind them.
     given = {name: x.detach().requires_grad_() if _is_float(name, x) else x for name, x in inputs.items()}
-    hooks = []
-    try:
-        hooks += [module.register_forward_hook(hook) for module, hook in _rules(model)]
+    with contextlib.ExitStack() as until_the_end, attention_of(backbone, ATTENTION):
+        for module, hook in _rules(model):
+            until_the_end.callback(module.register_forward_hook(hook).remove)
         if "input_ids" in inputs:
-            hooks.append(backbone.get_input_embeddings().register_forward_hook(_as_leaf))
-        backbone.set_attn_implementation(ATTENTION)
+            embeddings = backbone.get_input_embeddings()
+            until_the_end.callback(embeddings.register_forward_hook(_as_leaf).remove)
         layers = sorted({0, *model.config.layers})
         with torch.enable_grad():
             output = model.config.backbone.run(backbone, layers, given, trains=True)
@@ -109,10 +108,17 @@ def traced(model: CapsuleHeadClassifier, inputs: Mapping[str, Any]) -> Iterator[
             masks = {layer: x.to(device) for layer, x in zip(layers, output.masks)}
             taken = model.config.layers
             yield TracedStates(states[0], [states[n] for n in taken], [masks[n] for n in taken])
+
+
+@contextlib.contextmanager
+def attention_of(backbone: Any, implementation: str) -> Iterator[None]:
+    """Let a backbone compute attention by another implementation of transformers, until the end of the context."""
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(implementation)
+    try:
+        yield
     finally:
-        backbone.set_attn_implementation(implementation)
-        for hook in hooks:
-            hook.remove()
+        backbone.set_attn_implementation(before)
 
 
 def trace(credits: Sequence[Tensor], read: Sequence[Tensor], run: TracedStates) -> Tensor:

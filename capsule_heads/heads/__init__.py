@@ -22,6 +22,7 @@ from .spatial_pose import SpatialPoseHead  # isort: skip
 from .linear import LinearHead  # isort: skip
 from .scalar_mix import ScalarMixHead  # isort: skip
 from .attentive_pooling import AttentivePoolingHead  # isort: skip
+from .gated_routing import GatedRoutingHead  # isort: skip
 from .vector_routing import VectorRouting, VectorRoutingHead  # isort: skip
 from .ensemble import EnsembleHead  # isort: skip
 from .routing import RoutingHead  # isort: skip
@@ -31,6 +32,7 @@ __all__ = [
     "DEFAULT_HEAD",
     "AttentivePoolingHead",
     "EnsembleHead",
+    "GatedRoutingHead",
     "Head",
     "HeadOptions",
     "HeadOutput",

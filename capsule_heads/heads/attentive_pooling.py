@@ -1,4 +1,4 @@
-"""A head that attends to all tokens at all layers with one query."""
+"""A head that attends to all tokens at all layers with learned queries."""
 
 from __future__ import annotations
 
@@ -7,27 +7,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import HeadOptions, HeadOutput, Mix, option, register, reset
-from .inputs import TokenHead
+from .inputs import TokenHead, attend
 
 
 @dataclass(frozen=True)
 class AttentivePoolingOptions(HeadOptions):
     """The options of `AttentivePoolingHead`."""
 
-    d_inp: int = option(64, "Size of the vectors that hidden states become, and of the query.")
+    d_inp: int = option(64, "Size of the vectors that hidden states become, and of a query.")
+    n_queries: int = option(1, "Number of queries; each attends for its own slice of the vectors.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_inp % self.n_queries:
+            raise ValueError(
+                f"n_queries is {self.n_queries}, and d_inp {self.d_inp}; expected a divisor of d_inp: each query "
+                "attends for an equal slice of the vectors."
+            )
 
 
 @register("attentive_pooling")
 class AttentivePoolingHead(TokenHead):
-    """A learned query that attends to all tokens at all layers, and an affine map of the result.
+    """Learned queries that attend to all tokens at all layers, and an affine map of what they find.
 
-    Hidden states become vectors `x_i` as in `TokenDepthHead`: layer embedding, affine map, swish, normalisation. With a
-    mask `f_i`, the weight `w_i` of each is `f_i exp(q x_i / sqrt(d_inp))`, over the sum of all. A score is then a sum
-    over tokens and layers, `sum_i w_i (A x_i)_k`, and a bias.
+    Hidden states become vectors `x_i` as in `TokenDepthHead`: layer embedding, affine map, swish, normalisation. These
+    are cut into slices `x_iq`, one for each query. With a mask `f_i`, the weight `w_iq` is `f_i exp(q x_i /
+    sqrt(d_inp))`, over the sum of all inputs. A score is then a sum over tokens and layers, `sum_i sum_q w_iq (A_q
+    x_iq)_k`, and a bias. Several queries are Efficient Probing's, without its other parts (Psomas et al., 2026, arXiv
+    2506.10178).
 
     Args:
         hidden_sizes: size of each hidden state.
@@ -43,7 +53,9 @@ class AttentivePoolingHead(TokenHead):
     def __init__(self, *, hidden_sizes: Sequence[int], n_out: int, **options: Any) -> None:
         super().__init__(hidden_sizes=hidden_sizes, n_out=n_out, **options)
         self.detect_parts = self.make_detectors(self.options.d_inp)
-        self.query = nn.Parameter(torch.empty(self.options.d_inp))
+        n_queries, d_inp = self.options.n_queries, self.options.d_inp
+        # One query is a vector, as it was in models that could not have several.
+        self.query = nn.Parameter(torch.empty(d_inp) if n_queries == 1 else torch.empty(n_queries, d_inp))
         self.affine = nn.Linear(self.options.d_inp, n_out)
         self.reset_parameters()
 
@@ -61,23 +73,21 @@ class AttentivePoolingHead(TokenHead):
         mix: Mix | None,
     ) -> HeadOutput:
         """Score what the query attends to; see `Head.score`."""
-        weights, x = self._attend(hidden_states, masks, mix)
-        return HeadOutput(self.affine(torch.einsum("bi,bid->bd", weights, x)).float())
+        weights, slices = self._attend(hidden_states, masks, mix)
+        return HeadOutput(self.affine(torch.einsum("bqi,biqd->bqd", weights, slices).flatten(1)).float())
 
     def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return the terms of the sum over tokens and layers; see `Head.credits`."""
-        weights, x = self._attend(hidden_states, masks)
-        return self.split_by_layer(
-            weights.detach().unsqueeze(-1) * (x @ self.affine.weight.mT), [x.shape[1] for x in hidden_states]
-        )
+        weights, slices = self._attend(hidden_states, masks)
+        weighted = weights.detach().mT.unsqueeze(-1) * slices
+        return self.split_by_layer(weighted.flatten(2) @ self.affine.weight.mT, [x.shape[1] for x in hidden_states])
 
     def _attend(
         self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor], mix: Mix | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the weights `[batch, n_inp]` of vectors, and these, `[batch, n_inp, d_inp]`."""
+        """Return weights `[batch, n_queries, n_inp]`, and slices of vectors, `[batch, n_inp, n_queries, size]`."""
         a, x = self.detect(hidden_states, masks, mix)
         x = x.squeeze(-2)  # [bid]
-        scores = (x @ self.query) * x.shape[-1] ** -0.5
-        # Where all is masked the weights are 0, not NaN.
-        weights = (scores + F.logsigmoid(a).clamp_min(torch.finfo(torch.float32).min)).softmax(-1) * (a > -torch.inf)
-        return weights.to(x.dtype), x
+        queries = self.query.view(self.options.n_queries, -1)
+        weights = attend(queries @ x.mT * x.shape[-1] ** -0.5, a.unsqueeze(1))
+        return weights.to(x.dtype), x.unflatten(-1, (len(queries), -1))

@@ -133,6 +133,20 @@ class TokenHead(Head):
         return list(values.split(list(n_tokens), dim=1))
 
 
+def attend(scores: Tensor, a: Tensor) -> Tensor:
+    """Return the weights of inputs: the softmax of their scores, with their mask as a factor.
+
+    Args:
+        scores: `[..., n_inp]`.
+        a: logit of the mask, of the same shape or one that is expanded to it; -inf for what is masked.
+
+    Returns:
+        `[..., n_inp]`; where all is masked the weights are 0.
+    """
+    masked = scores + F.logsigmoid(a).clamp_min(torch.finfo(torch.float32).min)
+    return masked.softmax(-1) * (a > -torch.inf)
+
+
 class _LinearOfHalf(torch.autograd.Function):
     """Product of an affine map that keeps its input for the backward pass as it is, in half precision.
 

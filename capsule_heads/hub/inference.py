@@ -33,9 +33,10 @@ FILES = {
 CHECKS = r"_?check_(?!weights$)\w+"
 WITHOUT = {
     "backbones.backbone": ["Backbone.find", "Backbone.candidates", "Backbone.probe", "Backbone.fields"],
-    "heads.attentive_pooling": ["AttentivePoolingHead.credits"],
+    "heads.attentive_pooling": ["AttentivePoolingHead.credits", "AttentivePoolingOptions.__post_init__"],
     "heads.base": ["HeadOptions.__post_init__", "Head.credits"],
     "heads.ensemble": ["EnsembleOptions.__post_init__"],
+    "heads.gated_routing": ["GatedRoutingHead.credits"],
     "heads.linear": ["LinearHead.credits"],
     "heads.routing": ["RoutingOptions.__post_init__", "RoutingHead.split_by_layer"],
     "heads.inputs": ["TokenHead.split_by_layer"],

@@ -54,8 +54,8 @@ class CapsuleHeadConfig(PreTrainedConfig):
         head_type: the head's name in the registry, `capsule_heads.heads.registered_heads`. "token_depth" is the paper's
             text head, on all tokens at several layers; "spatial_pose" is its vision head, on the poses that it computes
             at every position of one feature map. The controls have no capsules: "linear" on one hidden state,
-            "scalar_mix" on a learned mix of several, "attentive_pooling" and "vector_routing" (Heinsen, 2022) on what
-            "token_depth" takes. "ensemble_of_heads" is several trained heads, put into one by
+            "scalar_mix" on a learned mix of several, "attentive_pooling", "gated_routing" and "vector_routing"
+            (Heinsen, 2022) on what "token_depth" takes. "ensemble_of_heads" is several trained heads, put into one by
             `capsule_heads.make_ensemble`. A head of your own has the name that it was registered under.
         layers: indices of the hidden states to use, 0 being the embedding output; negative ones count from the end.
             None for all, or for the last where the head takes one. They are kept resolved, ascending and not negative,

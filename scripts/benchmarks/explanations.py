@@ -6,8 +6,8 @@
 For texts of the test split, drawn at random, the script measures each method on each model, such as the seeds of one
 head: comprehensiveness, sufficiency and log-odds where tokens are masked and where they are replaced by the mask token,
 normalised AOPC, rank correlation with a head of shuffled weights (see `capsule_heads.explain.faithfulness`), and the
-time of an explanation, one text at a time. The second command prints tables of such files. The other methods are in
-`capsule_heads.explain.methods`.
+time of an explanation, one text at a time. The second command prints tables of such files, and one that compares their
+heads. The other methods are in `capsule_heads.explain.methods`.
 """
 
 import argparse
@@ -25,9 +25,11 @@ from transformers import AutoTokenizer
 from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_write
 from capsule_heads.explain.faithfulness import DELETED, compare_methods
+from capsule_heads.explain.methods import CREDITS, LEAVE_ONE_OUT, THROUGH_BACKBONE
 from capsule_heads.explain.pictures import draw_deletion
 from capsule_heads.files import read_json, write_json
 
+TEXTS = 20
 # Heading, value of a measurement, digits.
 COLUMNS = {
     "comprehensiveness": (lambda x: x["masked"]["comprehensiveness"], 3),
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--set", choices=(*OF_CSV, *OF_TREES), help="set whose test split is explained")
     parser.add_argument("--data", help="folder with a folder for each set of CSV files")
     parser.add_argument("--trees", help="folder of the Stanford Sentiment Treebank")
-    parser.add_argument("--max_texts", type=at_least(1), default=20, help="of each model, the same for all")
+    parser.add_argument("--max_texts", type=at_least(1), help=f"the same for all models (default: {TEXTS})")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the choice of texts")
     parser.add_argument("--json", type=file_to_write, help="file for all numbers")
     parser.add_argument("--picture", type=file_to_write, help="file for the deletion curves of the first model")
@@ -56,6 +58,9 @@ def main() -> None:
         fail("Expected models to measure, or --table with files of earlier runs: one of them.")
     if options.models and options.set is None:
         fail("models without --set; expected the set whose test split is explained.")
+    unused = [name for name in ("set", "data", "trees", "max_texts", "json", "picture") if getattr(options, name)]
+    if options.table and unused:
+        fail(f"--{unused[0]} with --table, which measures nothing; leave it out.")
     datasets.disable_progress_bars()
     try:
         runs = [read_json(path) for path in options.table] if options.table else [measure(options)]
@@ -63,6 +68,8 @@ def main() -> None:
         fail(error)
     for run in runs:
         print_table(run)
+    if len(runs) > 1:
+        print_heads(runs)
     if options.json:
         write_json(options.json, runs[0])
     if options.picture:
@@ -74,7 +81,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> dict:
     """Measure all methods on all models, and return all numbers."""
     split = load_text_set(options.set, options.data, options.trees)["test"].shuffle(seed=options.seed)
-    texts = list(split.select(range(min(options.max_texts, len(split))))["text"])
+    texts = list(split.select(range(min(options.max_texts or TEXTS, len(split))))["text"])
     models = []
     for name in options.models:
         torch.manual_seed(options.seed)
@@ -82,7 +89,8 @@ def measure(options: argparse.Namespace) -> dict:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         found = compare_methods(model, tokenizer, texts)
         rows = {method: [as_dict(x) for x in of_texts] for method, of_texts in found.items()}
-        models.append({"name": Path(name).name, "head": model.config.head_type, "methods": rows})
+        about = {"name": Path(name).name, "head": model.config.head_type, "accuracy": accuracy_of(name)}
+        models.append({**about, "methods": rows})
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     about = {"set": options.set, "seed": options.seed, "machine": machine, "date": str(datetime.date.today())}
     return {**about, "texts": texts, "models": models}
@@ -106,6 +114,34 @@ def print_table(run: dict) -> None:
         cells = [mean_and_error(rows, value, digits) for value, digits in COLUMNS.values()]
         milliseconds = 1e3 * statistics.median(x["seconds"] for of_model in rows for x in of_model)
         print(f"| {method} | {' | '.join(cells)} | {milliseconds:.0f} |")
+
+
+def print_heads(runs: list[dict]) -> None:
+    """Print a table of the accuracy, faithfulness and time of the heads of several runs, of credits of both kinds."""
+    of_credits = ("NAOPC", "comprehensiveness less that of leave one out", "ms")
+    heading = [*of_credits, *(f"{name}, through the backbone" for name in of_credits)]
+    print(f"\n| set | head | accuracy, % | {' | '.join(heading)} |\n|{' --- |' * 9}")
+    comprehensiveness, naopc = COLUMNS["comprehensiveness"][0], COLUMNS["NAOPC"][0]
+    for run in runs:
+        models = run["models"]
+        accuracies = [100 * x["accuracy"] for x in models if x["accuracy"] is not None]
+        cells = [run["set"], models[0]["head"], f"{statistics.fmean(accuracies):.1f}" if accuracies else "-"]
+        for method in (CREDITS, THROUGH_BACKBONE):
+            rows, reference = ([x["methods"][name] for x in models] for name in (method, LEAVE_ONE_OUT))
+            pairs = [list(zip(*of_model, strict=True)) for of_model in zip(rows, reference, strict=True)]
+            milliseconds = 1e3 * statistics.median(x["seconds"] for of_model in rows for x in of_model)
+            cells += [
+                mean_and_error(rows, naopc, 3),
+                mean_and_error(pairs, lambda pair: comprehensiveness(pair[0]) - comprehensiveness(pair[1]), 3),
+                f"{milliseconds:.0f}",
+            ]
+        print(f"| {' | '.join(cells)} |")
+
+
+def accuracy_of(name: str) -> float | None:
+    """Return the accuracy on the test split that the run has found which made a model; None where it is not known."""
+    file = Path(name, "results.json")
+    return read_json(file).get("test_accuracy") if file.is_file() else None
 
 
 def mean_and_error(rows: list[list[dict]], value: object, digits: int) -> str:

@@ -31,6 +31,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from regressions import choose_regression, pool_states
 from sklearn.preprocessing import StandardScaler
 from text_sets import OF_CSV, load_text_set
 from transformers import set_seed
@@ -161,28 +162,19 @@ class States:
     def features(self, split: str) -> np.ndarray:
         """Return mean, maximum and first token at each layer, `[texts, 3, layers, hidden_size]`."""
         if split not in self.pooled:
-            rows = (np.asarray(row["hidden_states"], np.float32) for row in map(self.caches[split].__getitem__, range(
-                len(self.caches[split])
-            )))  # fmt: skip
-            self.pooled[split] = np.stack([np.stack([x.mean(0), x.max(0), x[0]]) for x in rows])
+            self.pooled[split] = pool_states(self.caches[split])
         return self.pooled[split]
 
 
 def _regress(problem: Problem, pool: Callable[[np.ndarray], np.ndarray], scaler, c: float | None) -> Outcome:
     """Fit a logistic regression; with C of None, the best of `CS` on the validation split."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
     x = {name: pool(problem.states.features(name)) for name in problem.splits}
-    train, labels = x["train"][problem.indices], problem.labels
-    start, best, best_accuracy = time.process_time(), None, -1.0
-    for each in CS if c is None else (c,):
-        model = make_pipeline(scaler, LogisticRegression(C=each, max_iter=1000)).fit(train, labels)
-        accuracy = model.score(x["validation"], problem.splits["validation"]["label"][:]) if c is None else 0.0
-        if accuracy > best_accuracy:
-            best, best_accuracy, chosen = model, accuracy, f"C={each:g}"
-    seconds = time.process_time() - start + len(train) * problem.states.seconds_a_text
-    return Outcome(best.predict(x["test"]), seconds, chosen=chosen)
+    train = x["train"][problem.indices], problem.labels
+    start = time.process_time()
+    validation = x["validation"], problem.splits["validation"]["label"][:]
+    model, _ = choose_regression(scaler, CS if c is None else (c,), train, validation)
+    seconds = time.process_time() - start + len(problem.indices) * problem.states.seconds_a_text
+    return Outcome(model.predict(x["test"]), seconds, chosen=f"C={model[-1].C:g}")
 
 
 def _last_layer(features: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Write docs/results.md from docs/results/heads.json, which compare_heads.py makes.
+"""Write docs/results.md, and a page for each set, from what compare_heads.py has measured.
 
     python scripts/benchmarks/write_results.py
 
@@ -6,8 +6,9 @@ Published numbers are from docs/results/published.yaml, each with its source.
 """
 
 import argparse
+from pathlib import Path
 
-from results_pages.comparison import render_results
+from results_pages.comparison import in_order, render_results, render_set
 from results_pages.results import read_published
 
 from capsule_heads.cli.options import OneLineParser, fail
@@ -16,12 +17,16 @@ from capsule_heads.files import read_json, write_text
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", default="docs/results/heads.json")
+    parser.add_argument(
+        "--heads", type=Path, default="docs/results/heads", help="folder of measured sets, and of pages"
+    )
     parser.add_argument("--published", default="docs/results/published.yaml")
     parser.add_argument("--output", default="docs/results.md")
     options = parser.parse_args()
     try:
-        records = read_json(options.heads, list)
+        records = in_order([read_json(file) for file in sorted(options.heads.glob("*.json"))])
+        for record in records:
+            write_text(options.heads / f"{record['set']}.md", render_set(record))
         write_text(options.output, render_results(records, read_published(options.published)))
     except (KeyError, OSError, TypeError, ValueError) as error:
         fail(error)

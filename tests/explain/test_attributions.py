@@ -358,10 +358,20 @@ def test_what_cannot_be_explained(make_model, backbone_dir, tokenizer):
 
 
 @pytest.mark.parametrize("has_term", [False, True])
-@pytest.mark.parametrize("head_type", ["linear", "scalar_mix", "attentive_pooling"])
-def test_texts_by_heads_without_capsules(backbone_dir, shake, tokenizer, head_type, has_term):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head_type": "linear"},
+        {"head_type": "scalar_mix"},
+        {"head_type": "attentive_pooling"},
+        {"head_type": "attentive_pooling", "n_queries": 4},
+        {"head_type": "gated_routing", "n_iters": 3},
+    ],
+    ids=str,
+)
+def test_texts_by_heads_without_capsules(backbone_dir, shake, tokenizer, fields, has_term):
     model = CapsuleHeadForSequenceClassification.from_backbone(
-        backbone_dir(), num_labels=3, head_type=head_type, calibration_temperature=1.7
+        backbone_dir(), num_labels=3, calibration_temperature=1.7, **fields
     )
     if has_term:
         model.add_linear_term()

@@ -1,6 +1,7 @@
 """Control heads against literal computations in float64, and what all of them have in common."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import BertConfig
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleHeadModel
 from capsule_heads.heads import (
     AttentivePoolingHead,
+    GatedRoutingHead,
     LinearHead,
     ScalarMixHead,
     VectorRouting,
@@ -25,13 +27,16 @@ MAKE = {
     "last": lambda: LinearHead(hidden_sizes=[WIDTH], n_out=N_OUT, pooling="last"),
     "scalar_mix": lambda: ScalarMixHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP),
     "attentive_pooling": lambda: AttentivePoolingHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP),
+    "several queries": lambda: AttentivePoolingHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP, n_queries=2),
+    "gated_routing": lambda: GatedRoutingHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP, n_parts=6, n_iters=3),
     "vector_routing": lambda: VectorRoutingHead(hidden_sizes=[WIDTH] * 2, n_out=N_OUT, d_inp=D_INP, n_parts=6),
 }
 HEAD_TYPES = {
     "mean": {"head_type": "linear"},
     "first": {"head_type": "linear", "pooling": "first"},
     "last": {"head_type": "linear", "pooling": "last"},
-    **{name: {"head_type": name} for name in ("scalar_mix", "attentive_pooling", "vector_routing")},
+    **{name: {"head_type": name} for name in ("scalar_mix", "attentive_pooling", "gated_routing", "vector_routing")},
+    "several queries": {"head_type": "attentive_pooling", "n_queries": 2},
     "one iteration": {"head_type": "token_depth", "n_iters": 1},
 }
 
@@ -71,8 +76,39 @@ def literal(name, head, states):
     if name == "attentive_pooling":
         weights = torch.exp(x @ head.query / math.sqrt(D_INP))
         return head.affine.weight @ ((weights / weights.sum()) @ x) + head.affine.bias
+    if name == "several queries":
+        found = []
+        for query, values in zip(head.query, x.split(D_INP // 2, dim=1)):
+            weights = torch.exp(x @ query / math.sqrt(D_INP))
+            found.append((weights / weights.sum()) @ values)
+        return head.affine.weight @ torch.cat(found) + head.affine.bias
+    if name == "gated_routing":
+        return literal_gated_routing(head, x)
     parts = literal_vector_routing(head.to_parts, x)[0]
     return literal_vector_routing(head.to_classes, parts)[0][:, 0]
+
+
+def literal_gated_routing(head, x):
+    """With the densities of torch's normal distribution, one input and part at a time."""
+    n_parts, gate = len(head.log_prior), torch.exp(x @ head.query / math.sqrt(D_INP))
+    gate = gate / gate.sum()
+    votes = [[y @ head.W_votes[:, :, j] + head.B_votes[:, j] for j in range(n_parts)] for y in x]
+    R = torch.full((len(x), n_parts), 1 / n_parts, dtype=x.dtype)
+    for _ in range(head.options.n_iters - 1):
+        logits = []
+        for j in range(n_parts):
+            of_j = torch.stack([row[j] for row in votes])
+            n = (gate * R[:, j]).sum()
+            share = (gate * R[:, j] / n)[:, None]
+            mu = (share * of_j).sum(0)
+            spread = ((share * (of_j - mu) ** 2).sum(0) + 1e-3).sqrt()
+            density = torch.distributions.Normal(mu, spread).log_prob(of_j).sum(1)
+            logits.append(n.log() + head.log_prior[j] + head.sharpness * density)
+        R = torch.stack(logits, dim=1).softmax(1)
+    score = head.bias
+    for i, j in itertools.product(range(len(x)), range(n_parts)):
+        score = score + gate[i] * R[i, j] * (head.W_out[j] @ x[i] + head.B_out[j])
+    return score
 
 
 def literal_vector_routing(routing, x):
@@ -147,6 +183,14 @@ def test_vector_routing_and_its_gradients(sizes):
     wanted = torch.autograd.grad((expected[0] * cotangent).sum(), tensors)
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_gated_routing_gives_tokens_to_different_parts():
+    head = make_head("gated_routing")
+    states, mask = some_states(head), torch.ones(2, 6, dtype=torch.float64)
+    R = head(states, mask, return_routing_probabilities=True).routing_probabilities[0]
+    assert R.shape == (2, 12, 6) and R.std(1).max() > 0.05  # tokens go to different parts
+    torch.testing.assert_close(R.sum(-1), torch.ones_like(R.sum(-1)))
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -268,6 +312,10 @@ def test_weights_are_drawn_anew_for_a_new_head(name):
         ),
         ({"head_type": "linear", "layers": [0, 1]}, 'head_type="linear" takes one hidden state'),
         ({"head_type": "vector_routing", "n_iters": 0}, "n_iters is 0"),
+        (
+            {"head_type": "attentive_pooling", "d_inp": 8, "n_queries": 3},
+            "n_queries is 3, and d_inp 8; expected a divisor of d_inp",
+        ),
     ],
 )
 def test_wrong_fields(fields, message):

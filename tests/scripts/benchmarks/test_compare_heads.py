@@ -1,43 +1,63 @@
-"""scripts/benchmarks/compare_heads.py and write_results.py on a tiny backbone and a few trees."""
+"""scripts/benchmarks/compare_heads.py and write_results.py on a tiny backbone and a few texts."""
 
 import json
 
-TREE = "(3 (2 (2 the) (2 film)) (3 (2 was) (4 good)))\n(1 (2 (2 the) (2 food)) (1 (2 was) (0 bad)))\n"
+HEADS = ("capsules", "linear, mean", "regression, all layers")
 
 
-def test_every_head_is_trained_and_written(run, backbone, tmp_path):
-    for name in ("train", "dev", "test"):
-        (tmp_path / f"{name}.txt").write_text(TREE)
-    data = ("--task", "sst5", "--source", tmp_path, "--backbone", backbone, "--max_phrases", 10, "--epochs", 1)
-    sizes = ("--seeds", 2, "--ablation_seeds", 1, "--heads", "capsules", "linear, last", "vector routing")
-    files = ("--runs", tmp_path / "runs", "--json", tmp_path / "heads.json", "--commit", "abc1234")
-    done = run("benchmarks/compare_heads.py", *data, *sizes, *files)
+def test_heads_are_tuned_and_written(run, backbone, tiny_set, tmp_path):
+    data = ("--set", "cr", "--data", tiny_set, "--backbone", backbone, "--steps", 2, "--commit", "abc1234")
+    files = ("--runs", tmp_path / "runs", "--results", tmp_path / "heads")
+    done = run("benchmarks/compare_heads.py", *data, *files, "--seeds", 2, "--heads", *HEADS)
     assert done.returncode == 0, done.stderr
-    (record,) = json.loads((tmp_path / "heads.json").read_text())
-    assert {(x["head"], x["rate"]) for x in record["tried"]} == {
-        (head, rate) for head in ("capsules", "linear, last", "vector routing") for rate in (5e-4, 2e-3, 8e-3)
-    }
-    assert sorted((x["head"], x["seed"]) for x in record["runs"]) == [
-        (head, seed) for head in ("capsules", "linear, last", "vector routing") for seed in (0, 1)
+    record = json.loads((tmp_path / "heads" / "cr.json").read_text())
+    runs = {name: [x for x in record["runs"] if x["head"] == name] for name in HEADS}
+
+    trials = [x["settings"] for x in runs["capsules"] if x["seed"] == 0]
+    rates = [x["learning_rate"] for x in trials[:4]]
+    assert rates == record["space"]["learning_rate"]
+    assert [{**x, "learning_rate": 0} for x in trials[:4]] == 4 * [
+        {"learning_rate": 0, "weight_decay": 0.0, "mixup_alpha": 0.0, "n_iters": 2, "n_parts": 64}
     ]
-    for head in ("capsules", "linear, last", "vector routing"):
-        tried = [x for x in record["tried"] if x["head"] == head]
-        best = max(tried, key=lambda x: x["validation"])
-        assert {x["rate"] for x in record["runs"] if x["head"] == head} == {best["rate"]}
-    assert len(record["ablations"]) == 11
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")}
-    assert {path.parent.name for path in before} == {"rates", "seeds", "ablations"}
+    best = {}
+    values = {
+        name: x["validation"] for name, x in ((str(x["settings"]), x) for x in runs["capsules"] if x["seed"] == 0)
+    }
+    for axis, of_axis in record["space"].items():  # one after another, what is best is kept
+        if axis == "C":
+            continue
+        tried = [x for x in trials if all(x[name] == value for name, value in best.items())]
+        assert {x[axis] for x in tried} == set(of_axis)
+        best[axis] = max(tried, key=lambda x: values[str(x)])[axis]
+    assert record["best"]["capsules"] == best
+    assert len(trials) == len({str(x) for x in trials}) == 9
+    assert [x["settings"] for x in runs["capsules"] if x["seed"] == 1] == [best]
+    assert set(record["best"]["linear, mean"]) == {"learning_rate", "weight_decay", "mixup_alpha"}
 
-    again = run("benchmarks/compare_heads.py", *data, *sizes, *files)  # what is there is not run again
+    (regression,) = runs["regression, all layers"]
+    assert regression["validation"] == max(regression["tried"].values()) and len(regression["tried"]) == 5
+    n_states = 3  # of the backbone: embeddings and two layers, all of which it takes
+    assert (regression["parameters"] - 1) % (3 * n_states) == 0
+
+    ledger = tmp_path / "runs" / "cr" / "runs.json"
+    before = ledger.stat().st_mtime_ns
+    again = run("benchmarks/compare_heads.py", *data, *files, "--seeds", 2, "--heads", *HEADS)
     assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("results.json")} == before
+    assert ledger.stat().st_mtime_ns == before  # what was measured is not measured again
+    more = run("benchmarks/compare_heads.py", *data, *files, "--seeds", 3, "--heads", *HEADS)
+    assert more.returncode == 0, more.stderr
+    runs = [x for x in json.loads(ledger.read_text()) if x["head"] == "capsules"]
+    assert [x["seed"] for x in runs if x["settings"] == best] == [0, 1, 2]
 
-    options = ("--heads", tmp_path / "heads.json", "--output", tmp_path / "results.md")
-    done = run("benchmarks/write_results.py", *options)
+    done = run("benchmarks/write_results.py", "--heads", tmp_path / "heads", "--output", tmp_path / "results.md")
     assert done.returncode == 0, done.stderr
-    assert "commit abc1234" in (tmp_path / "results.md").read_text()
+    assert "[CR](results/heads/cr.md)" in (tmp_path / "results.md").read_text()
+    assert "commit abc1234" in (tmp_path / "heads" / "cr.md").read_text()
 
 
 def test_mistakes(fails, tmp_path):
-    assert "nowhere" in fails("benchmarks/compare_heads.py", "--task", "sst5", "--source", tmp_path / "nowhere")
-    assert "heads.json" in fails("benchmarks/write_results.py", "--heads", tmp_path / "heads.json")
+    options = ("--set", "sst5", "--runs", tmp_path, "--results", tmp_path)
+    assert "nowhere" in fails("benchmarks/compare_heads.py", *options, "--trees", tmp_path / "nowhere")
+    assert 'set "sst5" without --trees' in fails("benchmarks/compare_heads.py", *options)
+    assert "without --glue" in fails("benchmarks/compare_heads.py", *options[2:], "--set", "glue_sst2")
+    assert "no results to write" in fails("benchmarks/write_results.py", "--heads", tmp_path)

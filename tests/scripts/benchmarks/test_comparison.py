@@ -1,79 +1,110 @@
-"""The results page says what the runs say."""
+"""The results pages say what the runs say."""
 
 import pytest
-from results_pages.comparison import render_results
-from scipy.stats import ttest_rel
+from results_pages.comparison import holm, render_results, render_set
+from scipy.stats import ttest_1samp, ttest_rel
+
+SPACE = {"learning_rate": [0.001, 0.01], "n_iters": [2, 3], "C": [0.1, 1.0]}
+OURS = {"trec": [0.93, 0.94, 0.95], "cr": [0.86, 0.85, 0.87]}
+THEIRS = {"trec": [0.951, 0.961, 0.9712], "cr": [0.85, 0.86, 0.86]}
 
 
-def run(head, seed, validation, test, rate=0.002):
-    sizes = {"seconds": 10.0 + seed, "steps": 100, "parameters": 1234}
-    return {"head": head, "rate": rate, "seed": seed, "validation": validation, "test": test, **sizes}
+def run(head, settings, seed, validation, test):
+    sizes = {"seconds": 10.0 + (seed or 0), "parameters": 1234, "fault": None}
+    return {"head": head, "settings": settings, "seed": seed, "validation": validation, "test": test, **sizes}
 
 
-OURS = [0.48, 0.50, 0.49]
-WORSE = [0.40, 0.41, 0.43]
-RECORD = {
-    "task": "sst5",
-    "backbone": "b",
-    "phrases": 20_000,
-    "epochs": 3,
-    "commit": "abc1234",
-    "date": "2026-11-27",
-    "tried": [run("capsules", 0, 0.5, 0.5, rate) for rate in (0.0005, 0.002)],
-    "runs": [
-        *(run("capsules", seed, 0.5, test) for seed, test in enumerate(OURS)),
-        *(run("linear, mean", seed, 0.4, test) for seed, test in enumerate(WORSE)),
-        *(run("scalar mix", seed, 0.3, 0.9) for seed in range(3)),
-    ],
-    "ablations": [run("no mixup", seed, 0.5, 0.47) for seed in range(2)],
-}
-PUBLISHED = [
-    {
-        "task": task,
-        "method": "m",
-        "authors": "A",
-        "year": 2019,
-        "accuracy": 58.5,
-        "url": "https://x",
-        "where": "page 1",
+def record(of_set):
+    best = {"learning_rate": 0.01, "n_iters": 2}
+    tried = [
+        run("capsules", {"learning_rate": 0.001, "n_iters": 2}, 0, 0.80, 0.99),
+        run("capsules", {"learning_rate": 0.01, "n_iters": 3}, 0, 0.88, 0.99),
+    ]
+    ours = [run("capsules", best, seed, 0.9, test) for seed, test in enumerate(OURS[of_set])]
+    theirs = [run("scalar mix", {"learning_rate": 0.01}, seed, 0.8, test) for seed, test in enumerate(THEIRS[of_set])]
+    regression = {**run("regression", {"C": 0.1}, None, 0.7, 0.97), "tried": {"0.1": 0.7, "1": 0.6}}
+    return {
+        "set": of_set,
+        "texts": {"train": 5000, "validation": 500, "test": 400},
+        "backbone": "b",
+        "steps": 600,
+        "space": SPACE,
+        "commit": "abc1234",
+        "machine": "x86_64",
+        "date": "2026-11-29",
+        "best": {"capsules": best, "scalar mix": {"learning_rate": 0.01}, "regression": {"C": 0.1}},
+        "runs": [*tried, *ours, *theirs, regression],
     }
-    for task in ("sst5", "smallnorb")
-]
 
 
-def test_the_page():
-    page = render_results([RECORD], PUBLISHED)
-    assert "## SST-5, complete sentences (five classes)" in page
-    assert "20,000 phrases, drawn once, 3 epochs; backbone `b`; learning rates tried: 0.0005, 0.002; commit " in page
-    assert "| capsules | 50.0 ± 0.0 | 49.0 ± 1.0 | 1,234 | 0.002 | 3 | 11 |" in page
-    assert "| linear, mean | 40.0 ± 0.0 | 41.3 ± 1.5 | 1,234 | 0.002 | 3 | 11 |" in page
-    # The best control is chosen on validation, though another is better on the test split.
-    verdict = f"(paired t-test over 3 seeds: p = {ttest_rel(OURS, WORSE).pvalue:.2g}; it wins)"
-    best = "Best on validation are 'capsules' and, of the controls, 'linear, mean': on the test split the former is"
-    assert f"{best} +7.7 points from the latter {verdict}" in page
-    assert "| as it is | 50.0 ± 0.0 | 49.0 ± 1.4 |" in page  # of the seeds of the variants alone
-    assert "| no mixup | 50.0 ± 0.0 | 47.0 ± 0.0 |" in page
-    assert "| head | 0.0005 | 0.002 |" in page and "| capsules | 50.0 | 50.0 |" in page
-    assert "with p < 0.05 for each, none is better than it." in page
-    assert page.count("| m (A) | 2019 | 58.5 | [page 1](https://x) |") == 1
+def cells(page, start):
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
+    return line.strip("| ").split(" | ")
 
 
-@pytest.mark.parametrize(
-    ("theirs", "words"), [([0.58, 0.60, 0.59], "it loses"), ([0.47, 0.52, 0.48], "no difference beyond the seeds")]
-)
-def test_the_verdict_is_honest(theirs, words):
-    theirs = [run("linear, mean", seed, 0.4, test) for seed, test in enumerate(theirs)]
-    record = {**RECORD, "runs": [*RECORD["runs"][:3], *theirs], "ablations": []}
-    page = render_results([record], [])
-    assert words in page and "Variants" not in page and "Published" not in page
+def test_accuracies():
+    page = render_results([record("trec"), record("cr")], [])
+    section = page.split("## Accuracy")[1].split("## Against")[0]
+    assert "600 batches" in page and "with 3 seeds" in " ".join(page.split())
+    assert "| head | [CR](results/heads/cr.md) | [TREC](results/heads/trec.md) | mean |" in section  # in one order
+    assert cells(section, "capsules") == ["capsules", "86.0 ± 1.0", "94.0 ± 1.0", "90.0", "2.5", "1,234", "11"]
+    assert cells(section, "regression") == ["regression", "97.0", "97.0", "97.0", "1.0", "1,234", "10"]
+    errors = [100 * (0.97 * 0.03 / 400) ** 0.5] * 2
+    assert cells(section, "standard error")[1:3] == [f"{x:.1f}" for x in errors]
+
+
+def test_differences_are_tested():
+    page = render_results([record("trec"), record("cr")], [])
+    section = page.split("## Against")[1].split("## What")[0]
+    p = ttest_rel(THEIRS["trec"], OURS["trec"]).pvalue
+    assert 2 * p < 0.05  # of two heads that are compared
+    found = cells(section, "scalar mix")
+    differences = [100 * (sum(THEIRS[x]) - sum(OURS[x])) / 3 for x in ("cr", "trec")]
+    assert found[1:3] == [f"{differences[0]:+.1f}", f"**{differences[1]:+.1f}**"]
+    over_sets = [ttest_1samp(x, 0).pvalue for x in (differences, [11.0, 3.0])]
+    assert found[3:] == [f"{sum(differences) / 2:+.2f}", f"{holm(over_sets)[0]:.2g}", "1", "0"]
+    # The regression, which has no seeds, is compared with each run.
+    alone = ttest_rel([0.97] * 3, OURS["cr"]).pvalue
+    assert ("**" in cells(section, "regression")[1]) == (min(1, 2 * alone) < 0.05)
+
+
+def test_what_settings_are_worth():
+    section = render_results([record("trec"), record("cr")], []).split("## What")[1]
+    assert "| head | `learning_rate` 0.01 against 0.001 | `n_iters` 3 against 2 |" in section
+    assert cells(section, "capsules") == ["capsules", "+10.0 ± 0.0", "-2.0 ± 0.0"]
+    assert "regression" not in section
+
+
+def test_the_page_of_a_set():
+    page = render_set(record("trec"))
+    assert "python scripts/benchmarks/compare_heads.py --set trec --data DIRECTORY" in page
+    assert "| capsules | `learning_rate` 0.01, `n_iters` 2 | 90.0 ± 0.0 | 94.0 ± 1.0 | 1,234 | 11 |" in page
+    assert "| capsules | `learning_rate` 0.01, `n_iters` 3 | 88.0 |" in page
+    assert "| regression | `C` 1 | 60.0 |" in page
+    stopped = record("trec")
+    stopped["runs"][0]["fault"] = "step 3: not finite"
+    assert "| capsules | `learning_rate` 0.001, `n_iters` 2 | stopped |" in render_set(stopped)
+
+
+def test_published_numbers():
+    published = [
+        {"task": task, "method": "m", "authors": "A", "year": 2019, "accuracy": 58.5, "url": "https://x", "where": "p"}
+        for task in ("sst5", "smallnorb")
+    ]
+    OURS["sst5"], THEIRS["sst5"] = OURS["cr"], THEIRS["cr"]
+    page = render_results([record("sst5")], published)
+    assert "## Published: SST-5" in page and page.count("| m (A) | 2019 | 58.5 | [p](https://x) |") == 1
+    assert "Published" not in render_results([record("cr")], published)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_nothing_to_write():
     with pytest.raises(ValueError, match=r"no results to write; run scripts/benchmarks/compare_heads\.py first"):
         render_results([], [])
-
-
-def test_variants_that_are_better_are_named():
-    better = [run("no mixup", seed, validation, 0.47) for seed, validation in enumerate((0.55, 0.56, 0.57))]
-    page = render_results([{**RECORD, "ablations": better}], [])
-    assert "with p < 0.05 for each, these are better than it: no mixup." in page
+    with pytest.raises(ValueError, match="The sets have 300, 600 steps; expected the same for all"):
+        render_results([record("trec"), {**record("cr"), "steps": 300}], [])

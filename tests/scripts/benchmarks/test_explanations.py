@@ -2,7 +2,7 @@
 
 import json
 
-from capsule_heads.explain.methods import METHODS
+from capsule_heads.explain.methods import CREDITS, LEAVE_ONE_OUT, METHODS
 
 
 def test_faithfulness(call, classifier, tiny_set, tmp_path):
@@ -20,11 +20,28 @@ def test_faithfulness(call, classifier, tiny_set, tmp_path):
     assert (tmp_path / "f.png").exists()
     status, again, err = call("benchmarks/explanations.py", "--table", tmp_path / "f.json")
     assert (status, again) == (0, out), err
+    assert found["models"][0]["accuracy"] is None and "accuracy, %" not in out  # of one head: nothing to compare
+
+    # Two heads, of a known accuracy, in one table.
+    for model in found["models"]:
+        model["accuracy"] = 0.75
+    (tmp_path / "g.json").write_text(json.dumps(found))
+    status, out, err = call("benchmarks/explanations.py", "--table", tmp_path / "f.json", tmp_path / "g.json")
+    assert status == 0, err
+    *_, unknown, known = out.splitlines()
+    assert unknown.startswith("| cr | token_depth | - |") and known.startswith("| cr | token_depth | 75.0 |")
+    ours, theirs = (
+        [x["masked"]["comprehensiveness"] for x in found["models"][0]["methods"][name]]
+        for name in (CREDITS, LEAVE_ONE_OUT)
+    )
+    assert f"| {(sum(ours) - sum(theirs)) / 3:.3f} ±" in known
 
 
 def test_mistakes(fails, classifier, tmp_path):
     message = "error: Expected models to measure, or --table with files of earlier runs: one of them."
     assert fails("benchmarks/explanations.py") == message
     assert fails("benchmarks/explanations.py", classifier, "--table", "x.json") == message
+    given = ("--table", "x.json", "--picture", tmp_path / "x.png")
+    assert "--picture with --table, which measures nothing" in fails("benchmarks/explanations.py", *given)
     assert "models without --set" in fails("benchmarks/explanations.py", classifier)
     assert "--data" in fails("benchmarks/explanations.py", classifier, "--set", "cr")
