@@ -11,6 +11,8 @@ setting is then trained with the other seeds. The test split chooses nothing. Al
 in batches of 20, with RAdam, one cycle and gradients clipped at 1. A set with more texts than `--max_texts` to train on
 has as many of them, drawn once. The regression is tuned alike, by its penalty.
 
+Variants of the capsule head (`--variants`, see variants.py) are trained with its best settings.
+
 What was measured is kept in `--runs`, with each trial, and is not measured again: a comparison that was stopped goes on
 there, and more heads or seeds add to it.
 """
@@ -31,6 +33,7 @@ from regressions import choose_regression, pool_states
 from sklearn.preprocessing import StandardScaler
 from text_sets import OF_CSV, OF_GLUE, OF_TREES, load_text_set
 from transformers.utils import logging as transformers_logging
+from variants import VARIANTS
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.files import read_json, write_json
@@ -40,8 +43,9 @@ from capsule_heads.training import CapsuleTrainingArguments, Sweep, SweepArgumen
 from capsule_heads.training.members import Combination
 from capsule_heads.training.run import DataArguments, ModelArguments
 
+CAPSULES = "capsules"
 HEADS: dict[str, dict[str, Any]] = {
-    "capsules": {"head_type": "token_depth"},
+    CAPSULES: {"head_type": "token_depth"},
     "gated routing": {"head_type": "gated_routing"},
     "vector routing": {"head_type": "vector_routing"},
     "attentive pooling": {"head_type": "attentive_pooling"},
@@ -104,7 +108,8 @@ class Comparison:
         """Train heads in one sweep, and keep what was found."""
         digest = hashlib.sha256(json.dumps([plan, seeds]).encode()).hexdigest()[:12]
         folder = self.folder / digest
-        sweep = self._make_sweep([combination(HEADS[name], settings) for name, settings in plan], seeds, folder)
+        heads = {**HEADS, **VARIANTS}
+        sweep = self._make_sweep([combination(heads[name], settings) for name, settings in plan], seeds, folder)
         sweep.train()
         of_members = [(name, settings) for name, settings in plan for _ in seeds]
         for (name, settings), member in zip(of_members, sweep.members, strict=True):
@@ -196,11 +201,16 @@ class Comparison:
         return found["settings"]
 
 
+def settings_of_variant(name: str, best: Settings) -> Settings:
+    """Return the capsule head's settings, but for those that the variant is about."""
+    return {setting: value for setting, value in best.items() if setting not in VARIANTS[name]}
+
+
 def combination(head: Mapping[str, Any], settings: Mapping[str, Any]) -> Combination:
     """Return a member of a sweep: what is no option of a head is a setting of its training."""
     own = get_head(head["head_type"]).Options.names()
     options = {name: value for name, value in {**head, **settings}.items() if name in own}
-    others = {name: value for name, value in settings.items() if name not in own}
+    others = {name: value for name, value in {**head, **settings}.items() if name not in (*own, "head_type")}
     if "learning_rate" in others:
         others["min_learning_rate"] = others["learning_rate"] / 50
     return Combination(head["head_type"], options, others)
@@ -225,11 +235,14 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), default=600)
     parser.add_argument("--seeds", type=at_least(1), default=5, help="number of seeds, from 0 on")
     parser.add_argument("--heads", nargs="+", choices=(*HEADS, REGRESSION), default=[*HEADS, REGRESSION])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="of the capsule head")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", default="runs/heads", help="folder for what was measured")
     parser.add_argument("--results", default="docs/results/heads", help="folder for the results of each set")
     parser.add_argument("--commit", default="", help="commit that is measured")
     options = parser.parse_args()
+    if options.variants and CAPSULES not in options.heads:
+        fail("--variants without the head capsules, whose settings they take; leave --heads out, or name it too.")
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     try:
@@ -237,6 +250,8 @@ def main() -> None:
         comparison = Comparison(options, task)
         best = comparison.tune([name for name in options.heads if name != REGRESSION])
         comparison.train(list(best.items()), range(options.seeds))
+        variants = {name: settings_of_variant(name, best[CAPSULES]) for name in options.variants}
+        comparison.train(list(variants.items()), range(options.seeds))
         if REGRESSION in options.heads:
             best[REGRESSION] = comparison.regress()
         splits = task.load(None)
@@ -253,6 +268,7 @@ def main() -> None:
             "machine": platform.machine(),
             "date": str(datetime.date.today()),
             "best": best,
+            "variants": variants,
             "runs": comparison.runs,
         }
         write_json(results / f"{options.set}.json", record)

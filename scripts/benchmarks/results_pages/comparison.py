@@ -42,6 +42,11 @@ WORTH = """## What the settings are worth
 Each setting was tried with the best values of those before it. Validation accuracy against that of the value that was
 tried first, in points: mean over sets ± standard error. These trials have one seed each, and the best of them was
 chosen, so differences of less than two standard errors say nothing."""
+VARIANTS = """## Variants of the capsule head
+
+What might make the capsule head better, trained with its best settings on each set and the same seeds. Each is a class
+of `scripts/benchmarks/variants.py`, whose first line says what is changed. Differences from the head as it is, in mean
+accuracy on the test split, in points; bold, better and worse as above, p by a t-test over sets."""
 PAPER = """## The paper's numbers
 
 This project has not run these: they need a GPU. The paper's settings, for 58.5 on SST-5, 95.6 on SST-2 and 99.1 on
@@ -81,6 +86,9 @@ def render_results(records: Sequence[Record], published: Sequence[Mapping[str, A
         WORTH,
         worth(records, names),
     ]
+    variants = [name for name in records[0]["variants"] if all(name in record["variants"] for record in records)]
+    if variants:
+        sections += [VARIANTS, against_capsules(records, variants, "variant")]
     for record in records:
         of_task = [x for x in published if x["task"] == TASKS.get(record["set"])]
         if of_task:
@@ -93,12 +101,13 @@ def render_set(record: Record) -> str:
     texts = ", ".join(f"{n:,} {split}" for split, n in record["texts"].items())
     place = PLACES.get(record["set"], "--data DIRECTORY")
     about = f"{record['machine']}, commit {record['commit'] or 'unknown'}, {record['date']}."
+    variants = f" --variants {' '.join(map(repr, record['variants']))}" if record["variants"] else ""
     rows = []
-    for name in record["best"]:
+    for name in (*record["best"], *record["variants"]):
         runs = final_runs(record, name)
         scores = [_percent([x[split] for x in runs]) for split in ("validation", "test")]
         seconds = statistics.mean(x["seconds"] for x in runs)
-        rows.append([name, _words(record["best"][name]), *scores, f"{runs[0]['parameters']:,}", f"{seconds:.0f}"])
+        rows.append([name, _words(runs[0]["settings"]), *scores, f"{runs[0]['parameters']:,}", f"{seconds:.0f}"])
     trials = []
     for name in record["best"]:
         for run in trials_of(record, name):
@@ -109,7 +118,7 @@ def render_set(record: Record) -> str:
             [
                 f"# {TITLES[record['set']]}",
                 f"Texts: {texts}. Backbone `{record['backbone']}`, {record['steps']} steps of 20 texts.",
-                f"```bash\npython scripts/benchmarks/compare_heads.py --set {record['set']} {place}\n```",
+                f"```bash\npython scripts/benchmarks/compare_heads.py --set {record['set']} {place}{variants}\n```",
                 f"{about} Seconds are of one thread beside another, for one training of a head without the backbone; "
                 "compare them roughly. All runs, with their seeds: "
                 f"[{record['set']}.json]({record['set']}.json).",
@@ -152,7 +161,7 @@ def trials_of(record: Record, name: str) -> list[Mapping[str, Any]]:
 
 def final_runs(record: Record, name: str) -> list[Mapping[str, Any]]:
     """Return the runs of a head's best settings, by seed."""
-    best = record["best"][name]
+    best = {**record["variants"], **record["best"]}[name]
     runs = [x for x in record["runs"] if x["head"] == name and x["settings"] == best and not x["fault"]]
     return sorted(runs, key=lambda x: x["seed"] or 0)
 
@@ -181,8 +190,14 @@ def accuracies(records: Sequence[Record], names: Sequence[str]) -> str:
     return _markdown(["head", *sets, "mean", "mean rank", "trained parameters", "training, s"], rows)
 
 
-def against_capsules(records: Sequence[Record], names: Sequence[str]) -> str:
-    """Return the table of differences from the capsule head, with paired tests."""
+def against_capsules(records: Sequence[Record], names: Sequence[str], what: str = "head") -> str:
+    """Return the table of differences from the capsule head, with paired tests.
+
+    Args:
+        records: of the sets.
+        names: of heads, or of variants of the capsule head.
+        what: they are.
+    """
     others = [name for name in names if name != CAPSULES]
     differences: dict[str, list[float]] = {name: [] for name in others}
     is_sure: dict[str, list[bool]] = {name: [] for name in others}
@@ -205,12 +220,13 @@ def against_capsules(records: Sequence[Record], names: Sequence[str]) -> str:
         cells = [f"**{x:+.1f}**" if sure else f"{x:+.1f}" for x, sure in pairs]
         better, worse = (sum(sure and sign * x > 0 for x, sure in pairs) for sign in (1, -1))
         rows.append([name, *cells, f"{statistics.mean(differences[name]):+.2f}", f"{p:.2g}", str(better), str(worse)])
-    return _markdown(["head", *(TITLES[x["set"]] for x in records), "mean", "p", "better", "worse"], rows)
+    return _markdown([what, *(TITLES[x["set"]] for x in records), "mean", "p", "better", "worse"], rows)
 
 
 def _paired(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the p of a paired t-test; 1 where there is nothing to test."""
-    if len(first) != len(second) or len(first) < 2 or len({x - y for x, y in zip(first, second)}) < 2:
+    differences = [x - y for x, y in zip(first, second)]
+    if len(first) != len(second) or len(first) < 2 or max(differences) - min(differences) < 1e-9:
         return 1.0
     return float(ttest_rel(first, second).pvalue)
 
