@@ -5,11 +5,11 @@ import json
 HEADS = ("capsules", "linear, mean", "regression, all layers")
 
 
-def test_heads_are_tuned_and_written(run, backbone, tiny_set, tmp_path):
+def test_heads_are_tuned_and_written(call, backbone, tiny_set, tmp_path):
     data = ("--set", "cr", "--data", tiny_set, "--backbone", backbone, "--steps", 2, "--commit", "abc1234")
     files = ("--runs", tmp_path / "runs", "--results", tmp_path / "heads")
-    done = run("benchmarks/compare_heads.py", *data, *files, "--seeds", 2, "--heads", *HEADS)
-    assert done.returncode == 0, done.stderr
+    status, _, err = call("benchmarks/compare_heads.py", *data, *files, "--seeds", 2, "--heads", *HEADS)
+    assert status == 0, err
     record = json.loads((tmp_path / "heads" / "cr.json").read_text())
     runs = {name: [x for x in record["runs"] if x["head"] == name] for name in HEADS}
 
@@ -41,16 +41,18 @@ def test_heads_are_tuned_and_written(run, backbone, tiny_set, tmp_path):
 
     ledger = tmp_path / "runs" / "cr" / "runs.json"
     before = ledger.stat().st_mtime_ns
-    again = run("benchmarks/compare_heads.py", *data, *files, "--seeds", 2, "--heads", *HEADS)
-    assert again.returncode == 0, again.stderr
+    status, _, err = call("benchmarks/compare_heads.py", *data, *files, "--seeds", 2, "--heads", *HEADS)
+    assert status == 0, err
     assert ledger.stat().st_mtime_ns == before  # what was measured is not measured again
-    more = run("benchmarks/compare_heads.py", *data, *files, "--seeds", 3, "--heads", *HEADS)
-    assert more.returncode == 0, more.stderr
+    status, _, err = call("benchmarks/compare_heads.py", *data, *files, "--seeds", 3, "--heads", *HEADS)
+    assert status == 0, err
     runs = [x for x in json.loads(ledger.read_text()) if x["head"] == "capsules"]
     assert [x["seed"] for x in runs if x["settings"] == best] == [0, 1, 2]
 
-    done = run("benchmarks/write_results.py", "--heads", tmp_path / "heads", "--output", tmp_path / "results.md")
-    assert done.returncode == 0, done.stderr
+    status, _, err = call(
+        "benchmarks/write_results.py", "--heads", tmp_path / "heads", "--output", tmp_path / "results.md"
+    )
+    assert status == 0, err
     assert "[CR](results/heads/cr.md)" in (tmp_path / "results.md").read_text()
     assert "commit abc1234" in (tmp_path / "heads" / "cr.md").read_text()
 

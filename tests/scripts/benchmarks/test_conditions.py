@@ -40,7 +40,7 @@ def test_what_is_measured():
     assert found["auroc"] == pytest.approx(5 / 6)  # of 6 pairs, 0.7 is below 0.75
 
 
-def test_a_table(run, backbone, tiny_set, tmp_path):
+def test_a_table(call, backbone, tiny_set, tmp_path):
     shutil.copytree(tiny_set / "cr", tiny_set / "subj")
     best = {"capsules": {**BEST, **PARTS}, "gated routing": {**BEST, **PARTS}, "attentive pooling": BEST}
     (tmp_path / "heads").mkdir()
@@ -49,17 +49,17 @@ def test_a_table(run, backbone, tiny_set, tmp_path):
     options = ("--set", "cr", "--of_no_class", "subj", "--data", tiny_set, "--backbone", backbone, "--steps", 2)
     files = ("--results", tmp_path / "heads", "--runs", tmp_path / "runs", "--seeds", 2)
     which = ("--conditions", "all rows", "8 of each class")
-    done = run("benchmarks/conditions.py", *options, *files, *which)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    status, out, err = call("benchmarks/conditions.py", *options, *files, *which)
+    assert status == 0, err
+    lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][2:]
     assert [line[2] for line in lines] == 2 * list(conditions.MEASURED)
     records = json.loads((tmp_path / "runs" / "cr.json").read_text())
     assert len(records) == 2 * (3 * 2 + 1)
     assert {x["auroc"] for x in records if x["condition"] == "all rows"} == {0.5}  # the texts of no class are the same
-    again = run("benchmarks/conditions.py", *options, *files, *which)
-    assert again.stdout == done.stdout  # nothing is measured again
-    done = run("benchmarks/conditions.py", *options, *files, "--conditions", "short texts")
-    assert done.stderr.strip() == "error: No test text has more than 4 words, the median; leave out 'short texts'."
+    again = call("benchmarks/conditions.py", *options, *files, *which)
+    assert again[:2] == (0, out)  # nothing is measured again
+    _, _, err = call("benchmarks/conditions.py", *options, *files, "--conditions", "short texts")
+    assert err.strip() == "error: No test text has more than 4 words, the median; leave out 'short texts'."
 
 
 def test_mistakes(fails, tmp_path):
