@@ -1,10 +1,10 @@
-"""Changes that might make the capsule head better: heads for compare_heads.py, which the package does not have."""
+"""Changes that might make the capsule heads better: heads for benchmarks, which the package does not have."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from capsule_heads.heads import HeadOutput, TokenDepthHead, register
+from capsule_heads.heads import HeadOutput, SpatialPoseHead, TokenDepthHead, register
 from capsule_heads.ops.reference import Reference, _m_step
 
 
@@ -168,6 +168,42 @@ class PriorAndTemperature(TokenDepthHead):
             R = (F.logsigmoid(scores).unsqueeze(1) + self.log_prior - self.factor * distance).softmax(-1)
             scores, mu, sig2 = _m_step(V, f, R, first.beta_use, first.beta_ign, first.eps)
         return HeadOutput(*self.routings[1](scores, mu))
+
+
+# Starts of the vision head, for vision.py: other initial weights of the same function.
+
+
+class _SpatialStart(SpatialPoseHead):
+    def reset_parameters(self):
+        super().reset_parameters()
+        with torch.no_grad():
+            self.start(self.routings[1])
+
+
+@register("spatial_betas")
+class SpatialBetas(_SpatialStart):
+    """Initial betas of the routing to classes at 0.07: logits then have a standard deviation of about 1."""
+
+    def start(self, routing):
+        routing.beta_use.fill_(0.07)
+        routing.beta_ign.fill_(0.07)
+
+
+@register("spatial_alike")
+class SpatialAlike(_SpatialStart):
+    """Initial votes of a part that are nearly the same for all classes, so that it goes to none of them alone."""
+
+    def start(self, routing):
+        routing.W.copy_(routing.W[:, :1] + 0.03 * routing.W)
+
+
+@register("spatial_both")
+class SpatialBoth(SpatialAlike, SpatialBetas):
+    """Both of these."""
+
+    def start(self, routing):
+        SpatialAlike.start(self, routing)
+        SpatialBetas.start(self, routing)
 
 
 VARIANTS = {
