@@ -1,7 +1,7 @@
 """Measure how faithful explanations of texts are, beside other methods, and what they cost.
 
     python scripts/benchmarks/explanations.py MODEL ... --set trec --data DIRECTORY --json trec.json
-    python scripts/benchmarks/explanations.py --table trec.json sst2.json
+    python scripts/benchmarks/explanations.py --table trec.json sst2.json --page docs/explanations.md
 
 For texts of the test split, drawn at random, the script measures each method on each model, such as the seeds of one
 head: comprehensiveness, sufficiency and log-odds where tokens are masked and where they are replaced by the mask token,
@@ -15,7 +15,9 @@ import datetime
 import math
 import platform
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -27,9 +29,10 @@ from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_wri
 from capsule_heads.explain.faithfulness import DELETED, compare_methods
 from capsule_heads.explain.methods import CREDITS, LEAVE_ONE_OUT, THROUGH_BACKBONE
 from capsule_heads.explain.pictures import draw_deletion
-from capsule_heads.files import read_json, write_json
+from capsule_heads.files import read_json, write_json, write_text
 
 TEXTS = 20
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # Heading, value of a measurement, digits.
 COLUMNS = {
     "comprehensiveness": (lambda x: x["masked"]["comprehensiveness"], 3),
@@ -53,7 +56,14 @@ def main() -> None:
     parser.add_argument("--json", type=file_to_write, help="file for all numbers")
     parser.add_argument("--picture", type=file_to_write, help="file for the deletion curves of the first model")
     parser.add_argument("--table", nargs="+", metavar="JSON", help="files of earlier runs to print tables of, instead")
+    parser.add_argument("--page", type=Path, help=f"page to write tables to, between {BEGIN} and {END}")
     options = parser.parse_args()
+    if options.page and not options.table:
+        fail("--page without --table; expected files of earlier runs.")
+    if options.page and not (
+        options.page.is_file() and BEGIN in (text := options.page.read_text("utf-8")) and END in text
+    ):
+        fail(f"--page {options.page}; expected a page with {BEGIN} and {END}.")
     if bool(options.table) == bool(options.models):
         fail("Expected models to measure, or --table with files of earlier runs: one of them.")
     if options.models and options.set is None:
@@ -66,10 +76,15 @@ def main() -> None:
         runs = [read_json(path) for path in options.table] if options.table else [measure(options)]
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
-    for run in runs:
-        print_table(run)
+    tables = [make_table(run) for run in runs]
     if len(runs) > 1:
-        print_heads(runs)
+        tables.append(compare_heads(runs))
+    text = "\n\n".join(tables)
+    if options.page:
+        before, begin, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
+        write_text(options.page, f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
+    else:
+        print(text)
     if options.json:
         write_json(options.json, runs[0])
     if options.picture:
@@ -103,24 +118,38 @@ def as_dict(found: object) -> object:
     return None if isinstance(found, float) and math.isnan(found) else found
 
 
-def print_table(run: dict) -> None:
-    """Print the means of a run, with their standard errors over texts, each the mean of its models."""
+def make_table(run: dict) -> str:
+    """Return the means of a run, with their standard errors over texts, each the mean of its models."""
     heads = ", ".join(sorted({model["head"] for model in run["models"]}))
-    names = ", ".join(model["name"] for model in run["models"])
-    print(f"\n{run['set']}, {heads}: {len(run['texts'])} texts, models {names}; {run['machine']}, {run['date']}\n")
-    print(f"| method | {' | '.join(COLUMNS)} | ms, median |\n|{' --- |' * (len(COLUMNS) + 2)}")
+    n_texts, n_models = len(run["texts"]), len(run["models"])
+    title = f"**{run['set']}, {heads}**: {n_texts} texts, {n_models} models; {run['machine']}, {run['date']}"
+    lines = [title, "", f"| method | {' | '.join(COLUMNS)} | ms, median |", "|" + " --- |" * (len(COLUMNS) + 2)]
     for method in run["models"][0]["methods"]:
         rows = [model["methods"][method] for model in run["models"]]
         cells = [mean_and_error(rows, value, digits) for value, digits in COLUMNS.values()]
         milliseconds = 1e3 * statistics.median(x["seconds"] for of_model in rows for x in of_model)
-        print(f"| {method} | {' | '.join(cells)} | {milliseconds:.0f} |")
+        lines.append(f"| {method} | {' | '.join(cells)} | {milliseconds:.0f} |")
+    return "\n".join(lines)
 
 
-def print_heads(runs: list[dict]) -> None:
-    """Print a table of the accuracy, faithfulness and time of the heads of several runs, of credits of both kinds."""
+def mean_and_error(rows: list[list], value: Callable[[Any], float], digits: int) -> str:
+    """Return the mean over texts of the means over models, and its standard error."""
+    of_texts = []
+    for of_models in zip(*rows, strict=True):
+        known = [x for x in map(value, of_models) if x is not None and not math.isnan(x)]
+        if known:
+            of_texts.append(statistics.fmean(known))
+    if not of_texts:
+        return "-"
+    error = statistics.stdev(of_texts) / len(of_texts) ** 0.5 if len(of_texts) > 1 else math.nan
+    return f"{statistics.fmean(of_texts):.{digits}f} ± {error:.{digits}f}"
+
+
+def compare_heads(runs: list[dict]) -> str:
+    """Return a table of the accuracy, faithfulness and time of the heads of several runs, of credits of both kinds."""
     of_credits = ("NAOPC", "comprehensiveness less that of leave one out", "ms")
     heading = [*of_credits, *(f"{name}, through the backbone" for name in of_credits)]
-    print(f"\n| set | head | accuracy, % | {' | '.join(heading)} |\n|{' --- |' * 9}")
+    lines = [f"| set | head | accuracy, % | {' | '.join(heading)} |", "|" + " --- |" * 9]
     comprehensiveness, naopc = COLUMNS["comprehensiveness"][0], COLUMNS["NAOPC"][0]
     for run in runs:
         models = run["models"]
@@ -135,25 +164,14 @@ def print_heads(runs: list[dict]) -> None:
                 mean_and_error(pairs, lambda pair: comprehensiveness(pair[0]) - comprehensiveness(pair[1]), 3),
                 f"{milliseconds:.0f}",
             ]
-        print(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def accuracy_of(name: str) -> float | None:
     """Return the accuracy on the test split that the run has found which made a model; None where it is not known."""
     file = Path(name, "results.json")
     return read_json(file).get("test_accuracy") if file.is_file() else None
-
-
-def mean_and_error(rows: list[list[dict]], value: object, digits: int) -> str:
-    of_texts = []
-    for of_models in zip(*rows, strict=True):
-        known = [x for x in map(value, of_models) if x is not None and not math.isnan(x)]
-        if known:
-            of_texts.append(statistics.fmean(known))
-    if not of_texts:
-        return "-"
-    error = statistics.stdev(of_texts) / len(of_texts) ** 0.5 if len(of_texts) > 1 else math.nan
-    return f"{statistics.fmean(of_texts):.{digits}f} ± {error:.{digits}f}"
 
 
 def mean_curve(curves: list[list[float]]) -> list[float]:

@@ -21,8 +21,8 @@ TITLES = {
 }
 TASKS = {"sst5": "sst5", "sst2": "sst2_root"}  # by set, for what is published
 PLACES = {"sst5": "--trees TREES", "sst2": "--trees TREES", "glue_sst2": "--glue GLUE_SST2"}
-REMARK = """`scripts/benchmarks/write_results.py` writes this page from what `scripts/benchmarks/compare_heads.py` has
-measured.
+REMARK = """`scripts/benchmarks/write_results.py` writes this page from what `scripts/benchmarks/compare_heads.py`
+has measured.
 
 All heads take the same hidden states of the same frozen backbone, from one cache, and as many steps: {steps} batches of
 20 texts. Each is tuned alike on the validation split, with one seed: its learning rate, weight decay, mixup, and, if it
@@ -31,7 +31,9 @@ nothing. The regression takes mean, maximum and first token of every layer, and 
 
 Sets have at most 20,000 texts to train on; of SST these are phrases. Accuracies are on the test split, in percent, mean
 ± standard deviation over seeds. The last line of the table has the standard error of an accuracy on so many texts: a
-smaller difference between two heads says little about other texts, however sure it is over seeds."""
+smaller difference between two heads says little about other texts, however sure it is over seeds.
+
+[An earlier comparison](results/earlier.md) tuned learning rates alone, on SST-5, SST-2 and GLUE's SST-2."""
 TESTED = """## Against the capsule head
 
 Differences of the mean accuracies on the test split, in points. Set in bold are those of paired t-tests over seeds with
@@ -123,7 +125,7 @@ def render_set(record: Record) -> str:
                 "compare them roughly. All runs, with their seeds: "
                 f"[{record['set']}.json]({record['set']}.json).",
                 _markdown(
-                    ["head", "best settings", "validation, %", "test, %", "trained parameters", "training, s"], rows
+                    ["head", "best settings", "validation, %", "test, %", "trainable parameters", "training, s"], rows
                 ),
                 "## Trials",
                 _markdown(["head", "settings", "validation, %"], trials),
@@ -187,7 +189,7 @@ def accuracies(records: Sequence[Record], names: Sequence[str]) -> str:
     ]
     rows.append(["standard error", *(f"{error:.1f}" for error in errors), "", "", "", ""])
     sets = [f"[{TITLES[x['set']]}](results/heads/{x['set']}.md)" for x in records]
-    return _markdown(["head", *sets, "mean", "mean rank", "trained parameters", "training, s"], rows)
+    return _markdown(["head", *sets, "mean", "mean rank", "trainable parameters", "training, s"], rows)
 
 
 def against_capsules(records: Sequence[Record], names: Sequence[str], what: str = "head") -> str:
@@ -211,15 +213,22 @@ def against_capsules(records: Sequence[Record], names: Sequence[str], what: str 
             ps.append(_paired(theirs, ours))
         for name, p in zip(others, holm(ps), strict=True):
             is_sure[name].append(p < SIGNIFICANT)
-    over_sets = [
-        float(ttest_1samp(differences[name], 0).pvalue) if len(records) > 1 else float("nan") for name in others
-    ]
+    over_sets = [float(ttest_1samp(differences[name], 0).pvalue) if len(records) > 1 else 1.0 for name in others]
     rows = []
     for name, p in zip(others, holm(over_sets), strict=True):
         pairs = list(zip(differences[name], is_sure[name], strict=True))
         cells = [f"**{x:+.1f}**" if sure else f"{x:+.1f}" for x, sure in pairs]
         better, worse = (sum(sure and sign * x > 0 for x, sure in pairs) for sign in (1, -1))
-        rows.append([name, *cells, f"{statistics.mean(differences[name]):+.2f}", f"{p:.2g}", str(better), str(worse)])
+        rows.append(
+            [
+                name,
+                *cells,
+                f"{statistics.mean(differences[name]):+.2f}",
+                f"{p:.2g}" if len(records) > 1 else "",
+                str(better),
+                str(worse),
+            ]
+        )
     return _markdown([what, *(TITLES[x["set"]] for x in records), "mean", "p", "better", "worse"], rows)
 
 
@@ -249,9 +258,10 @@ def worth(records: Sequence[Record], names: Sequence[str]) -> str:
         cells = []
         for axis, value in columns:
             gains = [x for record in records for x in _gains(trials_of(record, name), axis, axes[axis][0], value)]
-            mean = statistics.mean(gains) if gains else 0.0
-            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-            cells.append(f"{100 * mean:+.1f} ± {100 * error:.1f}" if gains else "")
+            cell = f"{100 * statistics.mean(gains):+.1f}" if gains else ""
+            if len(gains) > 1:
+                cell += f" ± {100 * statistics.stdev(gains) / len(gains) ** 0.5:.1f}"
+            cells.append(cell)
         if any(cells):
             rows.append([name, *cells])
     heading = [f"`{axis}` {value:g} against {axes[axis][0]:g}" for axis, value in columns]

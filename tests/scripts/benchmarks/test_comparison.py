@@ -95,6 +95,13 @@ def test_the_page_of_a_set():
     assert "| capsules | `learning_rate` 0.001, `n_iters` 2 | stopped |" in render_set(stopped)
 
 
+def test_one_set():
+    """There is nothing to test over sets, and no standard error over them."""
+    page = render_results([record("trec")], [])
+    assert cells(page.split("## Against")[1].split("## What")[0], "scalar mix")[2:] == ["+2.11", "", "1", "0"]
+    assert cells(page.split("## What")[1], "capsules") == ["capsules", "+10.0", "-2.0"]
+
+
 def test_published_numbers():
     published = [
         {"task": task, "method": "m", "authors": "A", "year": 2019, "accuracy": 58.5, "url": "https://x", "where": "p"}

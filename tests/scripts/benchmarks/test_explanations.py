@@ -36,11 +36,23 @@ def test_faithfulness(call, classifier, tiny_set, tmp_path):
     )
     assert f"| {(sum(ours) - sum(theirs)) / 3:.3f} ±" in known
 
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nAfter.\n")
+    status, nothing, err = call(
+        "benchmarks/explanations.py", "--table", tmp_path / "f.json", tmp_path / "g.json", "--page", page
+    )
+    assert (status, nothing) == (0, ""), err
+    expected = f"Before.\n<!-- measured: begin -->\n{out.rstrip()}\n<!-- measured: end -->\nAfter.\n"
+    assert page.read_text() == expected
+
 
 def test_mistakes(fails, classifier, tmp_path):
     message = "error: Expected models to measure, or --table with files of earlier runs: one of them."
     assert fails("benchmarks/explanations.py") == message
     assert fails("benchmarks/explanations.py", classifier, "--table", "x.json") == message
+    page = ("--table", "x.json", "--page", tmp_path / "page.md")
+    assert "expected a page with <!-- measured: begin -->" in fails("benchmarks/explanations.py", *page)
+    assert "--page without --table" in fails("benchmarks/explanations.py", *page[2:], classifier, "--set", "cr")
     given = ("--table", "x.json", "--picture", tmp_path / "x.png")
     assert "--picture with --table, which measures nothing" in fails("benchmarks/explanations.py", *given)
     assert "models without --set" in fails("benchmarks/explanations.py", classifier)
