@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from ..weights import plain_weights
-from .splits import check_dataset
-from .state_file import ABOUT, StateFile, gigabytes
+from .computing_states import compute, encoding_of, find_folder, find_texts, input_names, token_shape
+from .shards import DIGEST_BYTES, LENGTHS, Shard
+from .state_folder import ABOUT, OF_TEXTS, StateFolder, gigabytes
 
 if TYPE_CHECKING:
     import datasets
-    from transformers.modeling_utils import PreTrainedModel
 
     from ..models.base import CapsuleHeadPreTrainedModel
-
-# The fields of a configuration that name the backbone, and change nothing that it computes.
-NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
 
 
 class CapsuleCollator(DataCollatorWithPadding):
@@ -65,7 +58,8 @@ def _pad(states: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
     """Return `[texts, longest, layers, hidden_size]`, zero behind each text."""
     shape = len(states), int(lengths.max()), *states[0].shape[1:]
     # In a process that uses a GPU, straight to memory that it copies from: a data loader need not copy it once more.
-    padded = torch.empty(shape, dtype=torch.float16, pin_memory=torch.cuda.is_initialized())
+    dtype = torch.float16 if states[0].dtype == np.float16 else torch.float32
+    padded = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_initialized())
     for row, x in zip(padded.numpy(), states):  # read from disk straight to where they stay
         row[: len(x)] = x
         row[len(x) :] = 0
@@ -91,22 +85,24 @@ class HiddenStateCache(Dataset):
 
     They are computed once, and any later run on the same texts and the same backbone, at the same layers, finds them,
     whatever its head and labels are. A folder is keyed on the backbone's weights (not on their name or revision: those
-    may move) and configuration, their dtype, the layers, and the tokens. Texts with the same tokens are computed and
-    stored once. A computation that is killed is resumed by the next. Several processes may ask for the same states at
-    once: one computes, the others wait.
+    may move) and configuration, their dtype, the layers, the encoding, and the tokens. Texts with the same tokens are
+    computed and stored once. A folder has shards, of which each is written completely or not at all: a computation that
+    is killed is resumed by the next, at the shard it was in. Several processes that ask for the same states share the
+    shards among them. The states do not depend on how many processes there were. docs/cache_format.md specifies the
+    files.
 
-    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, hidden_size]` (float16,
-    without padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of them. States
-    are read when they are asked for, in each worker of a data loader on its own; only `length` and `labels` are in
-    memory. `CapsuleTrainer` groups them by length. transformers' own Trainer does that with its own datasets only, and
-    needs `train_sampling_strategy="random"` here.
+    Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, hidden_size]` (float16 or
+    float32, without padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of
+    them. States are read when they are asked for, in each worker of a data loader on its own; only `length` and
+    `labels` are in memory. `CapsuleTrainer` groups them by length. transformers' own Trainer does that with its own
+    datasets only, and needs `train_sampling_strategy="random"` here.
 
     Each text's states have a checksum beside them, which is compared when a process first reads them.
 
     `to(device)` keeps them on a GPU, or in memory. Batches are then made there: no states are read or copied in a step.
 
-    It takes `2 * layers * hidden_size` bytes of disk a token: see `estimate`. To have a cache of several datasets at
-    once (folds, or splits), concatenate them. Nothing is deleted; a folder that is not needed any more can be.
+    It takes `2 * layers * hidden_size` bytes of disk a token, or half of that as int8: see `estimate`. Nothing is
+    deleted; a folder that is not needed any more can be.
 
     Args:
         dataset: tokenized, as `tokenize` returns it.
@@ -114,15 +110,18 @@ class HiddenStateCache(Dataset):
         tokenizer: the backbone's.
         cache_dir: where the folders are. Default: `capsule_heads` in the cache folder of `datasets`.
         batch_tokens: tokens, with padding, to run the backbone on at once; a longer text is a batch of its own.
+        states_dtype: how states are kept: "float16", "bfloat16", or "int8" with a scale for each token at each layer.
+        sources: folders with states of the same backbone, made with whatever texts. If there are any, all states are
+            read from them, and none are computed: a part of the texts of one folder, or those of several.
 
     Attributes:
-        folder: where the states are.
+        folder: where the states are; None where they are read from `sources`.
         n_bytes: what they take on disk.
         n_unique: number of different texts.
 
     Raises:
-        ValueError: If the backbone is not frozen; if its states exceed half precision, or differ in hidden size or
-            tokens by layer; or if a cache was cut short, is damaged, or is of something else.
+        ValueError: If the backbone is not frozen; if its states exceed their dtype, or differ in hidden size or tokens
+            by layer; if a cache was cut short, is damaged, or is of something else; or if sources lack a text.
         TypeError: If the dataset is a stream, or something else than a `Dataset`.
         OSError: If there is not enough disk.
 
@@ -138,39 +137,46 @@ class HiddenStateCache(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         cache_dir: str | os.PathLike[str] | None = None,
         batch_tokens: int = 2048,
+        states_dtype: str = "float16",
+        sources: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
-        check_dataset("dataset", dataset, "Dataset")
-        backbone = _frozen_backbone(model, tokenizer)
-        names = _input_names(dataset, tokenizer)
-        texts = _find_texts(dataset, names)
-        if cache_dir is None:
-            from datasets.config import HF_DATASETS_CACHE
-
-            cache_dir = Path(HF_DATASETS_CACHE, "capsule_heads")
-        key = _key(model, backbone, tokenizer, names, texts)
-        file = StateFile(Path(cache_dir).expanduser(), key, texts.ends, _token_shape(model))
-        if not file.is_complete():
-            rows = dataset.with_format(None).select_columns(names).select(texts.rows)
-            _compute(file, rows, model, CapsuleCollator(tokenizer), batch_tokens)
-        self.folder, self.n_bytes, self.n_unique = file.folder, file.n_bytes, len(texts.rows)
-        self._file = file
-        self._states: np.ndarray | Tensor | None = None  # opened when a row is read
-        self._checksums = np.zeros(0, np.uint32)
+        texts, folder = find_folder(dataset, model, tokenizer, cache_dir, states_dtype)
+        self.folder: Path | None = None
+        if sources:
+            folders = [StateFolder.load(Path(source).expanduser()) for source in sources]
+            place, self._rows = _find_in_sources(folders, folder)
+        else:
+            if not folder.is_complete():
+                compute(folder, texts.select(dataset, tokenizer), model, CapsuleCollator(tokenizer), batch_tokens)
+            folders, self.folder = [folder], folder.path
+            place = np.repeat(np.arange(folder.n_shards), np.diff(folder.starts))
+            self._rows = np.arange(len(place)) - np.asarray(folder.starts)[place]
+        # The shards of all folders, one after another; opened when a row is read.
+        self._files = [(x, shard) for x in folders for shard in range(x.n_shards)]
+        self._shards: dict[int, Shard] = {}
+        self._kept: tuple[Tensor, np.ndarray] | None = None  # on a device, and where each text begins there
+        self._places = place
+        self._encoding, self._token_shape = folders[0].encoding, folder.token_shape
+        self.n_bytes, self.n_unique = folder.n_bytes, len(texts.rows)
         self._is_checked = np.zeros(len(texts.rows), bool)
-        self._texts, self._ends, self._lengths = texts.indices, texts.ends[texts.indices], texts.lengths
+        self._texts, self._lengths = texts.indices, texts.lengths
         self._labels = dataset.with_format("numpy")["labels"][:] if "labels" in dataset.column_names else None
 
     @staticmethod
     def estimate(
-        dataset: datasets.Dataset, model: CapsuleHeadPreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        dataset: datasets.Dataset,
+        model: CapsuleHeadPreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        states_dtype: str = "float16",
     ) -> int:
         """Return the bytes of disk that the cache takes, found out from the lengths of texts alone.
 
         Raises:
             ValueError: If the hidden states differ in hidden size.
         """
-        texts = _find_texts(dataset, _input_names(dataset, tokenizer))
-        return StateFile(Path(), {}, texts.ends, _token_shape(model)).n_bytes
+        texts = find_texts(dataset, input_names(dataset, tokenizer))
+        n_tokens = int(texts.lengths[texts.rows].sum())
+        return n_tokens * encoding_of(states_dtype).token_bytes(token_shape(model))
 
     def to(self, device: torch.device | str) -> HiddenStateCache:
         """Keep all hidden states on a device; rows then have them as tensors there.
@@ -187,18 +193,24 @@ class HiddenStateCache(Dataset):
             ValueError: If the device has less memory free than they take, or they are damaged.
         """
         device = torch.device(device)
-        free = _free_memory(device)
-        if free is not None and free < self.n_bytes:
+        n_tokens = sum(int(folder.open(shard).ends[-1]) for folder, shard in self._files)
+        dtype = torch.float16 if self._encoding.row is np.float16 else torch.float32
+        free, needed = _free_memory(device), n_tokens * int(np.prod(self._token_shape)) * dtype.itemsize
+        if free is not None and free < needed:
             raise ValueError(
-                f"The hidden states take {gigabytes(self.n_bytes)}, and {device} has {gigabytes(free)} of memory free; "
+                f"The hidden states take {gigabytes(needed)}, and {device} has {gigabytes(free)} of memory free; "
                 "leave them on disk (cache_on_device=False), or use fewer layers."
             )
-        source, checksums = self._file.open()
-        states = torch.empty(source.shape, dtype=torch.float16, device=device)
-        for start, piece in self._file.pieces(source, checksums):
-            states[start : start + len(piece)] = torch.from_numpy(piece)
-        self._states = states
-        self._is_checked[:] = True
+        states = torch.empty((n_tokens, *self._token_shape), dtype=dtype, device=device)
+        starts, first = np.zeros(len(self._places), np.int64), 0
+        for place, (folder, number) in enumerate(self._files):
+            shard = folder.open(number)
+            for start, piece in shard.pieces():
+                states[first + start : first + start + len(piece)] = torch.from_numpy(piece)
+            here = self._places == place
+            starts[here] = first + (shard.ends - shard.tensors[LENGTHS])[self._rows[here]]
+            first += int(shard.ends[-1])
+        self._kept = states, starts
         return self
 
     @property
@@ -207,7 +219,7 @@ class HiddenStateCache(Dataset):
         return ["hidden_states", "length"] + ["labels"] * (self._labels is not None)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._lengths)
 
     def __getitem__(self, index: int | str) -> Any:
         """Return a row by its number; or `length` or `labels` of all rows by that name, as a list."""
@@ -216,21 +228,25 @@ class HiddenStateCache(Dataset):
             if column is None:
                 raise KeyError(f"No column {index!r} in memory; there are {', '.join(self.column_names[1:])}.")
             return column.tolist()
-        if self._states is None:
-            self._states, self._checksums = self._file.open()
-        text, end, length = self._texts[index], self._ends[index], self._lengths[index]
-        states = self._states[end - length : end]
-        if not self._is_checked[text]:
-            self._file.check(text, np.asarray(states), self._checksums)
+        text, length = self._texts[index], int(self._lengths[index])
+        if self._kept is not None:
+            kept, starts = self._kept
+            states: Any = kept[starts[text] : starts[text] + length]
+        else:
+            place = int(self._places[text])
+            if place not in self._shards:
+                folder, number = self._files[place]
+                self._shards[place] = folder.open(number)
+            states = self._shards[place].read(int(self._rows[text]), check=not self._is_checked[text])
             self._is_checked[text] = True
-        row = {"hidden_states": states, "length": int(length)}
+        row = {"hidden_states": states, "length": length}
         if self._labels is not None:
             row["labels"] = self._labels[index]
         return row
 
     def __getstate__(self) -> dict[str, Any]:
-        # The process that gets it maps the file anew.
-        return {**self.__dict__, "_states": None, "_is_checked": np.zeros_like(self._is_checked)}
+        # The process that gets it maps the files anew.
+        return {**self.__dict__, "_shards": {}, "_is_checked": np.zeros_like(self._is_checked)}
 
 
 def _free_memory(device: torch.device) -> int | None:
@@ -239,169 +255,36 @@ def _free_memory(device: torch.device) -> int | None:
     return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else None
 
 
-def _frozen_backbone(model: CapsuleHeadPreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the backbone whose hidden states can be cached.
+def _find_in_sources(folders: Sequence[StateFolder], wanted: StateFolder) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each text is: the shard, counted through all folders, and the text's number in it.
 
     Raises:
-        ValueError: If there is none, it is not frozen, or there is no tokenizer.
+        ValueError: If a folder is of another backbone or encoding, or a text is in none.
     """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"{type(tokenizer).__name__} is not a tokenizer; the cache of hidden states is for texts.")
-    if model.backbone is None:
-        raise ValueError("This model has no backbone to compute hidden states with; load it with load_backbone=True.")
-    if not model.config.freeze_backbone or any(x.requires_grad for x in model.backbone.parameters()):  # adapters
-        raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
-    return model.backbone
-
-
-def _input_names(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the columns that the backbone gets."""
-    names = [name for name in tokenizer.model_input_names if name in dataset.column_names]
-    if not names:
+    expected = {name: value for name, value in wanted.key.items() if name not in (ABOUT, *OF_TEXTS)}
+    digests, places, rows, n_shards = [], [], [], 0
+    for folder in folders:
+        found = {name: value for name, value in folder.key.items() if name not in (ABOUT, *OF_TEXTS)}
+        for name in sorted(expected.keys() | found.keys()):
+            if found.get(name) != expected.get(name):
+                raise ValueError(
+                    f"{folder.path} holds the hidden states of something else: {name} is {found.get(name)!r}, expected "
+                    f"{expected.get(name)!r}; give folders of the same backbone, layers and encoding."
+                )
+        place = np.repeat(np.arange(folder.n_shards), np.diff(folder.starts))
+        digests.append(folder.digests)
+        places.append(n_shards + place)
+        rows.append(np.arange(len(place)) - np.asarray(folder.starts)[place])
+        n_shards += folder.n_shards
+    known = np.ascontiguousarray(np.concatenate(digests)).view(f"S{DIGEST_BYTES}").ravel()
+    asked = np.ascontiguousarray(wanted.digests).view(f"S{DIGEST_BYTES}").ravel()
+    order = np.argsort(known, kind="stable")
+    at = np.minimum(np.searchsorted(known, asked, sorter=order), max(0, len(known) - 1))
+    found_at = order[at] if len(known) else np.zeros(len(asked), int)
+    is_there = known[found_at] == asked if len(known) else np.zeros(len(asked), bool)
+    if not is_there.all():
         raise ValueError(
-            f"The dataset has the columns {', '.join(dataset.column_names)}; expected a tokenized one, with "
-            f"{', '.join(tokenizer.model_input_names)}."
+            f"{np.count_nonzero(~is_there):,} of {len(asked):,} texts have no hidden states in "
+            f"{', '.join(str(folder.path) for folder in folders)}; expected all: compute them with capsule-heads cache."
         )
-    return names
-
-
-def _token_shape(model: CapsuleHeadPreTrainedModel) -> tuple[int, int]:
-    """Return the number of layers and the hidden size of a token's states."""
-    sizes = [model.config.hidden_sizes[layer] for layer in model.config.layers]
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"The layers in use have the hidden sizes {sizes}; the cache expects the same for all. Train without it."
-        )
-    return len(sizes), sizes[0]
-
-
-class _Texts(NamedTuple):
-    """The different texts among a dataset's rows.
-
-    Attributes:
-        rows: `[texts]`, the first row with each text, shortest first, in an order that follows from the texts alone.
-        lengths: `[rows]`, in tokens.
-        indices: `[rows]`, which of the texts each row has.
-        digest: of the texts.
-    """
-
-    rows: np.ndarray
-    lengths: np.ndarray
-    indices: np.ndarray
-    digest: str
-
-    @property
-    def ends(self) -> np.ndarray:
-        """`[texts]`, the token at which each text ends, counted through all of them."""
-        return np.cumsum(self.lengths[self.rows])
-
-
-def _find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> _Texts:
-    first_rows: dict[tuple[int, bytes], int] = {}
-    texts: list[tuple[int, bytes]] = []
-    for batch in dataset.with_format(None).select_columns(list(names)).iter(1000):
-        for values in zip(*(batch[name] for name in names)):
-            inputs = dict(zip(names, values))
-            digest = hashlib.blake2b(digest_size=16)
-            for name, value in inputs.items():
-                digest.update(f"{name} {len(value)} ".encode())
-                digest.update(np.asarray(value).tobytes())
-            length = sum(inputs["attention_mask"]) if "attention_mask" in inputs else len(values[0])
-            text = (length, digest.digest())
-            first_rows.setdefault(text, len(texts))
-            texts.append(text)
-    ordered = sorted(first_rows)
-    indices = {text: index for index, text in enumerate(ordered)}
-    return _Texts(
-        rows=np.array([first_rows[text] for text in ordered], dtype=np.int64),
-        lengths=np.array([length for length, _ in texts], dtype=np.int64),
-        indices=np.array([indices[text] for text in texts], dtype=np.int64),
-        digest=hashlib.sha256(b"".join(digest for _, digest in ordered)).hexdigest(),
-    )
-
-
-def _key(
-    model: CapsuleHeadPreTrainedModel,
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    texts: _Texts,
-) -> dict[str, Any]:
-    """Return all that the hidden states depend on; of the tokenizer, that is the tokens."""
-    base_config = model.config.base_config
-    config = {name: value for name, value in base_config.to_dict().items() if name not in NAMES_OF_BACKBONE}
-    weights = hashlib.sha256()  # they alone say nothing of, for example, the number of heads
-    for name, tensor in plain_weights(backbone):
-        weights.update(f"{name} {tensor.dtype} ".encode())
-        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return {
-        "backbone_type": base_config.model_type,
-        "backbone_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "backbone_weights": weights.hexdigest(),
-        "backbone_dtype": str(backbone.dtype),
-        "layers": list(model.config.layers),
-        "hidden_size": _token_shape(model)[1],
-        "dtype": "float16",
-        "inputs": list(names),
-        **({} if model.config.windowing is None else {"windows": list(model.config.windowing)}),
-        "texts": texts.digest,
-        "n_texts": len(texts.rows),
-        "n_tokens": int(texts.lengths[texts.rows].sum()),
-        ABOUT: {
-            "backbone": model.config.base_model_name_or_path,
-            "revision": model.config.base_model_revision,
-            "tokenizer": tokenizer.name_or_path,
-        },
-    }
-
-
-def _compute(
-    file: StateFile,
-    texts: datasets.Dataset,
-    model: CapsuleHeadPreTrainedModel,
-    collator: CapsuleCollator,
-    batch_tokens: int,
-) -> None:
-    """Compute the states that are not in the file yet, of texts in order of length."""
-    with file.writing() as unfinished:
-        if unfinished is None:
-            return
-        start = unfinished.n_texts
-        lengths = np.diff(file.ends, prepend=0)
-        with transformers_logging.tqdm(
-            desc="Computing hidden states",
-            total=file.shape[0],
-            initial=int(lengths[:start].sum()),
-            unit=" tokens",
-            unit_scale=True,
-        ) as progress:
-            while start < len(texts):
-                ahead = lengths[start : start + batch_tokens]
-                padded = ahead * np.arange(1, len(ahead) + 1)  # tokens in a batch that ends there
-                stop = start + max(1, int(np.searchsorted(padded, batch_tokens, side="right")))
-                batch = texts[start:stop]
-                inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())])
-                try:
-                    states = _half_states(model, inputs, int(lengths[start:stop].sum()))
-                except ValueError:
-                    unfinished.discard()  # nobody will ever finish it
-                    raise
-                unfinished.append(states, lengths[start:stop])
-                progress.update(len(states))
-                start = stop
-
-
-@torch.inference_mode()  # what it makes never meets autograd: it goes to disk
-def _half_states(model: CapsuleHeadPreTrainedModel, inputs: Mapping[str, Tensor], n_tokens: int) -> np.ndarray:
-    """Return a batch's states `[tokens, layers, hidden_size]`, in half precision, without padding."""
-    states, masks = model.compute_hidden_states(**{name: x.to(model.device) for name, x in inputs.items()})
-    mask = masks[0].bool()
-    if any(not torch.equal(other.bool(), mask) for other in masks[1:]) or mask.sum() != n_tokens:
-        raise ValueError(
-            f"The backbone made hidden states of {', '.join(str(int(m.sum())) for m in masks)} tokens, by layer, of "
-            f"{n_tokens} tokens; the cache expects one each. Train without it."
-        )
-    half = torch.stack([x[mask].half() for x in states], dim=1)
-    if not half.isfinite().all():
-        raise ValueError("The backbone's hidden states exceed half precision (65,504); train without the cache.")
-    return half.cpu().numpy()
+    return np.concatenate(places)[found_at], np.concatenate(rows)[found_at]

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.state_file import gigabytes
+from ..data.state_folder import gigabytes
 from ..files import holding, read_json
 from ..hub.push import RUN_LOCK
 

@@ -29,10 +29,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..backbones.fitting import kinds_of_input
 from ..backbones.loading import PACKAGE_PREFIX, load_backbone_config
 from ..backbones.processors import MODALITIES
+from ..data.encodings import ENCODINGS
 from ..data.hidden_states import HiddenStateCache
 from ..data.own import OwnData, load_data
 from ..data.own_labels import CLASSES
-from ..data.state_file import gigabytes
+from ..data.state_folder import gigabytes
 from ..data.tokenization import window_fields
 from ..explain.parts import PARTS_FILE, describe_parts
 from ..files import write_json
@@ -118,9 +119,30 @@ class DataArguments:
     cache_hidden_states: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the frozen backbone's hidden states of the training texts once, on disk in half "
-            "precision, instead of in every epoch. They are in capsule_heads in the cache folder of datasets "
-            "(HF_DATASETS_CACHE), which nothing empties. Default: true for texts that take 2 GB of it at most."
+            "help": "Compute the frozen backbone's hidden states of the training texts once, on disk, instead of in "
+            "every epoch. Default: true for texts that take 2 GB at most, and where an option of the cache is given."
+        },
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for cached hidden states, which nothing empties. Default: capsule_heads in the cache "
+            "folder of datasets (HF_DATASETS_CACHE)."
+        },
+    )
+    states_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "How hidden states are cached: float16, bfloat16, or int8 with a scale for each token at each "
+            "layer. Default: float16.",
+            "choices": list(ENCODINGS),
+        },
+    )
+    hidden_states: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders with hidden states of all these texts under this backbone, which capsule-heads cache has "
+            "made, to read instead of computing any."
         },
     )
     cache_on_device: bool = field(
@@ -137,6 +159,10 @@ class DataArguments:
             "load_best_model_at_end."
         },
     )
+
+    def without_cache(self) -> DataArguments:
+        """Return the options of a run that computes hidden states when it needs them."""
+        return replace(self, cache_hidden_states=False, cache_dir=None, states_dtype=None, hidden_states=None)
 
 
 @dataclass
@@ -293,10 +319,17 @@ class TrainingRun:
         self.trainer = self._make_trainer()
         self.trainer.state.global_step = steps
 
+    @property
+    def cache_options(self) -> dict[str, Any]:
+        """The options of `HiddenStateCache` that were given."""
+        data = self.data
+        given = {"cache_dir": data.cache_dir, "states_dtype": data.states_dtype, "sources": data.hidden_states}
+        return {name: value for name, value in given.items() if value is not None}
+
     def _pays_to_cache(self) -> bool:
         """Return whether hidden states are of texts, never change, and take little disk."""
         data, model = self.data, self.model
-        if data.cache_on_device:
+        if data.cache_on_device or self.cache_options:
             return True
         sizes = {model.config.hidden_sizes[layer] for layer in model.config.layers}
         if self.task.modality != "text" or self.task.preparation is not None or model.backbone_trains or len(sizes) > 1:
@@ -307,13 +340,13 @@ class TrainingRun:
         """Put the hidden states of the training texts in their place; the processes agree on which one computes."""
         nn.Module.to(self.model, self.arguments.device)  # PreTrainedModel.to has no type
         try:
-            states = HiddenStateCache(self.train_data, self.model, self.processor)
+            states = HiddenStateCache(self.train_data, self.model, self.processor, **self.cache_options)
         except (OSError, ValueError) as error:  # no disk; numbers that exceed half precision
-            if self.data.cache_hidden_states is not None or self.data.cache_on_device:
+            if self.data.cache_hidden_states is not None or self.data.cache_on_device or self.cache_options:
                 raise
             logger.warning("Hidden states are computed in every epoch: %s", error)
             return
-        if self.data.cache_hidden_states is None:
+        if self.data.cache_hidden_states is None and not self.cache_options:
             logger.warning(
                 "Hidden states of the training texts are computed once and kept in %s (%s); cache_hidden_states: false "
                 "computes them in every epoch.",
@@ -525,6 +558,15 @@ def check_cache_options(arguments: DataArguments, n_workers: int) -> None:
     Raises:
         ValueError: If a cache is to be kept on the device without a cache, or with worker processes.
     """
+    for name in ("cache_dir", "states_dtype", "hidden_states"):
+        value = getattr(arguments, name)
+        if value is not None and arguments.cache_hidden_states is False:
+            raise ValueError(f"{name} is {value}, and cache_hidden_states is false; expected a cache: leave one out.")
+    if arguments.cache_dir is not None and arguments.hidden_states is not None:
+        raise ValueError(
+            f"cache_dir is {arguments.cache_dir}, and hidden_states names folders, from which all states are read; "
+            "leave cache_dir out."
+        )
     if arguments.cache_on_device and arguments.cache_hidden_states is False:
         raise ValueError(
             "cache_on_device is true and cache_hidden_states is false; expected a cache to keep on the device: set "
@@ -552,8 +594,9 @@ def check_data_options(arguments: DataArguments, task: Task) -> None:
     void = {
         "max_length": task.preparation is not None,  # its own
         "pad_token": task.processor is not None,
-        "cache_hidden_states": False,
-        "cache_on_device": False,
+        **dict.fromkeys(
+            ("cache_hidden_states", "cache_on_device", "cache_dir", "states_dtype", "hidden_states"), False
+        ),
     }
     for name, is_void in void.items():
         value = getattr(arguments, name)

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
 from ..data.hidden_states import HiddenStateCache
-from ..data.state_file import gigabytes
+from ..data.state_folder import gigabytes
 from ..files import read_json, write_json
 from ..heads import get_head
 from ..metrics import metric_names
@@ -184,7 +184,7 @@ class Sweep:
         self.run = run
         self.split = next(iter(run.validation))
         self.caches = {
-            name: HiddenStateCache(split, run.model, run.processor)
+            name: HiddenStateCache(split, run.model, run.processor, **run.cache_options)
             for name, split in {**run.validation, **(run.tests if plan.test_all else {})}.items()
         }
         self.members = self._make_members()
@@ -387,7 +387,7 @@ class Sweep:
         """Return the run that would have trained a member, with the member's weights."""
         combination, model = member.combination, member.model
         run = TrainingRun(
-            dataclasses.replace(self.data, cache_hidden_states=False),
+            self.data.without_cache(),
             dataclasses.replace(
                 self.model_arguments,
                 head_type=combination.head_type,

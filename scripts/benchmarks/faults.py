@@ -54,7 +54,7 @@ from capsule_heads.data.audio import open_audio
 from capsule_heads.data.glue import load_glue
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.data.images import open_image
-from capsule_heads.data.state_file import UnfinishedStates
+from capsule_heads.data.state_folder import StateFolder
 from capsule_heads.data.tokenization import tokenize
 from capsule_heads.files import read_json
 from capsule_heads.hub.results import read_runs
@@ -144,13 +144,13 @@ class Moments(TrainerCallback):
 
     def __init__(self, folder: Path, at: tuple[str, int] | None = None, fault: Callable[[], None] = lambda: None):
         self.folder, self.at, self.fault, self.counts = str(folder), at, fault, Counter[str]()
-        append = UnfinishedStates.append
+        write = StateFolder.write
 
         def counted(*args: Any) -> None:
             self.count("cache")
-            append(*args)
+            write(*args)
 
-        UnfinishedStates.append = counted  # type: ignore[method-assign]  # in a process that ends soon
+        StateFolder.write = counted  # type: ignore[method-assign]  # in a process that ends soon
         sys.addaudithook(self.hear)
 
     def hear(self, event: str, arguments: tuple) -> None:
@@ -302,8 +302,8 @@ class Faults:
         (cache,) = folder.iterdir()
         expected = [row["hidden_states"].copy() for row in self.run.cache(folder)]
         if rng.random() < 0.5:
-            (cache / "states.f16").rename(cache / "states.f16.part")
-        file = rng.choice(sorted(path for path in cache.iterdir() if path.name != "lock"))
+            max(cache.glob("shard-*")).unlink()
+        file = rng.choice(sorted(path for path in cache.iterdir() if path.is_file()))
         position = _flip(rng, file)
         is_kept = rng.random() < 0.5
         try:

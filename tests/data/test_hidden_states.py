@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import os
@@ -13,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import AutoModel, BertConfig, DataCollatorWithPadding, GPT2Config, PreTrainedTokenizerFast
 
 from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data import hidden_states, state_file
+from capsule_heads.data import computing_states, encodings, hidden_states, shards, state_folder
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.data.tokenization import tokenize, window_fields
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
+SHARD = "shard-00000.safetensors"
 WORDS = [f"w{i}" for i in range(20)]
 SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 BACKBONES = {
@@ -36,6 +39,12 @@ def folder(tmp_path, monkeypatch):
     """Where the cache is."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "capsule_heads"
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of at most 24 tokens of three layers of 16 numbers in half precision."""
+    monkeypatch.setattr(state_folder, "SHARD_BYTES", 24 * 3 * 16 * 2)
 
 
 @pytest.fixture(scope="session")
@@ -130,9 +139,10 @@ def test_what_is_stored(make_model, folder):
         assert row["hidden_states"].dtype == np.float16
         assert (row["length"], row["labels"]) == (length, label)
     assert folders_in(folder) == [cached.folder]
-    assert [path.name for path in sorted(cached.folder.iterdir())] == ["key.json", "lock", "states.crc32", "states.f16"]
-    assert cached.n_bytes == (cached.folder / "states.f16").stat().st_size == sum(train["length"]) * 3 * 16 * 2
-    assert json.loads((cached.folder / "key.json").read_text())["about"]["backbone"].startswith("/")
+    assert [path.name for path in sorted(cached.folder.iterdir())] == ["locks", "manifest.json", SHARD]
+    assert cached.n_bytes == sum(train["length"]) * 3 * 16 * 2
+    assert cached.n_bytes < (cached.folder / SHARD).stat().st_size < cached.n_bytes + 2000
+    assert json.loads((cached.folder / "manifest.json").read_text())["about"]["backbone"].startswith("/")
     with pytest.raises(KeyError, match="No column 'input_ids' in memory; there are length, labels"):
         cached["input_ids"]
 
@@ -173,13 +183,13 @@ def test_batches_of_cached_states_are_those_of_the_texts(make_model, name, side,
 
 def test_a_second_call_reads_the_file(make_model, folder, count):
     first = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    written = (first.folder / "states.f16").stat().st_mtime_ns
+    written = (first.folder / SHARD).stat().st_mtime_ns
     model = make_model(seed=0)
     batches = count(model)
     second = HiddenStateCache(texts(), model, make_tokenizer())
     assert batches == []
     assert folders_in(folder) == [first.folder]
-    assert (second.folder / "states.f16").stat().st_mtime_ns == written
+    assert (second.folder / SHARD).stat().st_mtime_ns == written
     assert_same_states(second, first)
 
 
@@ -270,8 +280,9 @@ import os, signal, sys
 import datasets
 from transformers import AutoTokenizer
 from capsule_heads import CapsuleHeadForSequenceClassification
-from capsule_heads.data import HiddenStateCache
+from capsule_heads.data import HiddenStateCache, state_folder
 
+state_folder.SHARD_BYTES = 24 * 3 * 16 * 2
 backbone, data, cache_dir, kill_at = sys.argv[1:]
 model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=4)
 compute, calls = model.compute_hidden_states, []
@@ -314,42 +325,44 @@ def program(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_goes_on_where_it_was_killed(program, make_model, count, tmp_path, caplog):
+def test_it_goes_on_where_it_was_killed(program, make_model, count, tmp_path, caplog, small_shards):
     process = program(kill_at=4)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == -signal.SIGKILL, err
     (folder,) = folders_in(tmp_path / "shared")
-    assert {path.name for path in folder.iterdir()} == {"key.json", "lock", "states.crc32", "states.f16.part"}
+    done = sorted(path.name for path in folder.glob("shard-*"))
+    assert 0 < len(done) < 8
 
     whole = make_model()
     batches = count(whole)
     expected = HiddenStateCache(texts(), whole, make_tokenizer(), batch_tokens=24)
     rest = make_model()
     batches_of_rest = count(rest)
-    with open(folder / "states.f16.part", "ab") as file:
-        file.write(b"half a token")  # as if it had died while it wrote
+    lost = folder / f"shard-{len(done):05d}.safetensors.part"
+    lost.write_bytes(b"half a shard")  # as if it had died while it wrote
     caplog.clear()
     cached = HiddenStateCache(texts(), rest, make_tokenizer(), tmp_path / "shared", batch_tokens=24)
-    assert batches_of_rest == batches[3:]  # the batch that it died in, and those after it
-    n_done = sum(n for n, _ in batches[:3])
+    assert batches_of_rest == batches[-len(batches_of_rest) :] and len(batches_of_rest) >= len(batches) - 3
+    n_done = sum(n for n, _ in batches) - sum(n for n, _ in batches_of_rest)
     assert f"hidden states of 20 texts ({n_done} are done)" in caplog.text
     assert_same_states(cached, expected)
-    assert cached.folder == folder
-    assert not (folder / "states.f16.part").exists()
+    assert cached.folder == folder and not lost.exists()
+    for path in folder.glob("shard-*"):  # the same bits, but for what the manifests say for people
+        assert path.read_bytes()[1000:] == (expected.folder / path.name).read_bytes()[1000:]
 
 
 @pytest.mark.slow
-def test_processes_that_begin_at_once_compute_it_once(program, make_model, tmp_path):
+def test_processes_that_begin_at_once_share_the_shards(program, make_model, tmp_path):
     processes = [program(), program()]
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     results = [out.split() for out, _ in outputs]
     assert [n for n, _, _ in results] == ["20", "20"]
-    assert sorted(int(computed) for _, computed, _ in results) == [0, 20]
-    assert results[0][2] == results[1][2]
+    assert sum(int(computed) for _, computed, _ in results) == 20
+    assert len({total for _, _, total in results}) == 1
     expected = HiddenStateCache(texts(), make_model(), make_tokenizer())
     total = sum((row["hidden_states"].astype("float64") ** 2).sum() for row in expected)  # not about 0, as the sum is
     assert float(results[0][2]) == pytest.approx(total, rel=1e-3)
@@ -391,16 +404,17 @@ def test_others_wait_for_the_process_that_computes(make_model, caplog):
 @pytest.mark.parametrize("change, what", [(-2, "cut short"), (2, "written to by something else")])
 def test_a_file_of_another_size_is_refused(make_model, change, what):
     cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    file = cached.folder / "states.f16"
-    os.truncate(file, cached.n_bytes + change)
+    file = cached.folder / SHARD
+    size = file.stat().st_size
+    os.truncate(file, size + change)
     expected = (
-        rf"states\.f16 has {cached.n_bytes + change:,} bytes, expected {cached.n_bytes:,}: it was {what}\. "
-        rf"Delete the folder {cached.folder} to have them computed again"
+        rf"{SHARD} has {size + change:,} bytes, expected {size:,}: it was {what}\. "
+        rf"Delete the file {file} to have its states computed again"
     )
     for _ in range(2):
         with pytest.raises(ValueError, match=expected):
             HiddenStateCache(texts(), make_model(), make_tokenizer())
-    assert file.stat().st_size == cached.n_bytes + change  # nothing is deleted behind the user's back
+    assert file.stat().st_size == size + change  # nothing is deleted behind the user's back
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -408,29 +422,37 @@ def test_a_file_of_another_size_is_refused(make_model, change, what):
     "content, expected",
     [
         (
-            {"layers": [0, 1]},
-            r"of something else: layers is \[0, 1\] in its key.json, expected \[0, 1, 2\]\. Delete the",
+            {"key": {"layers": [0, 1]}},
+            r"of something else: layers is \[0, 1\] in its manifest.json, expected \[0, 1, 2\]\. Delete the folder",
         ),
         (
-            {"backbone_weights": "00"},
-            "of something else: backbone_weights is '00' in its key.json, expected '[0-9a-f]{64}'",
+            {"key": {"backbone_weights": "00"}},
+            "of something else: backbone_weights is '00' in its manifest.json, expected '[0-9a-f]{64}'",
         ),
-        ({"format": 0}, "format is 0 in its key.json, expected 2"),
-        ({"more": 1}, "more is 1 in its key.json, expected None"),
-        ("{", r"key.json is not JSON .*Delete the folder"),
-        ("[]", "key.json holds a list, not keys and values"),
-        (None, r"has states without a key\.json\. Delete the folder .* to have them computed again"),
+        ({"key": {"more": 1}}, "more is 1 in its manifest.json, expected None"),
+        (
+            {"format": 0},
+            "has format 0 and encoding float16, expected 3 and one of float16, bfloat16, int8: it is damag",
+        ),
+        ({"shards": [20]}, r"shards is \[20\] in its manifest.json, expected \[\d"),
+        ({"layers": "3"}, "manifest.json has layers '3'. Delete the folder"),
+        ("{", r"manifest.json is not JSON.*Delete the folder"),
+        ("[]", "manifest.json: expected keys and values, found list. Delete the folder"),
+        (None, r"has states without a manifest\.json\. Delete the folder .* to have its states computed again"),
     ],
 )
-def test_a_foreign_folder_is_refused(make_model, finished, content, expected):
+def test_a_foreign_folder_is_refused(make_model, finished, content, expected, small_shards):
     cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    key = cached.folder / "key.json"
+    manifest = cached.folder / "manifest.json"
     if content is None:
-        key.unlink()
+        manifest.unlink()
+    elif isinstance(content, dict):
+        before = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(before | content | {"key": before["key"] | content.get("key", {})}))
     else:
-        key.write_text(json.dumps(json.loads(key.read_text()) | content) if isinstance(content, dict) else content)
+        manifest.write_text(content)
     if not finished:
-        os.rename(cached.folder / "states.f16", cached.folder / "states.f16.part")
+        (cached.folder / SHARD).unlink()
     with pytest.raises(ValueError, match=expected):
         HiddenStateCache(texts(), make_model(), make_tokenizer())
 
@@ -442,66 +464,71 @@ def test_what_is_only_for_people_is_not_compared(make_model):
     assert_same_states(HiddenStateCache(texts(), model, make_tokenizer()), cached)
 
 
-@pytest.mark.parametrize("name", ["key.json", "states.crc32", "states.f16"])
+@pytest.mark.parametrize("name", ["manifest.json", SHARD])
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_flipped_byte_is_the_fault_of_the_cache(make_model, folder, name, finished):
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_a_flipped_bit_is_the_fault_of_the_cache(make_model, folder, name, finished, encoding, small_shards):
     """Wherever it is, and whichever way it is read: by rows, for a device, or to resume a computation."""
-    expected = [row["hidden_states"].copy() for row in HiddenStateCache(texts(), make_model(), make_tokenizer())]
-    (cache,) = folders_in(folder)
-    if not finished:
-        os.rename(cache / "states.f16", cache / "states.f16.part")
-        name = name.replace("f16", "f16.part")
-    whole = (cache / name).read_bytes()
-    rng = np.random.default_rng(0)
 
     def read(kept=False):
-        cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
-        return [np.asarray(row["hidden_states"]) for row in (cached.to("cpu") if kept else cached)]
+        cached = HiddenStateCache(texts(), make_model(), make_tokenizer(), states_dtype=encoding)
+        return [np.asarray(row["hidden_states"]).copy() for row in (cached.to("cpu") if kept else cached)]
 
-    for position in (0, len(whole) - 1, *rng.integers(len(whole), size=6)):
+    expected = read()
+    (cache,) = folders_in(folder)
+    if not finished:
+        max(cache.glob("shard-*")).unlink()
+    whole = (cache / name).read_bytes()
+    rng = np.random.default_rng(0)
+    for position in (0, 8, len(whole) - 1, *rng.integers(len(whole), size=12)):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << int(rng.integers(8))
         (cache / name).write_bytes(damaged)
         for kept in (False, True):
-            with pytest.raises(ValueError, match=rf"Delete the folder {cache} to have them computed again"):
+            with pytest.raises(
+                ValueError, match=rf"Delete the (folder {cache}|file {cache / name}) to have its states"
+            ):
                 read(kept)
     (cache / name).write_bytes(whole)
     assert all(map(np.array_equal, read(), expected))
 
 
-def test_a_cache_without_checksums_is_refused(make_model, folder):
-    HiddenStateCache(texts(), make_model(), make_tokenizer())
-    (cache,) = folders_in(folder)
-    (cache / "states.crc32").unlink()
-    with pytest.raises(
-        ValueError, match=r"states\.crc32 has 0 bytes, expected 84: it was cut short\. Delete the folder"
-    ):
-        HiddenStateCache(texts(), make_model(), make_tokenizer())
+def test_a_damaged_shard_is_named_and_computed_again_alone(make_model, folder, count, small_shards):
+    expected = HiddenStateCache(texts(), make_model(), make_tokenizer())
+    files = sorted(expected.folder.glob("shard-*"))
+    whole = files[2].read_bytes()
+    files[2].write_bytes(whole[:-40] + bytes(40))
+    with pytest.raises(ValueError, match=rf"Delete the file {files[2]} to have its states computed again"):
+        [row["hidden_states"].copy() for row in HiddenStateCache(texts(), make_model(), make_tokenizer())]
+    files[2].unlink()
+    model = make_model()
+    batches = count(model)
+    HiddenStateCache(texts(), model, make_tokenizer())
+    assert 0 < sum(n for n, _ in batches) < 8
+    assert files[2].read_bytes() == whole
 
 
-def test_a_disk_that_fills_up_is_named_and_the_computation_resumes(make_model, folder, count, tmp_path):
+def test_a_disk_that_fills_up_is_named_and_the_computation_resumes(make_model, folder, tmp_path):
     needed = HiddenStateCache.estimate(texts(), make_model(), make_tokenizer())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (needed // 2 + 1, hard))  # where a write ends that was to go on
     try:
         with pytest.raises(
-            OSError, match=r"states could not be written \(File too large\): all take .* are free; .*part'"
+            OSError, match=r"states could not be written \(File too large\): all take .* are free; .*hidden_states_"
         ):
             HiddenStateCache(texts(), make_model(), make_tokenizer(), batch_tokens=24)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (cache,) = folders_in(folder)
-    assert (cache / "states.f16.part").stat().st_size == needed // 2 + 1
-    model = make_model()
-    batches = count(model)
-    cached = HiddenStateCache(texts(), model, make_tokenizer(), batch_tokens=24)
-    assert 0 < sum(n for n, _ in batches) < 20
+    assert not list(cache.glob("*.safetensors"))
+    cached = HiddenStateCache(texts(), make_model(), make_tokenizer(), batch_tokens=24)
     elsewhere = HiddenStateCache(texts(), make_model(), make_tokenizer(), tmp_path / "elsewhere", batch_tokens=24)
     assert_same_states(cached, elsewhere)
+    assert not list(cache.glob("*.part"))
 
 
 def test_it_says_beforehand_what_it_takes_and_refuses_where_there_is_not_enough(
-    make_model, folder, monkeypatch, caplog, count
+    make_model, folder, monkeypatch, caplog, count, small_shards
 ):
     model, train = make_model(), texts()
     needed = sum(train["length"]) * 3 * 16 * 2
@@ -521,17 +548,15 @@ def test_it_says_beforehand_what_it_takes_and_refuses_where_there_is_not_enough(
     with pytest.raises(OSError, match=expected):
         HiddenStateCache(train, model, make_tokenizer())
     assert batches == []
-    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "locks"]
 
     disk(needed)
     caplog.clear()
     cached = HiddenStateCache(train, model, make_tokenizer())
     assert f"they take {megabytes} more of the {megabytes} of disk that are free, in {cached.folder}" in caplog.text
     # What is done needs no more.
-    part = cached.folder / "states.f16.part"
-    os.rename(cached.folder / "states.f16", part)
-    os.truncate(part, needed // 2)
-    disk(needed - needed // 2)
+    (cached.folder / SHARD).unlink()
+    disk(24 * 3 * 16 * 2)
     assert_same_states(HiddenStateCache(train, model, make_tokenizer()), cached)
 
 
@@ -604,9 +629,11 @@ def test_states_beyond_half_precision_are_refused_and_leave_nothing(make_model, 
     with torch.no_grad():
         model.backbone.wte.weight[WORDS.index("w19") + 1] = 1e5  # a word of the last batches
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"exceed half precision \(65,504\); train without the cache"):
+        with pytest.raises(ValueError, match=r"exceed half precision \(65,504\); keep them as bfloat16 \(states_dtype"):
             HiddenStateCache(texts(), model, make_tokenizer(), batch_tokens=10)
-        assert sum(path.stat().st_size for path in folder.rglob("states*")) == 0
+        assert not list(folder.rglob("shard*"))
+    kept = HiddenStateCache(texts(), model, make_tokenizer(), states_dtype="bfloat16")
+    assert max(np.abs(row["hidden_states"]).max() for row in kept) > 65_504
 
 
 @pytest.mark.parametrize(
@@ -684,14 +711,117 @@ def test_training_on_cached_states_is_training_on_the_texts(make_model, tmp_path
     np.testing.assert_allclose(losses(True), from_texts, rtol=5e-3)
 
 
+# How states are kept
+
+
+@pytest.mark.parametrize("encoding, tolerance", [("float16", 6e-4), ("bfloat16", 5e-3), ("int8", 1e-2)])
+def test_encodings(make_model, encoding, tolerance, small_shards):
+    train, model = texts(), make_model()
+    cached = HiddenStateCache(train, model, make_tokenizer(), states_dtype=encoding)
+    assert cached.n_bytes == HiddenStateCache.estimate(train, model, make_tokenizer(), encoding)
+    tokens = sum(train["length"])
+    assert cached.n_bytes == tokens * 3 * {"float16": 32, "bfloat16": 32, "int8": 16 + 4}[encoding]
+    for row, cached_row in zip(train, cached, strict=True):
+        states = model.backbone(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states
+        states = torch.stack(states, dim=2)[0].detach()
+        found = torch.tensor(cached_row["hidden_states"]).float()
+        largest = states.abs().amax(-1, keepdim=True)  # of a token at a layer
+        assert ((found - states).abs() <= tolerance * largest + 2e-3).all()
+        assert not torch.equal(found, states)
+    batch = CapsuleCollator(make_tokenizer())([cached[0], cached[1]])
+    assert batch["hidden_states"].dtype == (torch.float16 if encoding == "float16" else torch.float32)
+    assert model(**batch).loss.isfinite()
+    with pytest.raises(ValueError, match="states_dtype is 'float8'; expected one of float16, bfloat16, int8"):
+        HiddenStateCache(train, model, make_tokenizer(), states_dtype="float8")
+
+
+@pytest.mark.parametrize("encoding", encodings.ENCODINGS)
+def test_the_library_reads_the_shards(make_model, encoding, small_shards):
+    cached = HiddenStateCache(texts(), make_model(), make_tokenizer(), states_dtype=encoding)
+    rows = {row["hidden_states"].tobytes() for row in cached}
+    found = []
+    for path in sorted(cached.folder.glob("shard-*")):
+        tensors = load_file(path)
+        states = tensors["states"].float()
+        if encoding == "int8":
+            states = states * tensors["scales"][..., None]
+        states = states.half() if encoding == "float16" else states
+        found += [x.numpy().tobytes() for x in states.split(tensors["lengths"].tolist())]
+    assert set(found) == rows
+
+
+# Parts of a folder, and several folders
+
+
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_parts_have_the_same_bits_as_one_process(make_model, tmp_path, n_processes, small_shards):
+    expected = HiddenStateCache(texts(), make_model(), make_tokenizer(), tmp_path / "one")
+    model, tokenizer = make_model(), make_tokenizer()
+    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path / "parts", "float16")
+    rows, collator = found.select(texts(), tokenizer), CapsuleCollator(tokenizer)
+    written = []
+    folder.begin()
+    for number in reversed(range(n_processes)):  # in another order than the shards
+        own = [shard for shard in range(folder.n_shards) if shard % n_processes == number]
+        with contextlib.ExitStack() as others:  # that other processes hold
+            for shard in set(range(folder.n_shards)) - set(own):
+                others.enter_context(folder.claim(shard, wait=False))
+            computing_states.compute(folder, rows, model, collator, 2048, (number, n_processes), wait=False)
+        written.append(folder.missing())
+    assert [len(missing) for missing in written] == sorted([len(missing) for missing in written], reverse=True)
+    assert folder.is_complete()
+    for path in expected.folder.glob("shard-*"):
+        assert path.read_bytes() == (folder.path / path.name).read_bytes()
+
+
+def test_a_dead_process_is_taken_over(make_model, tmp_path, small_shards):
+    model, tokenizer = make_model(), make_tokenizer()
+    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path, "float16")
+    rows, collator = found.select(texts(), tokenizer), CapsuleCollator(tokenizer)
+    computing_states.compute(folder, rows, model, collator, 2048, (3, 4), wait=False)  # nobody else is there
+    assert folder.is_complete()
+
+
+def test_states_from_other_folders(make_model, tmp_path, count, small_shards):
+    train, tokenizer = texts(20), make_tokenizer()
+    first = HiddenStateCache(train.select(range(8)), make_model(), tokenizer, tmp_path)
+    second = HiddenStateCache(train.select(range(5, 20)), make_model(), tokenizer, tmp_path)
+    model = make_model(n_parts=6)
+    batches = count(model)
+    wanted = train.select([19, 0, 7, 0, 3])
+    sources = [first.folder, second.folder]
+    cached = HiddenStateCache(wanted, model, tokenizer, sources=sources)
+    assert batches == [] and cached.folder is None and cached["labels"] == wanted["labels"][:]
+    assert_same_states(cached, [second[14], first[0], second[2], first[0], first[3]])
+    kept = HiddenStateCache(wanted, model, tokenizer, sources=sources).to("cpu")
+    for row, expected in zip(kept, cached, strict=True):
+        assert np.array_equal(row["hidden_states"].numpy(), expected["hidden_states"])
+    assert_same_states(pickle.loads(pickle.dumps(cached)), cached)
+
+    with pytest.raises(ValueError, match=rf"1 of 4 texts have no hidden states in {second.folder}; expected all"):
+        HiddenStateCache(train.select([3, 6, 7, 8]), model, tokenizer, sources=[second.folder])
+    with pytest.raises(
+        ValueError, match=r"of something else: layers is \[0, 1, 2\], expected \[0, 1\]; give folders of"
+    ):
+        HiddenStateCache(wanted, make_model(layers=[0, 1]), tokenizer, sources=sources)
+    with pytest.raises(ValueError, match="of something else: dtype is 'float16', expected 'int8'"):
+        HiddenStateCache(wanted, model, tokenizer, sources=sources, states_dtype="int8")
+    max(second.folder.glob("shard-*")).unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of its \d shards, shard-0000\d\.safetensors among them; expected a"):
+        HiddenStateCache(wanted, model, tokenizer, sources=sources)
+    with pytest.raises(ValueError, match=r"has no manifest\.json; expected a folder of hidden states"):
+        HiddenStateCache(wanted, model, tokenizer, sources=[tmp_path])
+
+
 # Kept on a device
 
 
-def test_batches_made_on_a_device_are_those_from_disk(make_model, monkeypatch):
-    monkeypatch.setattr(state_file, "TOKENS_AT_ONCE", 7)  # several copies, the last one smaller
+@pytest.mark.parametrize("encoding", encodings.ENCODINGS)
+def test_batches_made_on_a_device_are_those_from_disk(make_model, monkeypatch, encoding, small_shards):
+    monkeypatch.setattr(shards, "TOKENS_AT_ONCE", 7)  # several copies, the last one smaller
     train = texts(20).select([3, 0, 3, *range(20)])
-    from_disk = HiddenStateCache(train, make_model(), make_tokenizer())
-    kept = HiddenStateCache(train, make_model(), make_tokenizer())
+    from_disk = HiddenStateCache(train, make_model(), make_tokenizer(), states_dtype=encoding)
+    kept = HiddenStateCache(train, make_model(), make_tokenizer(), states_dtype=encoding)
     assert kept.to("cpu") is kept
     assert isinstance(kept[0]["hidden_states"], torch.Tensor) and kept.column_names == from_disk.column_names
     collator = CapsuleCollator(make_tokenizer())

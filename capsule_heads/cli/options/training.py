@@ -119,7 +119,7 @@ class TrainParser(OneLineParser):
     def _print_options(self, show_all: bool, file: Any) -> None:
         shown = type(self)(self.prog)
         add_import_option(shown)
-        always = {*COMMON, *_head_fields()}
+        always = {*COMMON, *head_fields()}
         for title, options in _groups().items():
             group = shown.add_argument_group(title)
             common = [name for name in (*COMMON, *options) if name in options and name in always]
@@ -174,7 +174,7 @@ def _one_to_train(head_type: str) -> str:
     return head_type
 
 
-def _head_fields() -> dict[str, dict[str, dataclasses.Field]]:
+def head_fields() -> dict[str, dict[str, dataclasses.Field]]:
     """Return the options of all heads to train: by the option's name, the field of each head that has it."""
     found: dict[str, dict[str, dataclasses.Field]] = {}
     for head_type, head in _heads_to_train().items():
@@ -188,7 +188,7 @@ def _head_fields() -> dict[str, dict[str, dataclasses.Field]]:
 def _head_class() -> type:
     """Return a dataclass with the options of all heads; those of several heads stand in it once."""
     merged = []
-    for name, by_head in _head_fields().items():
+    for name, by_head in head_fields().items():
         (head_type, first), *others = by_head.items()
         for other, field in others:
             if _without_none(field.type) != _without_none(first.type):
@@ -270,7 +270,7 @@ def _print_configs() -> NoReturn:
 
 def _groups() -> dict[str, dict[str, tuple[Any, str]]]:
     """Return the options by the title of their group: the type and help text of each."""
-    of_heads = {name: (next(iter(x.values())).type, _head_help(x)) for name, x in _head_fields().items()}
+    of_heads = {name: (next(iter(x.values())).type, _head_help(x)) for name, x in head_fields().items()}
     data, model, training = (
         {name: (kind, _help(_fields(cls)[name])) for name, kind in get_type_hints(cls).items() if name in _fields(cls)}
         for cls in CLASSES

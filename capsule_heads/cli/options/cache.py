@@ -1,0 +1,57 @@
+"""The options of `capsule-heads cache`: those of `capsule-heads train` that say what hidden states depend on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...training.arguments import CapsuleTrainingArguments
+from .parser import at_least, fail
+from .training import GivenOptions, TrainParser, head_fields
+
+USED = ("seed", "use_cpu", "disable_tqdm")  # of transformers' arguments: the seed draws validation rows
+WITHOUT_EFFECT = {x.name for x in dataclasses.fields(CapsuleTrainingArguments)} - {*USED}
+WITHOUT_EFFECT |= {"cache_hidden_states", "cache_on_device", "hidden_states", "early_stopping_patience"}
+WITHOUT_EFFECT |= {"mixup_alpha", "class_weights"}
+
+
+class CacheParser(TrainParser):
+    """The parser of `capsule-heads cache`. `parse_args` returns `part` and `batch_tokens` beside `TrainParser`'s."""
+
+    about = (
+        "Compute the hidden states of all splits under a frozen backbone, for capsule-heads train and sweep with the "
+        "same options. A computation that was killed is resumed. Several processes share the work: by accelerate "
+        "launch -m capsule_heads cache, or by a call for each --part, at any time, on machines that share a disk."
+    )
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self.add_argument("--part", type=_part, metavar="K/N", help="Part of the work to begin with, such as 3/16.")
+        self.add_argument(
+            "--batch_tokens",
+            type=at_least(1),
+            default=2048,
+            metavar="N",
+            help="Tokens, with padding, to run the backbone on at once. Default: 2048.",
+        )
+
+    def parse_more(
+        self, own: argparse.Namespace, parser: GivenOptions, in_file: Mapping[str, Any], overrides: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the part, and the tokens of a batch."""
+        void = WITHOUT_EFFECT | head_fields().keys()
+        for name, value in overrides.items():
+            if name in void:
+                fail(f"{self.source}: {name} is {value}, which has no effect on hidden states; leave it out")
+        return {"part": own.part, "batch_tokens": own.batch_tokens}
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, n_parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= n_parts:
+        raise argparse.ArgumentTypeError(f"{text}; expected K/N, with K from 1 to N, such as 3/16")
+    return number - 1, n_parts

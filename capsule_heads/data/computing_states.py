@@ -1,0 +1,285 @@
+"""Hidden states of texts under a frozen backbone: what they depend on, and how a folder of them is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..weights import plain_weights
+from .encodings import ENCODINGS, Encoding
+from .shards import DIGEST_BYTES
+from .splits import check_dataset
+from .state_folder import ABOUT, StateFolder
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers.modeling_utils import PreTrainedModel
+
+    from ..models.base import CapsuleHeadPreTrainedModel
+
+# The fields of a configuration that name the backbone, and change nothing that it computes.
+NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
+
+
+def _frozen_backbone(model: CapsuleHeadPreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the backbone whose hidden states can be cached.
+
+    Raises:
+        ValueError: If there is none, it is not frozen, or there is no tokenizer.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"{type(tokenizer).__name__} is not a tokenizer; the cache of hidden states is for texts.")
+    if model.backbone is None:
+        raise ValueError("This model has no backbone to compute hidden states with; load it with load_backbone=True.")
+    if not model.config.freeze_backbone or any(x.requires_grad for x in model.backbone.parameters()):  # adapters
+        raise ValueError("The backbone is not frozen: its hidden states change in training and cannot be cached.")
+    return model.backbone
+
+
+def input_names(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the columns that the backbone gets."""
+    names = [name for name in tokenizer.model_input_names if name in dataset.column_names]
+    if not names:
+        raise ValueError(
+            f"The dataset has the columns {', '.join(dataset.column_names)}; expected a tokenized one, with "
+            f"{', '.join(tokenizer.model_input_names)}."
+        )
+    return names
+
+
+def token_shape(model: CapsuleHeadPreTrainedModel) -> tuple[int, int]:
+    """Return the number of layers and the hidden size of a token's states."""
+    sizes = [model.config.hidden_sizes[layer] for layer in model.config.layers]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"The layers in use have the hidden sizes {sizes}; the cache expects the same for all. Train without it."
+        )
+    return len(sizes), sizes[0]
+
+
+class Texts(NamedTuple):
+    """The different texts among a dataset's rows.
+
+    Attributes:
+        rows: `[texts]`, the first row with each text, shortest first, in an order that follows from the texts alone.
+        lengths: `[rows]`, in tokens.
+        indices: `[rows]`, which of the texts each row has.
+        digests: `[texts, 16]`, bytes that tell the texts apart.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    indices: np.ndarray
+    digests: np.ndarray
+
+    def select(self, dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+        """Return the different texts, with what the backbone gets of them."""
+        return dataset.with_format(None).select_columns(input_names(dataset, tokenizer)).select(self.rows)
+
+
+def find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> Texts:
+    """Return the different texts of a dataset, by some of its columns."""
+    first_rows: dict[tuple[int, bytes], int] = {}
+    texts: list[tuple[int, bytes]] = []
+    for batch in dataset.with_format(None).select_columns(list(names)).iter(1000):
+        for values in zip(*(batch[name] for name in names)):
+            inputs = dict(zip(names, values))
+            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+            for name, value in inputs.items():
+                digest.update(f"{name} {len(value)} ".encode())
+                digest.update(np.asarray(value).tobytes())
+            length = sum(inputs["attention_mask"]) if "attention_mask" in inputs else len(values[0])
+            text = (length, digest.digest())
+            first_rows.setdefault(text, len(texts))
+            texts.append(text)
+    ordered = sorted(first_rows)
+    indices = {text: index for index, text in enumerate(ordered)}
+    return Texts(
+        rows=np.array([first_rows[text] for text in ordered], dtype=np.int64),
+        lengths=np.array([length for length, _ in texts], dtype=np.int64),
+        indices=np.array([indices[text] for text in texts], dtype=np.int64),
+        digests=np.frombuffer(b"".join(digest for _, digest in ordered), np.uint8).reshape(-1, DIGEST_BYTES),
+    )
+
+
+def _key(
+    model: CapsuleHeadPreTrainedModel,
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    texts: Texts,
+    encoding: Encoding,
+) -> dict[str, Any]:
+    """Return all that the hidden states depend on; of the tokenizer, that is the tokens."""
+    base_config = model.config.base_config
+    config = {name: value for name, value in base_config.to_dict().items() if name not in NAMES_OF_BACKBONE}
+    weights = hashlib.sha256()  # they alone say nothing of, for example, the number of heads
+    for name, tensor in plain_weights(backbone):
+        weights.update(f"{name} {tensor.dtype} ".encode())
+        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {
+        "backbone_type": base_config.model_type,
+        "backbone_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "backbone_weights": weights.hexdigest(),
+        "backbone_dtype": str(backbone.dtype),
+        "layers": list(model.config.layers),
+        "hidden_size": token_shape(model)[1],
+        "dtype": encoding.name,
+        "inputs": list(names),
+        **({} if model.config.windowing is None else {"windows": list(model.config.windowing)}),
+        "texts": hashlib.sha256(texts.digests.tobytes()).hexdigest(),
+        "n_texts": len(texts.rows),
+        "n_tokens": int(texts.lengths[texts.rows].sum()),
+        ABOUT: {
+            "backbone": model.config.base_model_name_or_path,
+            "revision": model.config.base_model_revision,
+            "tokenizer": tokenizer.name_or_path,
+        },
+    }
+
+
+def find_folder(
+    dataset: datasets.Dataset,
+    model: CapsuleHeadPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | os.PathLike[str] | None,
+    states_dtype: str,
+) -> tuple[Texts, StateFolder]:
+    """Return the different texts of a dataset, and the folder that their hidden states are in, or will be.
+
+    Args:
+        dataset: see `HiddenStateCache`, for the others too.
+        model: with the backbone.
+        tokenizer: the backbone's.
+        cache_dir: where the folders are.
+        states_dtype: name of how states are kept.
+
+    Raises:
+        ValueError: If the states cannot be cached.
+        TypeError: If the dataset is something else than a `Dataset`.
+    """
+    check_dataset("dataset", dataset, "Dataset")
+    backbone, kept_as = _frozen_backbone(model, tokenizer), encoding_of(states_dtype)
+    names = input_names(dataset, tokenizer)
+    texts, shape = find_texts(dataset, names), token_shape(model)
+    if cache_dir is None:
+        from datasets.config import HF_DATASETS_CACHE
+
+        cache_dir = Path(HF_DATASETS_CACHE, "capsule_heads")
+    key = _key(model, backbone, tokenizer, names, texts, kept_as)
+    folder = Path(cache_dir).expanduser()
+    return texts, StateFolder.of_key(folder, key, texts.lengths[texts.rows], texts.digests, shape, kept_as)
+
+
+def encoding_of(states_dtype: str) -> Encoding:
+    """Return an encoding by its name.
+
+    Raises:
+        ValueError: If there is no such encoding.
+    """
+    if states_dtype not in ENCODINGS:
+        raise ValueError(f"states_dtype is {states_dtype!r}; expected one of {', '.join(ENCODINGS)}.")
+    return ENCODINGS[states_dtype]
+
+
+def compute(
+    folder: StateFolder,
+    texts: datasets.Dataset,
+    model: CapsuleHeadPreTrainedModel,
+    collator: Collator,
+    batch_tokens: int,
+    part: tuple[int, int] = (0, 1),
+    wait: bool = True,
+) -> None:
+    """Compute the shards of a folder that are not there yet.
+
+    A process computes its own shards first, and then those that no other process has begun. What a shard holds depends
+    on its texts alone, not on who computes it.
+
+    Args:
+        folder: of the states.
+        texts: the folder's, in its order.
+        model: with the backbone.
+        collator: of batches.
+        batch_tokens: tokens, with padding, to run the backbone on at once.
+        part: number of this process, from 0 on, and of all processes that compute.
+        wait: whether to return when all shards are there, not when other processes hold what is left.
+
+    Raises:
+        ValueError: If states exceed the encoding.
+        OSError: If there is not enough disk.
+    """
+    number, n_processes = part
+    folder.begin()
+    missing = folder.missing()
+    own_first = sorted(missing, key=lambda shard: shard % n_processes != number)
+    with transformers_logging.tqdm(
+        desc="Computing hidden states",
+        total=int(folder.lengths.sum()),
+        initial=int(folder.lengths.sum() - sum(folder.lengths[folder.texts_of(x)].sum() for x in missing)),
+        unit=" tokens",
+        unit_scale=True,
+    ) as progress:
+        for may_wait in (False, True) if wait else (False,):
+            for shard in own_first:
+                with folder.claim(shard, may_wait) as is_ours:
+                    if is_ours:
+                        folder.write(
+                            shard, _encode_shard(folder, shard, texts, model, collator, batch_tokens, progress)
+                        )
+
+
+def _encode_shard(
+    folder: StateFolder,
+    shard: int,
+    texts: datasets.Dataset,
+    model: CapsuleHeadPreTrainedModel,
+    collator: Collator,
+    batch_tokens: int,
+    progress: Any,
+) -> dict[str, np.ndarray]:
+    """Compute the states of a shard's texts, in batches of like length, and encode them."""
+    within = folder.texts_of(shard)
+    lengths = folder.lengths[within]
+    layers, size = folder.token_shape
+    encoded = {
+        name: np.empty((int(lengths.sum()), layers, *((size,) if is_full else ())), kind)
+        for name, (_, kind, is_full) in folder.encoding.tensors.items()
+    }
+    start, token = 0, 0
+    while start < len(lengths):
+        ahead = lengths[start : start + batch_tokens]
+        padded = ahead * np.arange(1, len(ahead) + 1)  # tokens in a batch that ends there
+        stop = start + max(1, int(np.searchsorted(padded, batch_tokens, side="right")))
+        batch = texts[within.start + start : within.start + stop]
+        inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())])
+        n_tokens = int(lengths[start:stop].sum())
+        for name, x in folder.encoding.encode(_packed_states(model, inputs, n_tokens)).items():
+            encoded[name][token : token + n_tokens] = x
+        progress.update(n_tokens)
+        start, token = stop, token + n_tokens
+    return encoded
+
+
+@torch.inference_mode()  # what it makes never meets autograd: it goes to disk
+def _packed_states(model: CapsuleHeadPreTrainedModel, inputs: Mapping[str, Tensor], n_tokens: int) -> Tensor:
+    """Return a batch's states `[tokens, layers, hidden_size]`, without padding."""
+    states, masks = model.compute_hidden_states(**{name: x.to(model.device) for name, x in inputs.items()})
+    mask = masks[0].bool()
+    if any(not torch.equal(other.bool(), mask) for other in masks[1:]) or mask.sum() != n_tokens:
+        raise ValueError(
+            f"The backbone made hidden states of {', '.join(str(int(m.sum())) for m in masks)} tokens, by layer, of "
+            f"{n_tokens} tokens; the cache expects one each. Train without it."
+        )
+    return torch.stack([x[mask] for x in states], dim=1)

@@ -1,0 +1,340 @@
+"""A folder with hidden states in shards, and the key of what they depend on. docs/cache_format.md specifies it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ..files import read_json, write_json
+from .encodings import ENCODINGS, Encoding
+from .shards import (
+    DIGEST_BYTES,
+    DIGESTS,
+    FORMAT,
+    LENGTHS,
+    MANIFEST,
+    Layout,
+    Shard,
+    layout_of,
+    open_shard,
+    remedy_of,
+    write_shard,
+)
+
+SHARD_BYTES = 2**28  # that the states of a shard take at most, if it has more than one text
+ABOUT = "about"  # the part of a key that is for people, and is not compared
+OF_TEXTS = ("texts", "n_texts", "n_tokens")  # the parts of a key that say which texts there are
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """Hidden states of some texts in a folder that is named by what they depend on.
+
+    Args:
+        path: the folder.
+        key: what the states depend on, as JSON; under "about" are facts that are not compared.
+        lengths: `[texts]`, in tokens.
+        digests: `[texts, 16]`, bytes, which tell the texts apart.
+        token_shape: number of layers and hidden size of a token's states.
+        encoding: of the states.
+    """
+
+    path: Path
+    key: Mapping[str, Any]
+    lengths: np.ndarray
+    digests: np.ndarray
+    token_shape: tuple[int, int]
+    encoding: Encoding
+
+    @classmethod
+    def of_key(cls, cache_dir: Path, key: Mapping[str, Any], *texts: Any) -> StateFolder:
+        """Return the folder in a cache that is named by a key; see the class for the others."""
+        compared = {name: value for name, value in key.items() if name != ABOUT}
+        name = hashlib.sha256(json.dumps({"format": FORMAT, **compared}, sort_keys=True).encode()).hexdigest()[:16]
+        return cls(cache_dir / f"hidden_states_{name}", key, *texts)
+
+    @classmethod
+    def load(cls, path: Path) -> StateFolder:
+        """Return a complete folder, by what is in it.
+
+        Raises:
+            ValueError: If it is none, is not complete, or is damaged.
+        """
+        manifest = _read_manifest(path)
+        shape, encoding = (manifest["layers"], manifest["hidden_size"]), ENCODINGS[manifest["encoding"]]
+        empty = cls(path, {**manifest["key"], ABOUT: manifest[ABOUT]}, np.zeros(0, int), np.zeros(0), shape, encoding)
+        names = [f"shard-{shard:05d}.safetensors" for shard in range(len(manifest["shards"]))]
+        missing = [name for name in names if not (path / name).exists()]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {len(missing)} of its {len(names)} shards, {missing[0]} among them; expected a complete "
+                "folder: compute the others with capsule-heads cache."
+            )
+        shards = [empty._open(path / name, n) for name, n in zip(names, manifest["shards"], strict=True)]
+        lengths = [x.tensors[LENGTHS] for x in shards] or [np.zeros(0, np.int64)]
+        digests = [x.tensors[DIGESTS] for x in shards] or [np.zeros((0, DIGEST_BYTES), np.uint8)]
+        found = cls(path, empty.key, np.concatenate(lengths), np.concatenate(digests), shape, encoding)
+        if found.manifest() != manifest:
+            raise ValueError(f"{path / MANIFEST} does not fit the shards beside it. {remedy_of(path)}")
+        return found
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """The first text of each shard, and the number of all texts: what follows from the lengths alone."""
+        ends, at_most = np.cumsum(self.lengths), max(1, SHARD_BYTES // self.n_token_bytes)
+        starts = [0]
+        while starts[-1] < len(ends):
+            first = starts[-1]
+            before = int(ends[first - 1]) if first else 0
+            starts.append(max(first + 1, int(np.searchsorted(ends, before + at_most, side="right"))))
+        return starts
+
+    @property
+    def n_shards(self) -> int:
+        """The number of shards."""
+        return len(self.starts) - 1
+
+    @property
+    def n_token_bytes(self) -> int:
+        """Number of bytes of a token's states."""
+        return self.encoding.token_bytes(self.token_shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Number of bytes of all states."""
+        return int(self.lengths.sum()) * self.n_token_bytes
+
+    def texts_of(self, shard: int) -> slice:
+        """Return the texts of a shard."""
+        return slice(self.starts[shard], self.starts[shard + 1])
+
+    def path_of(self, shard: int) -> Path:
+        """Return the file of a shard."""
+        return self.path / f"shard-{shard:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Return the shards that are not there."""
+        return [shard for shard in range(self.n_shards) if not self.path_of(shard).exists()]
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what the manifest has."""
+        layers, hidden_size = self.token_shape
+        return {
+            "format": FORMAT,
+            "key": {name: value for name, value in self.key.items() if name != ABOUT},
+            "encoding": self.encoding.name,
+            "layers": layers,
+            "hidden_size": hidden_size,
+            "shards": np.diff(self.starts).tolist(),
+            ABOUT: self.key.get(ABOUT, {}),
+        }
+
+    def is_complete(self) -> bool:
+        """Return whether all shards are there. Their states are for `Shard.check`.
+
+        Raises:
+            ValueError: If a file was cut short, is damaged, or is of something else.
+        """
+        if not (self.path / MANIFEST).exists():
+            if any(self.path.glob("shard-*.safetensors")):
+                raise ValueError(f"{self.path} has states without a {MANIFEST}. {remedy_of(self.path)}")
+            return False
+        self._check_manifest()
+        missing = self.missing()
+        for shard in set(range(self.n_shards)) - set(missing):
+            self.open(shard)
+        return not missing
+
+    def begin(self) -> None:
+        """Write the manifest, if there is none, and check that there is disk for what is missing.
+
+        Raises:
+            ValueError: If there is another manifest.
+            OSError: If there is not enough disk.
+        """
+        (self.path / "locks").mkdir(parents=True, exist_ok=True)
+        with self._locked("manifest"):
+            if (self.path / MANIFEST).exists():
+                self._check_manifest()
+            missing = self.missing()
+            self._check_disk(missing)
+            if not (self.path / MANIFEST).exists():
+                with self.naming_faults():
+                    write_json(self.path / MANIFEST, self.manifest())
+
+    @contextlib.contextmanager
+    def claim(self, shard: int, wait: bool) -> Iterator[bool]:
+        """Hold a shard, so that no other process computes it.
+
+        Args:
+            shard: its number.
+            wait: whether to wait for a process that holds it.
+
+        Yields:
+            Whether the shard is to be computed here: it is not there, and no other process holds it.
+        """
+        if self.path_of(shard).exists():
+            yield False
+            return
+        # The system takes a lock from a process that ends, however it ends.
+        lock = FileLock(self.path / "locks" / f"{shard:05d}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                yield False
+                return
+            logger.warning("Another process computes hidden states in %s; waiting for it.", self.path)
+            lock.acquire()
+        try:
+            yield not self.path_of(shard).exists()
+        finally:
+            lock.release()
+
+    def write(self, shard: int, encoded: Mapping[str, np.ndarray]) -> None:
+        """Write a shard under another name, wait until the disk has it, and give it its own.
+
+        Args:
+            shard: that `claim` holds.
+            encoded: the encoded states of its texts, one after another.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        texts, path = self.texts_of(shard), self.path_of(shard)
+        part = path.with_name(f"{path.name}.part")
+        with self.naming_faults():
+            with open(part, "wb") as file:
+                lengths, digests = self.lengths[texts], self.digests[texts]
+                write_shard(file, self._layout(len(lengths)), self._metadata(), lengths, digests, encoded)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+
+    def open(self, shard: int) -> Shard:
+        """Open a shard of these texts.
+
+        Raises:
+            ValueError: If it was cut short, is damaged, or has other texts.
+        """
+        texts, path = self.texts_of(shard), self.path_of(shard)
+        found = self._open(path, texts.stop - texts.start)
+        for name, expected in ((LENGTHS, self.lengths[texts]), (DIGESTS, self.digests[texts])):
+            if not np.array_equal(found.tensors[name], expected):
+                raise ValueError(f"{path} holds the hidden states of other texts. {remedy_of(path)}")
+        return found
+
+    def _open(self, path: Path, n_texts: int) -> Shard:
+        return open_shard(path, self.encoding, self._layout(n_texts), self._metadata())
+
+    def _layout(self, n_texts: int) -> Layout:
+        return layout_of(self.encoding, self.token_shape, n_texts)
+
+    def _metadata(self) -> dict[str, str]:
+        return {"format": str(FORMAT), "manifest_crc32": str(zlib.crc32((self.path / MANIFEST).read_bytes()))}
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with FileLock(self.path / "locks" / name):
+            yield
+
+    @contextlib.contextmanager
+    def naming_faults(self) -> Iterator[None]:
+        """Turn a failure to write into an `OSError` that names the folder, its size and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The hidden states could not be written ({error.strerror}): all take {gigabytes(self.n_bytes)}, and "
+                f"{gigabytes(shutil.disk_usage(self.path).free)} are free; free some and run again, which goes on "
+                "with the shards that are missing, or give a cache_dir on another disk",
+                str(self.path),
+            ) from error
+
+    def _check_disk(self, missing: Sequence[int]) -> None:
+        tokens = sum(int(self.lengths[self.texts_of(shard)].sum()) for shard in missing)
+        needed, free = tokens * self.n_token_bytes, shutil.disk_usage(self.path).free
+        n_done = len(self.lengths) - sum(len(self.lengths[self.texts_of(shard)]) for shard in missing)
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"The hidden states of {len(self.lengths):,} texts take {gigabytes(needed)} more on disk, and there "
+                f"are {gigabytes(free)} free; free some, give a cache_dir on another disk, use fewer layers or "
+                "states_dtype int8, or train without the cache",
+                str(self.path),
+            )
+        logger.warning(
+            "Computing the hidden states of %s texts%s: they take %s more of the %s of disk that are free, in %s.",
+            f"{len(self.lengths):,}",
+            f" ({n_done:,} are done)" if n_done else "",
+            gigabytes(needed),
+            gigabytes(free),
+            self.path,
+        )
+
+    def _check_manifest(self) -> None:
+        expected, found = self.manifest(), _read_manifest(self.path)
+        for name in sorted((expected.keys() | found.keys()) - {ABOUT}):
+            ours, theirs = expected.get(name), found.get(name)
+            if ours != theirs:
+                if isinstance(ours, dict) and isinstance(theirs, dict):  # the key
+                    part = min(x for x in ours.keys() | theirs.keys() if ours.get(x) != theirs.get(x))
+                    name, ours, theirs = part, ours.get(part), theirs.get(part)
+                raise ValueError(
+                    f"{self.path} holds the hidden states of something else: {name} is {theirs!r} in its {MANIFEST}, "
+                    f"expected {ours!r}. {remedy_of(self.path)}"
+                )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a folder.
+
+    Raises:
+        ValueError: If it has none, or none that can be read.
+    """
+    try:
+        found = read_json(path / MANIFEST)
+    except FileNotFoundError:
+        raise ValueError(f"{path} has no {MANIFEST}; expected a folder of hidden states.") from None
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}. {remedy_of(path)}") from None
+    kinds = {
+        "format": int,
+        "key": dict,
+        "encoding": str,
+        "layers": int,
+        "hidden_size": int,
+        "shards": list,
+        ABOUT: dict,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{path / MANIFEST} has {name} {found.get(name)!r}. {remedy_of(path)}")
+    if found["format"] != FORMAT or found["encoding"] not in ENCODINGS:
+        raise ValueError(
+            f"{path / MANIFEST} has format {found['format']} and encoding {found['encoding']}, expected {FORMAT} and "
+            f"one of {', '.join(ENCODINGS)}: it is damaged, or of another version. {remedy_of(path)}"
+        )
+    return found
+
+
+def gigabytes(n_bytes: int) -> str:
+    """Return a number of bytes for a message."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,73 @@
+"""Hidden states of all splits of some data, computed by one process or several, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..data.computing_states import compute, find_folder
+from ..data.encodings import Float16
+from ..data.state_folder import StateFolder
+from .arguments import CapsuleTrainingArguments
+from .run import DataArguments, ModelArguments, TrainingRun
+
+
+class CachedSplit(NamedTuple):
+    """A split whose hidden states are cached.
+
+    Attributes:
+        name: the split's.
+        folder: with the states.
+        missing: number of shards that other processes still compute, or are to.
+    """
+
+    name: str
+    folder: StateFolder
+    missing: int
+
+
+def cache_states(
+    data: DataArguments,
+    model: ModelArguments,
+    head_options: Mapping[str, Any],
+    arguments: CapsuleTrainingArguments,
+    part: tuple[int, int] | None = None,
+    batch_tokens: int = 2048,
+) -> list[CachedSplit]:
+    """Compute the hidden states of all splits that a training with the same options has.
+
+    Args:
+        data: options of the data; they say where the states are kept, and how.
+        model: options of the model.
+        head_options: of the head.
+        arguments: transformers' training arguments. Under `accelerate launch` each process takes its part.
+        part: number of this process, from 0 on, and of all; others than those that were launched together. It does not
+            wait for them.
+        batch_tokens: tokens, with padding, to run the backbone on at once.
+
+    Raises:
+        ValueError: If options do not fit the data, or the states cannot be cached.
+        TypeError: If the head has no such option.
+        OSError: If data or backbone is not found, or there is not enough disk.
+        ImportError: If a package is not installed that the backbone needs.
+    """
+    if model.adapt is not None:
+        raise ValueError(
+            f"adapt is {model.adapt}, which trains the backbone: each run has states of its own; leave it out."
+        )
+    run = TrainingRun(data.without_cache(), model, head_options, arguments)
+    if run.task.modality != "text":
+        raise ValueError(f"{run.task.name} is of {run.task.data.noun}; expected texts: only their states are cached.")
+    nn.Module.to(run.model, arguments.device)  # PreTrainedModel.to has no type
+    mine = part or (arguments.process_index, arguments.world_size)
+    found = []
+    for name, split in {"train": run.train_data, **run.validation, **run.tests}.items():
+        dtype = data.states_dtype or Float16.name
+        texts, folder = find_folder(split, run.model, run.processor, data.cache_dir, dtype)
+        if not folder.is_complete():
+            rows = texts.select(split, run.processor)
+            compute(folder, rows, run.model, run.collator, batch_tokens, mine, wait=part is None)
+        found.append(CachedSplit(name, folder, len(folder.missing())))
+    return found

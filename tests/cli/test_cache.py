@@ -1,0 +1,155 @@
+"""`capsule-heads cache`, and the commands that read what it makes."""
+
+import json
+
+import pytest
+from processes import run_program
+
+from capsule_heads.cli import main
+from capsule_heads.data import computing_states, state_folder
+
+WORDS = ("the food was good", "a bad film", "it was long and bad", "good and good", "the film", "long food")
+
+
+@pytest.fixture
+def given(backbone, tmp_path, monkeypatch):
+    """The options of some data: 40 texts to train on, of which each is another."""
+    monkeypatch.setattr(state_folder, "SHARD_BYTES", 4000)
+    rows = ["text,label"]
+    rows += [f"{WORDS[n % 6]} {' '.join(['good', 'bad'][n >> k & 1] for k in range(6))},{'yes' if n % 2 else 'no'}"
+             for n in range(50)]  # fmt: skip
+    (tmp_path / "reviews.csv").write_text("\n".join(rows), encoding="utf-8")
+    return ("--data", tmp_path / "reviews.csv", "--backbone", backbone, "--use_cpu", "--cache_dir", tmp_path / "cache")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A list of the shards that are computed."""
+    shards = []
+    encode = computing_states._encode_shard
+
+    def counted(folder, shard, *others):
+        shards.append((folder.path.name, shard))
+        return encode(folder, shard, *others)
+
+    monkeypatch.setattr(computing_states, "_encode_shard", counted)
+    return shards
+
+
+def test_training_finds_what_was_cached(call, given, computed, tmp_path):
+    status, out, err = call("cache", *given)
+    assert status == 0, err
+    names = [line.partition(":")[0] for line in out.splitlines()]
+    assert names == ["train", "validation"] and "texts, 0.0 MB, " in out
+    assert len(computed) == len(set(computed)) > 4
+    done = list(computed)
+    assert call("cache", *given)[:2] == (0, out)
+    train = (*given, "--max_steps", 2, "--n_parts", 4, "--output_dir", tmp_path / "run")
+    status, _, err = call("train", *train)
+    assert status == 0, err
+    assert computed == done
+
+    # Or by the names of the folders, of which one alone has not all texts.
+    folders = [line.rpartition(", ")[2] for line in out.splitlines()]
+    train = (*given[:-2], "--max_steps", 2, "--output_dir", tmp_path / "run")
+    status, _, err = call("train", *train, "--hidden_states", *folders)
+    assert status == 0 and computed == done, err
+    status, _, err = call("train", *train, "--hidden_states", folders[1])
+    assert (status, computed) == (2, done)
+    assert f"texts have no hidden states in {folders[1]}; expected all: compute them with capsule-heads cache" in err
+    sweep = (
+        "sweep",
+        *given[:-2],
+        "--max_steps",
+        2,
+        "--grid",
+        "learning_rate=1e-3,1e-2",
+        "--output_dir",
+        tmp_path / "s",
+    )
+    status, _, err = call(*sweep, "--hidden_states", *folders)
+    assert status == 0 and computed == done, err
+
+
+def test_parts(call, given, computed, monkeypatch):
+    """Two calls, of which the second finds nothing left: the first took over what nobody had begun."""
+    status, out, err = call("cache", *given, "--part", "2/2", "--states_dtype", "int8")
+    assert status == 0 and "missing" not in out, err
+    of_train = [shard for name, shard in computed if name == computed[0][0]]
+    own = [shard for shard in range(len(of_train)) if shard % 2 == 1]
+    assert of_train[: len(own)] == own and sorted(of_train) == list(range(len(of_train)))
+    done = list(computed)
+    status, again, err = call("cache", *given, "--part", "1/2", "--states_dtype", "int8")
+    assert (status, again, computed) == (0, out, done), err
+
+
+def test_what_other_processes_hold_is_said(call, given, monkeypatch):
+    import contextlib
+
+    def claim(self, shard, wait):
+        assert not wait
+        return contextlib.nullcontext(shard > 0 and not self.path_of(shard).exists())
+
+    monkeypatch.setattr(state_folder.StateFolder, "claim", claim)
+    status, out, err = call("cache", *given, "--part", "2/2")
+    assert status == 0, err
+    assert all("; 1 of " in line and line.endswith("missing, which other parts compute") for line in out.splitlines())
+
+
+PROGRAM = """
+import sys
+from capsule_heads.cli import main
+from capsule_heads.data import state_folder
+from processes import fork_processes
+
+state_folder.SHARD_BYTES = 4000
+assert fork_processes(2, lambda rank: main(["cache", *sys.argv[1:]])) == [0, 0]
+"""
+
+
+@pytest.mark.slow
+def test_processes_launched_together(given, call, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    run_program(tmp_path / "program.py", *given[:-1], tmp_path / "together")
+    status, _, err = call("cache", *given)
+    assert status == 0, err
+    for folder in (tmp_path / "cache").iterdir():
+        other = tmp_path / "together" / folder.name
+        for path in folder.glob("shard-*"):
+            assert path.read_bytes() == (other / path.name).read_bytes()
+        assert json.loads((folder / "manifest.json").read_text()) == json.loads((other / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--part", "0/4"], "argument --part: 0/4; expected K/N, with K from 1 to N, such as 3/16"),
+        (["--part", "5/4"], "5/4; expected K/N"),
+        (["--part", "3"], "3; expected K/N"),
+        (["--learning_rate", "1e-3"], "learning_rate is 0.001, which has no effect on hidden states; leave it out"),
+        (["--n_parts", "4"], "n_parts is 4, which has no effect on hidden states"),
+        (["--states_dtype", "float8"], "invalid choice: 'float8'"),
+        (["--adapt", "lora"], "adapt is lora, which trains the backbone: each run has states of its own; leave it out"),
+    ],
+)
+def test_mistakes(options, message, given, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["cache", *map(str, given), *options])
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in error and error.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cache_hidden_states", "false"], "and cache_hidden_states is false; expected a cache: leave one out"),
+        (
+            ["--hidden_states", "x"],
+            "and hidden_states names folders, from which all states are read; leave cache_dir out",
+        ),
+    ],
+)
+def test_options_of_training_that_exclude_each_other(call, given, options, message):
+    status, _, err = call("train", *given, *options)
+    assert status == 2 and message in err
