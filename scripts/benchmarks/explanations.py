@@ -76,9 +76,7 @@ def main() -> None:
         runs = [read_json(path) for path in options.table] if options.table else [measure(options)]
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
-    tables = [make_table(run) for run in runs]
-    if len(runs) > 1:
-        tables.append(compare_heads(runs))
+    tables = ([compare_heads(runs)] if len(runs) > 1 else []) + [make_table(run) for run in runs]
     text = "\n\n".join(tables)
     if options.page:
         before, begin, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
@@ -127,9 +125,13 @@ def make_table(run: dict) -> str:
     for method in run["models"][0]["methods"]:
         rows = [model["methods"][method] for model in run["models"]]
         cells = [mean_and_error(rows, value, digits) for value, digits in COLUMNS.values()]
-        milliseconds = 1e3 * statistics.median(x["seconds"] for of_model in rows for x in of_model)
-        lines.append(f"| {method} | {' | '.join(cells)} | {milliseconds:.0f} |")
+        lines.append(f"| {method} | {' | '.join(cells)} | {milliseconds(rows)} |")
     return "\n".join(lines)
+
+
+def milliseconds(rows: list[list[dict]]) -> str:
+    """Return the median time of an explanation."""
+    return f"{1e3 * statistics.median(x['seconds'] for of_model in rows for x in of_model):.0f}"
 
 
 def mean_and_error(rows: list[list], value: Callable[[Any], float], digits: int) -> str:
@@ -141,15 +143,17 @@ def mean_and_error(rows: list[list], value: Callable[[Any], float], digits: int)
             of_texts.append(statistics.fmean(known))
     if not of_texts:
         return "-"
-    error = statistics.stdev(of_texts) / len(of_texts) ** 0.5 if len(of_texts) > 1 else math.nan
-    return f"{statistics.fmean(of_texts):.{digits}f} ± {error:.{digits}f}"
+    mean = f"{statistics.fmean(of_texts):.{digits}f}"
+    if len(of_texts) == 1:
+        return f"{mean} (one text)"
+    return f"{mean} ± {statistics.stdev(of_texts) / len(of_texts) ** 0.5:.{digits}f}"
 
 
 def compare_heads(runs: list[dict]) -> str:
     """Return a table of the accuracy, faithfulness and time of the heads of several runs, of credits of both kinds."""
     of_credits = ("NAOPC", "comprehensiveness less that of leave one out", "ms")
-    heading = [*of_credits, *(f"{name}, through the backbone" for name in of_credits)]
-    lines = [f"| set | head | accuracy, % | {' | '.join(heading)} |", "|" + " --- |" * 9]
+    heading = [*of_credits, *(f"{name}, through the backbone" for name in of_credits), "ms, leave one out"]
+    lines = [f"| set | head | accuracy, % | {' | '.join(heading)} |", "|" + " --- |" * 10]
     comprehensiveness, naopc = COLUMNS["comprehensiveness"][0], COLUMNS["NAOPC"][0]
     for run in runs:
         models = run["models"]
@@ -158,12 +162,12 @@ def compare_heads(runs: list[dict]) -> str:
         for method in (CREDITS, THROUGH_BACKBONE):
             rows, reference = ([x["methods"][name] for x in models] for name in (method, LEAVE_ONE_OUT))
             pairs = [list(zip(*of_model, strict=True)) for of_model in zip(rows, reference, strict=True)]
-            milliseconds = 1e3 * statistics.median(x["seconds"] for of_model in rows for x in of_model)
             cells += [
                 mean_and_error(rows, naopc, 3),
                 mean_and_error(pairs, lambda pair: comprehensiveness(pair[0]) - comprehensiveness(pair[1]), 3),
-                f"{milliseconds:.0f}",
+                milliseconds(rows),
             ]
+        cells.append(milliseconds([x["methods"][LEAVE_ONE_OUT] for x in models]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -28,13 +28,20 @@ def test_faithfulness(call, classifier, tiny_set, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps(found))
     status, out, err = call("benchmarks/explanations.py", "--table", tmp_path / "f.json", tmp_path / "g.json")
     assert status == 0, err
-    *_, unknown, known = out.splitlines()
+    _, _, unknown, known, *_ = out.splitlines()
     assert unknown.startswith("| cr | token_depth | - |") and known.startswith("| cr | token_depth | 75.0 |")
     ours, theirs = (
         [x["masked"]["comprehensiveness"] for x in found["models"][0]["methods"][name]]
         for name in (CREDITS, LEAVE_ONE_OUT)
     )
     assert f"| {(sum(ours) - sum(theirs)) / 3:.3f} ±" in known
+
+    # Of one text there is a mean, and no standard error.
+    for model in found["models"]:
+        model["methods"] = {name: rows[:1] for name, rows in model["methods"].items()}
+    (tmp_path / "h.json").write_text(json.dumps(found))
+    status, of_one, err = call("benchmarks/explanations.py", "--table", tmp_path / "h.json")
+    assert status == 0 and f"| credits | {ours[0]:.3f} (one text) |" in of_one, err
 
     page = tmp_path / "page.md"
     page.write_text("Before.\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nAfter.\n")
