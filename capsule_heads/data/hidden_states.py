@@ -149,8 +149,7 @@ class HiddenStateCache(Dataset):
             if not folder.is_complete():
                 compute(folder, texts.select(dataset, tokenizer), model, CapsuleCollator(tokenizer), batch_tokens)
             folders, self.folder = [folder], folder.path
-            place = np.repeat(np.arange(folder.n_shards), np.diff(folder.starts))
-            self._rows = np.arange(len(place)) - np.asarray(folder.starts)[place]
+            place, self._rows = folder.places()
         # The shards of all folders, one after another; opened when a row is read.
         self._files = [(x, shard) for x in folders for shard in range(x.n_shards)]
         self._shards: dict[int, Shard] = {}
@@ -193,7 +192,8 @@ class HiddenStateCache(Dataset):
             ValueError: If the device has less memory free than they take, or they are damaged.
         """
         device = torch.device(device)
-        n_tokens = sum(int(folder.open(shard).ends[-1]) for folder, shard in self._files)
+        shards = [folder.open(number) for folder, number in self._files]
+        n_tokens = sum(int(shard.ends[-1]) for shard in shards)
         dtype = torch.float16 if self._encoding.row is np.float16 else torch.float32
         free, needed = _free_memory(device), n_tokens * int(np.prod(self._token_shape)) * dtype.itemsize
         if free is not None and free < needed:
@@ -203,8 +203,7 @@ class HiddenStateCache(Dataset):
             )
         states = torch.empty((n_tokens, *self._token_shape), dtype=dtype, device=device)
         starts, first = np.zeros(len(self._places), np.int64), 0
-        for place, (folder, number) in enumerate(self._files):
-            shard = folder.open(number)
+        for place, shard in enumerate(shards):
             for start, piece in shard.pieces():
                 states[first + start : first + start + len(piece)] = torch.from_numpy(piece)
             here = self._places == place
@@ -271,10 +270,10 @@ def _find_in_sources(folders: Sequence[StateFolder], wanted: StateFolder) -> tup
                     f"{folder.path} holds the hidden states of something else: {name} is {found.get(name)!r}, expected "
                     f"{expected.get(name)!r}; give folders of the same backbone, layers and encoding."
                 )
-        place = np.repeat(np.arange(folder.n_shards), np.diff(folder.starts))
+        shards, of_folder = folder.places()
         digests.append(folder.digests)
-        places.append(n_shards + place)
-        rows.append(np.arange(len(place)) - np.asarray(folder.starts)[place])
+        places.append(n_shards + shards)
+        rows.append(of_folder)
         n_shards += folder.n_shards
     known = np.ascontiguousarray(np.concatenate(digests)).view(f"S{DIGEST_BYTES}").ravel()
     asked = np.ascontiguousarray(wanted.digests).view(f"S{DIGEST_BYTES}").ravel()

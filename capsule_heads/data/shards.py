@@ -214,18 +214,15 @@ def _map_tensors(path: Path, layout: Layout, metadata: Mapping[str, str]) -> dic
     offset, places = 0, {}
     for name, (code, kind, shape) in layout.items():
         entry = header[name]
-        is_fitting = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
-        is_fitting = is_fitting and entry["dtype"] == code and isinstance(entry["shape"], list)
-        is_fitting = is_fitting and len(entry["shape"]) == len(shape)
-        is_fitting = is_fitting and all(
-            x == n or (n is None and isinstance(x, int)) for x, n in zip(entry["shape"], shape)
-        )
-        n_bytes = int(np.prod(entry["shape"])) * np.dtype(kind).itemsize if is_fitting else 0
-        if not is_fitting or entry["data_offsets"] != [offset, offset + n_bytes]:
+        found = entry.get("shape") if isinstance(entry, dict) else None
+        n_tokens = found[0] if isinstance(found, list) and found and isinstance(found[0], int) else 0
+        expected = [n_tokens if n is None else n for n in shape]
+        n_bytes = int(np.prod(expected)) * np.dtype(kind).itemsize
+        if entry != {"dtype": code, "shape": expected, "data_offsets": [offset, offset + n_bytes]}:
             raise ValueError(
                 f"{path} is damaged: its header does not describe {name} as it was written. {remedy_of(path)}"
             )
-        places[name] = (offset, n_bytes, kind, entry["shape"])
+        places[name] = (offset, n_bytes, kind, expected)
         offset += n_bytes
     if size != 8 + n_header + offset:
         raise ValueError(

@@ -79,14 +79,14 @@ class StateFolder:
         manifest = _read_manifest(path)
         shape, encoding = (manifest["layers"], manifest["hidden_size"]), ENCODINGS[manifest["encoding"]]
         empty = cls(path, {**manifest["key"], ABOUT: manifest[ABOUT]}, np.zeros(0, int), np.zeros(0), shape, encoding)
-        names = [f"shard-{shard:05d}.safetensors" for shard in range(len(manifest["shards"]))]
-        missing = [name for name in names if not (path / name).exists()]
+        files = [empty.path_of(shard) for shard in range(len(manifest["shards"]))]
+        missing = [file.name for file in files if not file.exists()]
         if missing:
             raise ValueError(
-                f"{path} lacks {len(missing)} of its {len(names)} shards, {missing[0]} among them; expected a complete "
+                f"{path} lacks {len(missing)} of its {len(files)} shards, {missing[0]} among them; expected a complete "
                 "folder: compute the others with capsule-heads cache."
             )
-        shards = [empty._open(path / name, n) for name, n in zip(names, manifest["shards"], strict=True)]
+        shards = [empty._open(file, n) for file, n in zip(files, manifest["shards"], strict=True)]
         lengths = [x.tensors[LENGTHS] for x in shards] or [np.zeros(0, np.int64)]
         digests = [x.tensors[DIGESTS] for x in shards] or [np.zeros((0, DIGEST_BYTES), np.uint8)]
         found = cls(path, empty.key, np.concatenate(lengths), np.concatenate(digests), shape, encoding)
@@ -123,6 +123,11 @@ class StateFolder:
     def texts_of(self, shard: int) -> slice:
         """Return the texts of a shard."""
         return slice(self.starts[shard], self.starts[shard + 1])
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each text, and the text's number in it."""
+        shards = np.repeat(np.arange(self.n_shards), np.diff(self.starts))
+        return shards, np.arange(len(shards)) - np.asarray(self.starts)[shards]
 
     def path_of(self, shard: int) -> Path:
         """Return the file of a shard."""
@@ -169,7 +174,7 @@ class StateFolder:
             OSError: If there is not enough disk.
         """
         (self.path / "locks").mkdir(parents=True, exist_ok=True)
-        with self._locked("manifest"):
+        with FileLock(self.path / "locks" / "manifest"):
             if (self.path / MANIFEST).exists():
                 self._check_manifest()
             missing = self.missing()
@@ -222,7 +227,7 @@ class StateFolder:
         with self.naming_faults():
             with open(part, "wb") as file:
                 lengths, digests = self.lengths[texts], self.digests[texts]
-                write_shard(file, self._layout(len(lengths)), self._metadata(), lengths, digests, encoded)
+                write_shard(file, self._layout(len(lengths)), self._metadata, lengths, digests, encoded)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -241,18 +246,14 @@ class StateFolder:
         return found
 
     def _open(self, path: Path, n_texts: int) -> Shard:
-        return open_shard(path, self.encoding, self._layout(n_texts), self._metadata())
+        return open_shard(path, self.encoding, self._layout(n_texts), self._metadata)
 
     def _layout(self, n_texts: int) -> Layout:
         return layout_of(self.encoding, self.token_shape, n_texts)
 
+    @functools.cached_property  # the manifest is written once
     def _metadata(self) -> dict[str, str]:
         return {"format": str(FORMAT), "manifest_crc32": str(zlib.crc32((self.path / MANIFEST).read_bytes()))}
-
-    @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with FileLock(self.path / "locks" / name):
-            yield
 
     @contextlib.contextmanager
     def naming_faults(self) -> Iterator[None]:

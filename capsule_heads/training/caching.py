@@ -62,9 +62,8 @@ def cache_states(
         raise ValueError(f"{run.task.name} is of {run.task.data.noun}; expected texts: only their states are cached.")
     nn.Module.to(run.model, arguments.device)  # PreTrainedModel.to has no type
     mine = part or (arguments.process_index, arguments.world_size)
-    found = []
+    dtype, found = data.states_dtype or Float16.name, []
     for name, split in {"train": run.train_data, **run.validation, **run.tests}.items():
-        dtype = data.states_dtype or Float16.name
         texts, folder = find_folder(split, run.model, run.processor, data.cache_dir, dtype)
         if not folder.is_complete():
             rows = texts.select(split, run.processor)

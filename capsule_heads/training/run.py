@@ -52,6 +52,7 @@ from .trainer import CapsuleTrainer
 logger = logging.getLogger(__name__)
 
 NEW_PREFIX = "new:"
+OF_CACHE = ("cache_dir", "states_dtype", "hidden_states")  # options that need a cache
 MOST_CACHED = 2 * 2**30  # bytes of hidden states that are cached without being asked
 
 
@@ -558,7 +559,7 @@ def check_cache_options(arguments: DataArguments, n_workers: int) -> None:
     Raises:
         ValueError: If a cache is to be kept on the device without a cache, or with worker processes.
     """
-    for name in ("cache_dir", "states_dtype", "hidden_states"):
+    for name in OF_CACHE:
         value = getattr(arguments, name)
         if value is not None and arguments.cache_hidden_states is False:
             raise ValueError(f"{name} is {value}, and cache_hidden_states is false; expected a cache: leave one out.")
@@ -594,9 +595,7 @@ def check_data_options(arguments: DataArguments, task: Task) -> None:
     void = {
         "max_length": task.preparation is not None,  # its own
         "pad_token": task.processor is not None,
-        **dict.fromkeys(
-            ("cache_hidden_states", "cache_on_device", "cache_dir", "states_dtype", "hidden_states"), False
-        ),
+        **dict.fromkeys(("cache_hidden_states", "cache_on_device", *OF_CACHE), False),
     }
     for name, is_void in void.items():
         value = getattr(arguments, name)

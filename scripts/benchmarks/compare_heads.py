@@ -18,7 +18,6 @@ there, and more heads or seeds add to it.
 """
 
 import argparse
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -31,14 +30,14 @@ from typing import Any
 import datasets
 from regressions import choose_regression, pool_states
 from sklearn.preprocessing import StandardScaler
-from text_sets import OF_CSV, OF_GLUE, OF_TREES, load_text_set
+from text_sets import OF_CSV, OF_GLUE, OF_TREES, load_text_set, task_of
 from transformers.utils import logging as transformers_logging
 from variants import VARIANTS
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.files import read_json, write_json
 from capsule_heads.heads import get_head
-from capsule_heads.tasks import Task, get_task
+from capsule_heads.tasks import Task
 from capsule_heads.training import CapsuleTrainingArguments, Sweep, SweepArguments
 from capsule_heads.training.members import Combination
 from capsule_heads.training.run import DataArguments, ModelArguments
@@ -109,7 +108,8 @@ class Comparison:
         digest = hashlib.sha256(json.dumps([plan, seeds]).encode()).hexdigest()[:12]
         folder = self.folder / digest
         heads = {**HEADS, **VARIANTS}
-        sweep = self._make_sweep([combination(heads[name], settings) for name, settings in plan], seeds, folder)
+        combinations = [combination(heads[name], settings) for name, settings in plan]
+        sweep = make_sweep(self.options, self.task, combinations, seeds, folder)
         sweep.train()
         of_members = [(name, settings) for name, settings in plan for _ in seeds]
         for (name, settings), member in zip(of_members, sweep.members, strict=True):
@@ -126,29 +126,6 @@ class Comparison:
             }
             self.runs.append(run)
         write_json(self.file, self.runs)
-
-    def _make_sweep(self, combinations: Sequence[Combination], seeds: Sequence[int], folder: Path) -> Sweep:
-        arguments = CapsuleTrainingArguments(
-            str(folder),
-            recipe="paper",  # no linear term, which would be a part of every head
-            max_steps=self.options.steps,
-            max_grad_norm=1.0,
-            seed=seeds[0],
-            data_seed=0,
-            save_strategy="no",
-            use_cpu=self.options.device == "cpu",
-            per_device_eval_batch_size=64,
-            disable_tqdm=True,
-        )
-        return Sweep(
-            SweepArguments(seeds=len(seeds), test_all=True, resume=any(folder.glob("checkpoint-*"))),
-            DataArguments(task=self.task.name),
-            ModelArguments(self.options.backbone),
-            {},
-            arguments,
-            task=self.task,
-            combinations=combinations,
-        )
 
     def tune(self, names: Sequence[str]) -> dict[str, Settings]:
         """Return the best settings of heads, after the trials that are missing.
@@ -176,7 +153,8 @@ class Comparison:
         """Fit the regression, if there is no run of it, and return its settings."""
         found = next((x for x in self.runs if x["head"] == REGRESSION), None)
         if found is None:
-            sweep = self._make_sweep([combination(HEADS["scalar mix"], {})], [0], self.folder / "states")
+            of_all_layers = [combination(HEADS["scalar mix"], {})]
+            sweep = make_sweep(self.options, self.task, of_all_layers, [0], self.folder / "states")
             caches = {"train": sweep.run.train_data, **sweep.caches}
             data = {
                 name: (pool_states(cache).reshape(len(cache), -1), cache["labels"][:]) for name, cache in caches.items()
@@ -201,6 +179,41 @@ class Comparison:
         return found["settings"]
 
 
+def make_sweep(
+    options: argparse.Namespace, task: Task, combinations: Sequence[Combination], seeds: Sequence[int], folder: Path
+) -> Sweep:
+    """Return a sweep that trains heads as all of a comparison are.
+
+    Args:
+        options: of the command line: `backbone`, `steps` and `device`.
+        task: with the splits.
+        combinations: heads and their settings.
+        seeds: one after another.
+        folder: of the sweep; one that was stopped there goes on.
+    """
+    arguments = CapsuleTrainingArguments(
+        str(folder),
+        recipe="paper",  # no linear term, which would be a part of every head
+        max_steps=options.steps,
+        max_grad_norm=1.0,
+        seed=seeds[0],
+        data_seed=0,
+        save_strategy="no",
+        use_cpu=options.device == "cpu",
+        per_device_eval_batch_size=64,
+        disable_tqdm=True,
+    )
+    return Sweep(
+        SweepArguments(seeds=len(seeds), test_all=True, resume=any(folder.glob("checkpoint-*"))),
+        DataArguments(task=task.name),
+        ModelArguments(options.backbone),
+        {},
+        arguments,
+        task=task,
+        combinations=combinations,
+    )
+
+
 def settings_of_variant(name: str, best: Settings) -> Settings:
     """Return the capsule head's settings, but for those that the variant is about."""
     return {setting: value for setting, value in best.items() if setting not in VARIANTS[name]}
@@ -221,7 +234,7 @@ def draw_texts(options: argparse.Namespace) -> Task:
     splits = load_text_set(options.set, options.data, options.trees, options.glue)
     train = splits["train"].shuffle(seed=0)
     splits["train"] = train.select(range(min(options.max_texts, len(train))))
-    return dataclasses.replace(get_task("sst2_root"), loader=lambda source: splits, loader_options=())
+    return task_of(splits)
 
 
 def main() -> None:

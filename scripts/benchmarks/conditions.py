@@ -13,35 +13,31 @@ What was measured is kept in `--runs`, and is not measured again.
 """
 
 import argparse
-import dataclasses
 import datetime
 import platform
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import compare_heads
 import datasets
 import numpy as np
 import torch
-from compare_heads import CAPSULES, HEADS, REGRESSION, combination
+from compare_heads import BACKBONE, CAPSULES, HEADS, REGRESSION, combination, make_sweep
 from datasets import Dataset, DatasetDict
 from regressions import choose_regression, pool_states
+from results_pages.tables import markdown, percent
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
-from text_sets import OF_CSV, load_text_set
+from text_sets import OF_CSV, load_text_set, task_of
 from transformers.utils import logging as transformers_logging
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.data import HiddenStateCache, tokenize
 from capsule_heads.files import read_json, write_json
 from capsule_heads.metrics.scores import measure_calibration
-from capsule_heads.tasks import get_task
-from capsule_heads.training import CapsuleTrainingArguments, Sweep, SweepArguments
+from capsule_heads.training import Sweep
 from capsule_heads.training.members import Member
-from capsule_heads.training.run import DataArguments, ModelArguments
 
 MEASURED = (CAPSULES, "gated routing", "attentive pooling", REGRESSION)
 
@@ -138,30 +134,11 @@ def run_condition(
         if not len(longer):
             raise ValueError(f"No test text has more than {limit:g} words, the median; leave out {condition!r}.")
         drawn["test"] = splits["test"].select(longer)
-    task = dataclasses.replace(get_task("sst2_root"), loader=lambda source: drawn, loader_options=())
+    task = task_of(drawn)
     names = [name for name in MEASURED if name != REGRESSION]
     folder = Path(options.runs, options.set, condition.replace(" ", "_").replace("%", "").replace(",", ""))
-    arguments = CapsuleTrainingArguments(
-        str(folder),
-        recipe="paper",
-        max_steps=options.steps,
-        max_grad_norm=1.0,
-        seed=0,
-        data_seed=0,
-        save_strategy="no",
-        use_cpu=options.device == "cpu",
-        per_device_eval_batch_size=64,
-        disable_tqdm=True,
-    )
-    sweep = Sweep(
-        SweepArguments(seeds=options.seeds, test_all=True, resume=any(folder.glob("checkpoint-*"))),
-        DataArguments(task=task.name),
-        ModelArguments(options.backbone),
-        {},
-        arguments,
-        task=task,
-        combinations=[combination(HEADS[name], best[name]) for name in names],
-    )
+    combinations = [combination(HEADS[name], best[name]) for name in names]
+    sweep = make_sweep(options, task, combinations, range(options.seeds), folder)
     sweep.train()
     caches = {"train": sweep.run.train_data, **sweep.caches}
     tokenized = tokenize(others, sweep.run.processor)
@@ -187,19 +164,14 @@ def make_table(records: Sequence[dict[str, Any]], rows: dict[str, int]) -> str:
         records: of all runs.
         rows: number of training texts by condition.
     """
-    heading = "| condition | texts | head | accuracy, % | calibration error, % | AUROC of no class, % |"
-    lines = [heading, "| --- | --- | --- | --- | --- | --- |"]
+    lines = []
     for condition, n_rows in rows.items():
         for name in MEASURED:
             runs = [x for x in records if (x["condition"], x["head"]) == (condition, name)]
-            cells = [_percent([x[key] for x in runs]) for key in ("accuracy", "ece", "auroc")]
-            lines.append(f"| {condition} | {n_rows:,} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _percent(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+            cells = [percent([x[key] for x in runs]) for key in ("accuracy", "ece", "auroc")]
+            lines.append([condition, f"{n_rows:,}", name, *cells])
+    heading = ["condition", "texts", "head", "accuracy, %", "calibration error, %", "AUROC of no class, %"]
+    return markdown(heading, lines)
 
 
 def main() -> None:
@@ -207,7 +179,7 @@ def main() -> None:
     parser.add_argument("--set", required=True, choices=OF_CSV)
     parser.add_argument("--of_no_class", required=True, choices=OF_CSV, help="set whose test texts are of no class")
     parser.add_argument("--data", required=True, help="folder with a folder for each set of CSV files")
-    parser.add_argument("--backbone", default=compare_heads.BACKBONE)
+    parser.add_argument("--backbone", default=BACKBONE)
     parser.add_argument("--steps", type=at_least(1), default=600)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="number of seeds, from 0 on")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="default: all")

@@ -11,7 +11,6 @@ split, which nobody knows. All other settings are those that the recipe chooses.
 """
 
 import argparse
-import dataclasses
 import datetime
 import logging
 import platform
@@ -21,11 +20,11 @@ from collections.abc import Sequence
 
 import datasets
 from datasets import DatasetDict
-from text_sets import OF_CSV, OF_TREES, load_text_set
+from text_sets import OF_CSV, OF_TREES, load_text_set, task_of
 from transformers.utils import logging as transformers_logging
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
-from capsule_heads.tasks import Task, get_task
+from capsule_heads.tasks import Task
 from capsule_heads.training import CapsuleTrainingArguments, Sweep, SweepArguments
 from capsule_heads.training.recipe import HEAD_RATE
 from capsule_heads.training.run import DataArguments, ModelArguments
@@ -47,7 +46,7 @@ def draw(splits: DatasetDict, n_rows: int, seed: int) -> Task:
     rows = train.shuffle(seed=seed).select(range(n_rows))
     drawn = rows.train_test_split(test_size=0.2, seed=seed, stratify_by_column="label")
     loaded = DatasetDict(train=drawn["train"], validation=drawn["test"], test=splits["test"])
-    return dataclasses.replace(get_task("sst2_root"), loader=lambda source: loaded, loader_options=())
+    return task_of(loaded)
 
 
 def sweep(options: argparse.Namespace, task: Task, seed: int, max_steps: int = -1) -> tuple[Sequence[float], Sweep]:

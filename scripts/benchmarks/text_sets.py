@@ -1,10 +1,12 @@
 """The sets of texts that benchmarks train on: CSV files of a folder, and the Stanford Sentiment Treebank."""
 
+import dataclasses
 from pathlib import Path
 
 from datasets import ClassLabel, DatasetDict, load_dataset
 
 from capsule_heads.data import load_glue, load_sst
+from capsule_heads.tasks import Task, get_task
 
 OF_CSV, OF_TREES, OF_GLUE = ("cr", "trec", "subj", "mr"), ("sst2", "sst5"), ("glue_sst2",)
 
@@ -34,3 +36,8 @@ def load_text_set(name: str, data: str | None, trees: str | None, glue: str | No
     files = {split: str(Path(data, name, f"{split}.csv")) for split in ("train", "validation", "test")}
     splits = load_dataset("csv", data_files=files, keep_default_na=False)
     return splits.cast_column("label", ClassLabel(names=sorted(set(splits["train"]["label"]))))
+
+
+def task_of(splits: DatasetDict) -> Task:
+    """Return a task with splits that are loaded already."""
+    return dataclasses.replace(get_task("sst2_root"), loader=lambda source: splits, loader_options=())

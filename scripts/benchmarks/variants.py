@@ -99,7 +99,7 @@ class AttentiveMeans(TokenDepthHead):
 
 @register("layer_dropout")
 class LayerDropout(TokenDepthHead):
-    """In training each layer is masked with a probability of 0.1, for a whole batch."""
+    """Each layer is left out of a training step with a probability of 0.1."""
 
     def detect(self, hidden_states, masks, mix=None):
         if self.training:

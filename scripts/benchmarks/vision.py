@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import datetime
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ import datasets
 import torch
 import variants  # registers the starts
 from datasets import DatasetDict
+from results_pages.tables import markdown, percent
 from transformers import PrinterCallback, TrainerCallback
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
@@ -159,34 +159,31 @@ def make_table(options: argparse.Namespace, found: Sequence[dict[str, Any]]) -> 
     """Return a Markdown table of test accuracies by step, or of familiar and novel viewpoints."""
     by_network = {name: [x for x in found if x["network"] == name] for name in options.networks}
     if options.viewpoints is None:
-        lines = [f"| network | {' | '.join(f'{mark:,}' for mark in options.marks)} | trainable parameters |"]
-        lines.append("|" + " --- |" * (len(options.marks) + 2))
-        for name, runs in by_network.items():
-            cells = [_percent([x["marks"][str(mark)]["test"] for x in runs]) for mark in options.marks]
-            lines.append(f"| {name} | {' | '.join(cells)} | {runs[0]['parameters']:,} |")
-        return "\n".join(lines)
-    lines = ["| network | familiar | novel | step | familiar, matched | novel, matched |", "|" + " --- |" * 6]
-    last = str(options.marks[-1])
+        rows = [
+            [
+                name,
+                *(percent([x["marks"][str(mark)]["test"] for x in runs]) for mark in options.marks),
+                f"{runs[0]['parameters']:,}",
+            ]
+            for name, runs in by_network.items()
+        ]
+        return markdown(["network", *(f"{mark:,}" for mark in options.marks), "trainable parameters"], rows)
+    rows, last = [], str(options.marks[-1])
     aims = {x["seed"]: x["marks"][last][FAMILIAR_TEST] for x in by_network.get(CAPSULES, [])}
     for name, runs in by_network.items():
-        cells = [_percent([x["marks"][last][split] for x in runs]) for split in (FAMILIAR_TEST, NOVEL_TEST)]
+        cells = [percent([x["marks"][last][split] for x in runs]) for split in (FAMILIAR_TEST, NOVEL_TEST)]
         if name != CAPSULES and aims:
             nearest = [match(x["marks"], aims[x["seed"]]) for x in runs]
             cells.append(", ".join(f"{int(step):,}" for step in nearest))
             for split in (FAMILIAR_TEST, NOVEL_TEST):
-                cells.append(_percent([x["marks"][step][split] for x, step in zip(runs, nearest, strict=True)]))
-        lines.append(f"| {name} | {' | '.join([*cells, *[''] * (5 - len(cells))])} |")
-    return "\n".join(lines)
+                cells.append(percent([x["marks"][step][split] for x, step in zip(runs, nearest, strict=True)]))
+        rows.append([name, *cells, *[""] * (5 - len(cells))])
+    return markdown(["network", "familiar", "novel", "step", "familiar, matched", "novel, matched"], rows)
 
 
 def match(marks: dict[str, dict[str, float]], aim: float) -> str:
     """Return the first step at which accuracy on familiar viewpoints is nearest to one that is aimed at."""
     return min(marks, key=lambda step: (abs(marks[step][FAMILIAR_TEST] - aim), int(step)))
-
-
-def _percent(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def literal(name, head, states):
 
 
 def literal_gated_routing(head, x):
-    """With the densities of torch's normal distribution, one input and part at a time."""
+    """Compute densities by torch's normal distribution, of one part at a time."""
     n_parts, gate = len(head.log_prior), torch.exp(x @ head.query / math.sqrt(D_INP))
     gate = gate / gate.sum()
     votes = [[y @ head.W_votes[:, :, j] + head.B_votes[:, j] for j in range(n_parts)] for y in x]

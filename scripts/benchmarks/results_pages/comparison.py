@@ -8,6 +8,8 @@ from typing import Any
 
 from scipy.stats import rankdata, ttest_1samp, ttest_rel
 
+from .tables import markdown, percent
+
 CAPSULES = "capsules"  # what the others are compared with
 SIGNIFICANT = 0.05
 TITLES = {
@@ -30,8 +32,8 @@ has them, iterations and parts. The best setting of each is then trained with {s
 nothing. The regression takes mean, maximum and first token of every layer, and is tuned by its penalty.
 
 Sets have at most 20,000 texts to train on; of SST these are phrases. Accuracies are on the test split, in percent, mean
-± standard deviation over seeds. The last line of the table has the standard error of an accuracy on so many texts: a
-smaller difference between two heads says little about other texts, however sure it is over seeds.
+± standard deviation over seeds. The last line of the table has the standard error of an accuracy, which follows from
+the number of test texts. A difference below it says little about other texts, even where all seeds agree.
 
 [An earlier comparison](results/earlier.md) tuned learning rates alone, on SST-5, SST-2 and GLUE's SST-2."""
 TESTED = """## Against the capsule head
@@ -107,13 +109,13 @@ def render_set(record: Record) -> str:
     rows = []
     for name in (*record["best"], *record["variants"]):
         runs = final_runs(record, name)
-        scores = [_percent([x[split] for x in runs]) for split in ("validation", "test")]
+        scores = [percent([x[split] for x in runs]) for split in ("validation", "test")]
         seconds = statistics.mean(x["seconds"] for x in runs)
         rows.append([name, _words(runs[0]["settings"]), *scores, f"{runs[0]['parameters']:,}", f"{seconds:.0f}"])
     trials = []
     for name in record["best"]:
         for run in trials_of(record, name):
-            of_split = "stopped" if run["fault"] else _percent([run["validation"]])
+            of_split = "stopped" if run["fault"] else percent([run["validation"]])
             trials.append([name, _words(run["settings"]), of_split])
     return (
         "\n\n".join(
@@ -124,11 +126,11 @@ def render_set(record: Record) -> str:
                 f"{about} Seconds are of one thread beside another, for one training of a head without the backbone; "
                 "compare them roughly. All runs, with their seeds: "
                 f"[{record['set']}.json]({record['set']}.json).",
-                _markdown(
+                markdown(
                     ["head", "best settings", "validation, %", "test, %", "trainable parameters", "training, s"], rows
                 ),
                 "## Trials",
-                _markdown(["head", "settings", "validation, %"], trials),
+                markdown(["head", "settings", "validation, %"], trials),
             ]
         )
         + "\n"
@@ -182,14 +184,14 @@ def accuracies(records: Sequence[Record], names: Sequence[str]) -> str:
         seconds = statistics.mean(x["seconds"] for x in runs)
         rank = statistics.mean(float(of_set[place]) for of_set in ranks)
         cells = [f"{100 * statistics.mean(means[name]):.1f}", f"{rank:.1f}", size, f"{seconds:.0f}"]
-        rows.append([name, *(_percent(values) for values in tests[name]), *cells])
+        rows.append([name, *(percent(values) for values in tests[name]), *cells])
     errors = [
         100 * (max(values) * (1 - max(values)) / record["texts"]["test"]) ** 0.5
         for values, record in zip(of_sets, records, strict=True)
     ]
     rows.append(["standard error", *(f"{error:.1f}" for error in errors), "", "", "", ""])
     sets = [f"[{TITLES[x['set']]}](results/heads/{x['set']}.md)" for x in records]
-    return _markdown(["head", *sets, "mean", "mean rank", "trainable parameters", "training, s"], rows)
+    return markdown(["head", *sets, "mean", "mean rank", "trainable parameters", "training, s"], rows)
 
 
 def against_capsules(records: Sequence[Record], names: Sequence[str], what: str = "head") -> str:
@@ -229,7 +231,7 @@ def against_capsules(records: Sequence[Record], names: Sequence[str], what: str 
                 str(worse),
             ]
         )
-    return _markdown([what, *(TITLES[x["set"]] for x in records), "mean", "p", "better", "worse"], rows)
+    return markdown([what, *(TITLES[x["set"]] for x in records), "mean", "p", "better", "worse"], rows)
 
 
 def _paired(first: Sequence[float], second: Sequence[float]) -> float:
@@ -265,7 +267,7 @@ def worth(records: Sequence[Record], names: Sequence[str]) -> str:
         if any(cells):
             rows.append([name, *cells])
     heading = [f"`{axis}` {value:g} against {axes[axis][0]:g}" for axis, value in columns]
-    return _markdown(["head", *heading], rows)
+    return markdown(["head", *heading], rows)
 
 
 def _gains(trials: Sequence[Mapping[str, Any]], axis: str, first: float, value: float) -> list[float]:
@@ -289,14 +291,4 @@ def _published(records: Sequence[Mapping[str, Any]]) -> str:
         [f"{x['method']} ({x['authors']})", str(x["year"]), str(x["accuracy"]), f"[{x['where']}]({x['url']})"]
         for x in sorted(records, key=lambda x: x["accuracy"])
     ]
-    return _markdown(["method", "year", "test, %", "source"], rows)
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return "\n".join([lines[0], f"|{' --- |' * len(header)}", *lines[1:]])
-
-
-def _percent(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+    return markdown(["method", "year", "test, %", "source"], rows)
