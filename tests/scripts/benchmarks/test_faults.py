@@ -25,7 +25,6 @@ def test_every_fault_ends_right_or_in_one_sentence(run):
     assert rows["kills"][1] == FEW["kills"]  # nothing is refused there
 
 
-def test_the_number_of_trials_is_a_number(run):
-    done = run("benchmarks/faults.py", "--kills", "some")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: command line: argument --kills: some is no whole number, 0 or more\n"
+def test_the_number_of_trials_is_a_number(fails):
+    error = fails("benchmarks/faults.py", "--kills", "some")
+    assert error == "error: command line: argument --kills: some is no whole number, 0 or more"

@@ -7,13 +7,11 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_the_rule_is_compared_with_what_a_sweep_chooses(run, backbone, tiny_set):
+def test_the_rule_is_compared_with_what_a_sweep_chooses(call, backbone, tiny_set):
     options = ("--set", "cr", "--data", tiny_set, "--backbone", backbone, "--rows", 20, "--draws", 2)
-    done = run("benchmarks/learning_rates.py", *options)
-    assert done.returncode == 0, done.stderr
-    table = re.search(
-        r"\n\| 20 \| \d+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \| \d of 2 \|\n", done.stdout
-    )
+    status, out, err = call("benchmarks/learning_rates.py", *options)
+    assert status == 0, err
+    table = re.search(r"\n\| 20 \| \d+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \| \d of 2 \|\n", out)
     rule, chosen, best, gain = map(float, table.groups())
     assert max(rule, chosen) <= best
     assert gain == pytest.approx(chosen - rule, abs=0.11)

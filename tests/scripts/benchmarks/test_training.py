@@ -29,10 +29,10 @@ def trees(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_it_times_both_ways_and_writes_everything(run, backbone, trees, tmp_path):
+def test_it_times_both_ways_and_writes_everything(call, backbone, trees, tmp_path):
     options = ("--backbone", backbone, "--max_phrases", 8, "--scratch", tmp_path, "--json", tmp_path / "times.json")
-    done = run("benchmarks/training.py", "--source", trees, *SMALL, *options)
-    assert done.returncode == 0, done.stderr
+    status, out, err = call("benchmarks/training.py", "--source", trees, *SMALL, *options)
+    assert status == 0, err
     written = json.loads((tmp_path / "times.json").read_text())
     kinds = [(row["kind"], row["seed"]) for row in written["runs"]]
     assert kinds == [("straightforward", 0), ("ours", 0), ("ours", 1), ("straightforward", 1)]
@@ -42,8 +42,8 @@ def test_it_times_both_ways_and_writes_everything(run, backbone, trees, tmp_path
         assert 0 <= row["validation_accuracy"] <= 1 and 0 <= row["test_accuracy"] <= 1
     assert [row["kind"] for row in written["memory"]] == ["straightforward", "ours", "ours, from the cache"]
     assert [row["states"] for row in written["memory"]] == [2 * 16 * 3 * 64 * size for size in (4, 4, 2)]
-    assert "x less time (" in done.stdout
-    assert "Measured on 8 of 13 phrases, drawn at random." in done.stdout
+    assert "x less time (" in out
+    assert "Measured on 8 of 13 phrases, drawn at random." in out
     assert [path.name for path in tmp_path.iterdir()] == ["times.json"]  # the caches are gone
 
 
