@@ -21,6 +21,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from kept_runs import keep_settings
 from text_sets import OF_CSV, OF_TREES, load_text_set
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
@@ -97,6 +98,7 @@ def measure_run(file: Path) -> dict[str, object]:
 
 def train_all(options: argparse.Namespace) -> None:
     """Do the runs that are not done yet."""
+    keep_settings(options.runs, backbone=options.backbone)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     tokenizer = load_processor(options.backbone)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from kept_runs import keep_settings
 from regressions import choose_regression, pool_states
 from sklearn.preprocessing import StandardScaler
 from text_sets import OF_CSV, OF_GLUE, OF_TREES, load_text_set, task_of
@@ -86,6 +87,7 @@ class Comparison:
     def __init__(self, options: argparse.Namespace, task: Task) -> None:
         self.options, self.task = options, task
         self.folder = Path(options.runs, options.set)
+        keep_settings(self.folder, backbone=options.backbone, steps=options.steps, max_texts=options.max_texts)
         self.file = self.folder / "runs.json"
         self.runs: list[dict[str, Any]] = read_json(self.file, list) if self.file.exists() else []
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from compare_heads import BACKBONE, CAPSULES, HEADS, REGRESSION, combination, make_sweep
 from datasets import Dataset, DatasetDict
+from kept_runs import keep_settings
 from regressions import choose_regression, pool_states
 from results_pages.tables import markdown, percent
 from sklearn.metrics import roc_auc_score
@@ -191,9 +192,12 @@ def main() -> None:
         fail(f"--of_no_class {options.of_no_class} is the set itself; expected another.")
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    file = Path(options.runs, f"{options.set}.json")
+    file = Path(options.runs, options.set, "runs.json")
     try:
         best = read_json(Path(options.results, f"{options.set}.json"))["best"]
+        best = {name: best[name] for name in MEASURED}
+        settings = {"settings": best, "of_no_class": options.of_no_class, "backbone": options.backbone}
+        keep_settings(file.parent, **settings, steps=options.steps, seeds=options.seeds)
         splits = load_text_set(options.set, options.data, None)
         splits["train"] = splits["train"].shuffle(seed=0)
         others = load_text_set(options.of_no_class, options.data, None)["test"]
@@ -201,7 +205,6 @@ def main() -> None:
         for condition in options.conditions:
             if not any(x["condition"] == condition for x in records):
                 records += run_condition(options, condition, splits, others, best)
-                file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, records)
         rows = {condition: len(CONDITIONS[condition](splits["train"])) for condition in options.conditions}
     except (FloatingPointError, ImportError, KeyError, OSError, TypeError, ValueError) as error:

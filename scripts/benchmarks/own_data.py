@@ -31,6 +31,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from kept_runs import keep_settings
 from regressions import choose_regression, pool_states
 from sklearn.preprocessing import StandardScaler
 from text_sets import OF_CSV, load_text_set
@@ -386,6 +387,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         try:
+            keep_settings(options.runs, backbone=options.backbone)
             for of_set in options.sets:
                 states = States(
                     load_text_set(of_set, options.data, options.trees), options.backbone, options.states or folder

@@ -28,6 +28,7 @@ import datasets
 import torch
 import variants  # registers the starts
 from datasets import DatasetDict
+from kept_runs import keep_settings
 from results_pages.tables import markdown, percent
 from transformers import PrinterCallback, TrainerCallback
 
@@ -208,6 +209,7 @@ def main() -> None:
         if options.estimate:
             estimate(options, task)
             return
+        keep_settings(options.runs, marks=options.marks)
         found = [train(options, task, name, seed) for seed in range(options.seeds) for name in options.networks]
     except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
         fail(error)

@@ -46,6 +46,9 @@ def test_heads_are_tuned_and_written(call, backbone, tiny_set, tmp_path):
     assert ledger.stat().st_mtime_ns == before  # what was measured is not measured again
     status, _, err = call("benchmarks/compare_heads.py", *data, *files, "--seeds", 3, "--heads", *HEADS)
     assert status == 0, err
+    status, _, err = call("benchmarks/compare_heads.py", *data, *files, "--steps", 3, "--max_texts", 9)
+    assert status == 2
+    assert "have steps 2, not 3, max_texts 20000, not 9; expected the same settings, or --runs with another" in err
     runs = [x for x in json.loads(ledger.read_text()) if x["head"] == "capsules"]
     assert [x["seed"] for x in runs if x["settings"] == best] == [0, 1, 2]
 

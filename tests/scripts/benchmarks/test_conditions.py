@@ -53,11 +53,12 @@ def test_a_table(call, backbone, tiny_set, tmp_path):
     assert status == 0, err
     lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][2:]
     assert [line[2] for line in lines] == 2 * list(conditions.MEASURED)
-    records = json.loads((tmp_path / "runs" / "cr.json").read_text())
+    records = json.loads((tmp_path / "runs" / "cr" / "runs.json").read_text())
     assert len(records) == 2 * (3 * 2 + 1)
     assert {x["auroc"] for x in records if x["condition"] == "all rows"} == {0.5}  # the texts of no class are the same
     again = call("benchmarks/conditions.py", *options, *files, *which)
     assert again[:2] == (0, out)  # nothing is measured again
+    assert "have steps 2, not 3" in call("benchmarks/conditions.py", *options, *files, "--steps", 3)[2]
     _, _, err = call("benchmarks/conditions.py", *options, *files, "--conditions", "short texts")
     assert err.strip() == "error: No test text has more than 4 words, the median; leave out 'short texts'."
 

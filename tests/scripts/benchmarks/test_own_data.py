@@ -11,7 +11,7 @@ def test_methods_are_run_once_and_their_accuracy_is_in_the_table(call, backbone,
     options = (*data, "--methods", *METHODS, "--runs", runs, "--table", table, "--json", tmp_path / "all.json")
     status, _, err = call("benchmarks/own_data.py", *options)
     assert status == 0, err
-    results = [json.loads(path.read_text()) for path in runs.iterdir()]
+    results = [json.loads(path.read_text()) for path in runs.glob("cr_*.json")]
     assert {(x["set"], x["n_rows"], x["seed"], x["method"]) for x in results} == {("cr", 8, 0, x) for x in METHODS}
     lines = table.read_text().splitlines()
     for result in results:
@@ -27,6 +27,10 @@ def test_methods_are_run_once_and_their_accuracy_is_in_the_table(call, backbone,
     assert call("benchmarks/own_data.py", *options)[:2] == (0, "")  # what is there is not run again
     assert {path: path.stat().st_mtime_ns for path in runs.iterdir()} == before
     assert table.read_text().splitlines() == lines
+
+    status, _, err = call("benchmarks/own_data.py", *options, "--backbone", tmp_path)
+    assert status == 2
+    assert f'have backbone "{backbone}", not "{tmp_path}"; expected the same settings' in err
 
 
 def test_mistakes(fails, tmp_path):
