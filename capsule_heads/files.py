@@ -13,10 +13,24 @@ def read_json(path: str | Path, kind: type[dict | list] = dict) -> Any:
     """Read a JSON file that holds keys and values, or a list.
 
     Raises:
+        ValueError: If `parse_json` raises one.
+    """
+    return parse_json(path, Path(path).read_bytes(), kind)
+
+
+def parse_json(path: str | Path, given: bytes, kind: type[dict | list] = dict) -> Any:
+    """Return the keys and values, or the list, of a JSON file that was read.
+
+    Args:
+        path: the file, for messages.
+        given: its bytes.
+        kind: of what it holds.
+
+    Raises:
         ValueError: If it is not JSON, is nested too deeply to read, or holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(given.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
         raise ValueError(f"{path} is not JSON: {error}.") from None
     if not isinstance(content, kind):

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
         return
     for name, folder, missing in found:
         rest = f"; {missing} of {folder.n_shards} shards are missing, which other parts compute" if missing else ""
-        print(f"{name}: {len(folder.lengths):,} texts, {gigabytes(folder.n_bytes)}, {folder.path}{rest}")
+        print(f"{name}: {len(folder.lengths):,} texts, {gigabytes(folder.n_bytes)}, {folder.place}{rest}")
 
 
 COMMAND = Command("Compute hidden states before training, by one process or several.", make_parser, run)

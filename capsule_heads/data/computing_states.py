@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..models.base import CapsuleHeadPreTrainedModel
 
+SECONDS_BETWEEN_LOOKS = 5.0  # at what other processes have written to an object store
 # The fields of a configuration that name the backbone, and change nothing that it computes.
 NAMES_OF_BACKBONE = ("_name_or_path", "architectures", "transformers_version")
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]
@@ -176,10 +177,9 @@ def find_folder(
     if cache_dir is None:
         from datasets.config import HF_DATASETS_CACHE
 
-        cache_dir = Path(HF_DATASETS_CACHE, "capsule_heads")
+        cache_dir = os.path.join(HF_DATASETS_CACHE, "capsule_heads")
     key = _key(model, backbone, tokenizer, names, texts, kept_as)
-    folder = Path(cache_dir).expanduser()
-    return texts, StateFolder.of_key(folder, key, texts.lengths[texts.rows], texts.digests, shape, kept_as)
+    return texts, StateFolder.of_key(cache_dir, key, texts.lengths[texts.rows], texts.digests, shape, kept_as)
 
 
 def encoding_of(states_dtype: str) -> Encoding:
@@ -199,13 +199,13 @@ def compute(
     model: CapsuleHeadPreTrainedModel,
     collator: Collator,
     batch_tokens: int,
-    part: tuple[int, int] = (0, 1),
+    part: tuple[int, int] | None = None,
     wait: bool = True,
 ) -> None:
     """Compute the shards of a folder that are not there yet.
 
-    A process computes its own shards first, and then those that no other process has begun. What a shard holds depends
-    on its texts alone, not on who computes it.
+    A process computes its own shards first, and then those that no other process has begun, where it can know that: an
+    object store has no locks. What a shard holds depends on its texts alone, not on who computes it.
 
     Args:
         folder: of the states.
@@ -213,17 +213,22 @@ def compute(
         model: with the backbone.
         collator: of batches.
         batch_tokens: tokens, with padding, to run the backbone on at once.
-        part: number of this process, from 0 on, and of all processes that compute.
+        part: number of this process, from 0 on, and of all processes that compute. Default: those of
+            torch.distributed, where it was begun.
         wait: whether to return when all shards are there, not when other processes hold what is left.
 
     Raises:
         ValueError: If states exceed the encoding.
         OSError: If there is not enough disk.
     """
-    number, n_processes = part
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    alone = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
+    number, n_processes = part or alone
     folder.begin()
     missing = folder.missing()
     own_first = sorted(missing, key=lambda shard: shard % n_processes != number)
+    if not folder.store.has_locks:
+        own_first = [shard for shard in missing if shard % n_processes == number]
     with transformers_logging.tqdm(
         desc="Computing hidden states",
         total=int(folder.lengths.sum()),
@@ -238,6 +243,8 @@ def compute(
                         folder.write(
                             shard, _encode_shard(folder, shard, texts, model, collator, batch_tokens, progress)
                         )
+    while wait and not folder.store.has_locks and folder.missing():  # which the other processes compute
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _encode_shard(

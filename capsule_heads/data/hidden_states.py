@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,14 +140,14 @@ class HiddenStateCache(Dataset):
         sources: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         texts, folder = find_folder(dataset, model, tokenizer, cache_dir, states_dtype)
-        self.folder: Path | None = None
+        self.folder: str | None = None
         if sources:
-            folders = [StateFolder.load(Path(source).expanduser()) for source in sources]
+            folders = [StateFolder.load(source) for source in sources]
             place, self._rows = _find_in_sources(folders, folder)
         else:
             if not folder.is_complete():
                 compute(folder, texts.select(dataset, tokenizer), model, CapsuleCollator(tokenizer), batch_tokens)
-            folders, self.folder = [folder], folder.path
+            folders, self.folder = [folder], folder.place
             place, self._rows = folder.places()
         # The shards of all folders, one after another; opened when a row is read.
         self._files = [(x, shard) for x in folders for shard in range(x.n_shards)]
@@ -205,9 +204,9 @@ class HiddenStateCache(Dataset):
         starts, first = np.zeros(len(self._places), np.int64), 0
         for place, shard in enumerate(shards):
             for start, piece in shard.pieces():
-                states[first + start : first + start + len(piece)] = torch.from_numpy(piece)
+                states[first + start : first + start + len(piece)] = torch.tensor(piece)
             here = self._places == place
-            starts[here] = first + (shard.ends - shard.tensors[LENGTHS])[self._rows[here]]
+            starts[here] = first + (shard.ends - shard.index[LENGTHS])[self._rows[here]]
             first += int(shard.ends[-1])
         self._kept = states, starts
         return self
@@ -267,8 +266,8 @@ def _find_in_sources(folders: Sequence[StateFolder], wanted: StateFolder) -> tup
         for name in sorted(expected.keys() | found.keys()):
             if found.get(name) != expected.get(name):
                 raise ValueError(
-                    f"{folder.path} holds the hidden states of something else: {name} is {found.get(name)!r}, expected "
-                    f"{expected.get(name)!r}; give folders of the same backbone, layers and encoding."
+                    f"{folder.place} holds the hidden states of something else: {name} is {found.get(name)!r}, "
+                    f"expected {expected.get(name)!r}; give folders of the same backbone, layers and encoding."
                 )
         shards, of_folder = folder.places()
         digests.append(folder.digests)
@@ -284,6 +283,6 @@ def _find_in_sources(folders: Sequence[StateFolder], wanted: StateFolder) -> tup
     if not is_there.all():
         raise ValueError(
             f"{np.count_nonzero(~is_there):,} of {len(asked):,} texts have no hidden states in "
-            f"{', '.join(str(folder.path) for folder in folders)}; expected all: compute them with capsule-heads cache."
+            f"{', '.join(folder.place for folder in folders)}; expected all: compute them with capsule-heads cache."
         )
     return np.concatenate(places)[found_at], np.concatenate(rows)[found_at]

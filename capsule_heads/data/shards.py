@@ -7,12 +7,12 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from .encodings import Encoding
+from .stores import Store
 
 FORMAT = 3  # of what is on disk; another number is another folder
 TOKENS_AT_ONCE = 10_000  # that are checked, and copied to a device
@@ -27,26 +27,37 @@ Layout = Mapping[str, tuple[str, Any, tuple[int | None, ...]]]
 
 @dataclass(frozen=True)
 class Shard:
-    """Hidden states of some texts, one text after another, mapped into memory: they are read when they are used.
+    """Hidden states of some texts, one text after another. They are read when they are used.
 
     Args:
-        path: the file.
+        store: the folder.
+        name: of the file in it.
         encoding: of the states.
-        tensors: of the file, by name.
+        index: the tensors that say which texts there are, by name.
+        places: of each tensor that keeps states: the byte at which it begins, and the shape and dtype of a token's.
     """
 
-    path: Path
+    store: Store
+    name: str
     encoding: Encoding
-    tensors: Mapping[str, np.ndarray]
+    index: Mapping[str, np.ndarray]
+    places: Mapping[str, tuple[int, tuple[int, ...], np.dtype]]
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
         """`[texts]`, the token at which each text ends, counted from the beginning of the shard."""
-        return np.cumsum(self.tensors[LENGTHS])
+        return np.cumsum(self.index[LENGTHS])
 
     def encoded(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Return the tensors that keep some tokens' states."""
-        return {name: self.tensors[name][start:stop] for name in self.encoding.tensors}
+        found = {}
+        for name, (begin, shape, kind) in self.places.items():
+            n_bytes = int(np.prod(shape)) * kind.itemsize
+            content = self.store.read(self.name, begin + start * n_bytes, begin + stop * n_bytes)
+            if len(content) != (stop - start) * n_bytes:
+                raise ValueError(f"{self.store.file(self.name)} was cut short. {remedy_of(self.store, self.name)}")
+            found[name] = np.frombuffer(content, kind).reshape(stop - start, *shape)
+        return found
 
     def read(self, text: int, check: bool) -> np.ndarray:
         """Return the states of a text, `[tokens, layers, hidden_size]`.
@@ -59,7 +70,7 @@ class Shard:
             ValueError: If the states are not those that were written.
         """
         end = int(self.ends[text])
-        encoded = self.encoded(end - int(self.tensors[LENGTHS][text]), end)
+        encoded = self.encoded(end - int(self.index[LENGTHS][text]), end)
         if check:
             self.check(text, encoded)
         return self.encoding.decode(encoded)
@@ -70,10 +81,10 @@ class Shard:
         Raises:
             ValueError: If they are not those that were written.
         """
-        if checksum(encoded) != self.tensors[CHECKSUMS][text]:
+        if checksum(encoded) != self.index[CHECKSUMS][text]:
             raise ValueError(
-                f"The cached hidden states in {self.path} are damaged: those of text {text:,} changed after they were "
-                f"written (their CRC-32 is another). {remedy_of(self.path)}"
+                f"The cached hidden states in {self.store.file(self.name)} are damaged: those of text {text:,} changed "
+                f"after they were written (their CRC-32 is another). {remedy_of(self.store, self.name)}"
             )
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -86,8 +97,7 @@ class Shard:
         while first < len(ends):
             start = int(ends[first - 1]) if first else 0
             last = max(first + 1, int(np.searchsorted(ends, start + TOKENS_AT_ONCE, side="right")))
-            stop = int(ends[last - 1])
-            encoded = {name: np.array(x) for name, x in self.encoded(start, stop).items()}
+            encoded = self.encoded(start, int(ends[last - 1]))
             for text in range(first, last):
                 begin, end = int(ends[text - 1]) - start if text else 0, int(ends[text]) - start
                 self.check(text, {name: x[begin:end] for name, x in encoded.items()})
@@ -111,18 +121,16 @@ def layout_of(encoding: Encoding, token_shape: tuple[int, int], n_texts: int) ->
     }
 
 
-def write_shard(
-    file: BinaryIO,
+def shard_pieces(
     layout: Layout,
     metadata: Mapping[str, str],
     lengths: np.ndarray,
     digests: np.ndarray,
     encoded: Mapping[str, np.ndarray],
-) -> None:
-    """Write a shard.
+) -> Iterator[Any]:
+    """Yield the bytes of a shard, piece by piece.
 
     Args:
-        file: to write to.
         layout: of its tensors.
         metadata: of its header.
         lengths: `[texts]`, in tokens.
@@ -145,16 +153,17 @@ def write_shard(
         offset += x.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # numbers of eight bytes are then aligned
-    file.write(len(text).to_bytes(8, "little") + text)
+    yield len(text).to_bytes(8, "little") + text
     for name in layout:
-        file.write(np.ascontiguousarray(tensors[name]).data)
+        yield np.ascontiguousarray(tensors[name]).data
 
 
-def open_shard(path: Path, encoding: Encoding, layout: Layout, metadata: Mapping[str, str]) -> Shard:
+def open_shard(store: Store, name: str, encoding: Encoding, layout: Layout, metadata: Mapping[str, str]) -> Shard:
     """Open a shard, after a check of all but its states.
 
     Args:
-        path: the file.
+        store: the folder.
+        name: of the file in it.
         encoding: of its states.
         layout: of its tensors, which is expected.
         metadata: of its header, which is expected.
@@ -162,12 +171,19 @@ def open_shard(path: Path, encoding: Encoding, layout: Layout, metadata: Mapping
     Raises:
         ValueError: If it was cut short, is damaged, or is of another folder.
     """
-    tensors = _map_tensors(path, layout, metadata)
-    if index_checksum(tensors)[0] != tensors[INDEX_CHECKSUM][0]:
-        raise ValueError(f"The index of {path} changed after it was written (its CRC-32 is another). {remedy_of(path)}")
-    if any(len(tensors[name]) != tensors[LENGTHS].sum() for name in encoding.tensors):
-        raise ValueError(f"{path} has states of another number of tokens than its texts. {remedy_of(path)}")
-    return Shard(path, encoding, tensors)
+    places = _read_header(store, name, layout, metadata)
+    index = {
+        tensor: np.frombuffer(store.read(name, begin, begin + int(np.prod(shape)) * kind.itemsize), kind).reshape(shape)
+        for tensor, (begin, shape, kind) in places.items()
+        if tensor not in encoding.tensors
+    }
+    path, remedy = store.file(name), remedy_of(store, name)
+    if index_checksum(index)[0] != index[INDEX_CHECKSUM][0]:
+        raise ValueError(f"The index of {path} changed after it was written (its CRC-32 is another). {remedy}")
+    if any(places[tensor][1][0] != index[LENGTHS].sum() for tensor in encoding.tensors):
+        raise ValueError(f"{path} has states of another number of tokens than its texts. {remedy}")
+    of_states = {x: (begin, shape[1:], kind) for x, (begin, shape, kind) in places.items() if x in encoding.tensors}
+    return Shard(store, name, encoding, index, of_states)
 
 
 def checksum(encoded: Mapping[str, np.ndarray]) -> int:
@@ -186,58 +202,52 @@ def index_checksum(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.array([value], "<i8")
 
 
-def _map_tensors(path: Path, layout: Layout, metadata: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Return the tensors of a file of the format safetensors, mapped into memory.
+def _read_header(
+    store: Store, name: str, layout: Layout, metadata: Mapping[str, str]
+) -> dict[str, tuple[int, tuple[int, ...], np.dtype]]:
+    """Return where each tensor of a safetensors file begins, its shape and its dtype.
 
     Args:
-        path: the file.
+        store: the folder.
+        name: of the file in it.
         layout: the tensors that are expected, in order: dtypes, and shapes with None for any size.
         metadata: that is expected.
 
     Raises:
         ValueError: If the file has something else.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        text = file.read(min(n_header, size))
+    path, size, remedy = store.file(name), store.size(name), remedy_of(store, name)
+    n_header = int.from_bytes(store.read(name, 0, 8), "little")
     try:
-        header = json.loads(text)
+        header = json.loads(store.read(name, 8, min(8 + n_header, size)) if size > 8 else b"")
         if not isinstance(header, dict) or size < 8 + n_header:
             raise ValueError("its header is no keys and values")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. {remedy_of(path)}") from None
+        raise ValueError(f"{path} is damaged: {error}. {remedy}") from None
     if header.pop("__metadata__", None) != metadata:
-        raise ValueError(f"{path} and the {MANIFEST} beside it do not fit: one changed. {remedy_of(path.parent)}")
+        raise ValueError(f"{path} and the {MANIFEST} beside it do not fit: one changed. {remedy_of(store)}")
     if list(header) != list(layout):
-        raise ValueError(f"{path} is damaged: its header has tensors that were not written. {remedy_of(path)}")
+        raise ValueError(f"{path} is damaged: its header has tensors that were not written. {remedy}")
     offset, places = 0, {}
-    for name, (code, kind, shape) in layout.items():
-        entry = header[name]
+    for tensor, (code, kind, shape) in layout.items():
+        entry = header[tensor]
         found = entry.get("shape") if isinstance(entry, dict) else None
         n_tokens = found[0] if isinstance(found, list) and found and isinstance(found[0], int) else 0
         expected = [n_tokens if n is None else n for n in shape]
         n_bytes = int(np.prod(expected)) * np.dtype(kind).itemsize
         if entry != {"dtype": code, "shape": expected, "data_offsets": [offset, offset + n_bytes]}:
-            raise ValueError(
-                f"{path} is damaged: its header does not describe {name} as it was written. {remedy_of(path)}"
-            )
-        places[name] = (offset, n_bytes, kind, expected)
+            raise ValueError(f"{path} is damaged: its header does not describe {tensor} as it was written. {remedy}")
+        places[tensor] = (8 + n_header + offset, tuple(expected), np.dtype(kind))
         offset += n_bytes
     if size != 8 + n_header + offset:
         raise ValueError(
             f"{path} has {size:,} bytes, expected {8 + n_header + offset:,}: it was "
-            f"{'cut short' if size < 8 + n_header + offset else 'written to by something else'}. {remedy_of(path)}"
+            f"{'cut short' if size < 8 + n_header + offset else 'written to by something else'}. {remedy}"
         )
-    # As a plain array: a slice of a memmap object takes ten times as long.
-    data = np.asarray(np.memmap(path, np.uint8, "r"))[8 + n_header :]
-    return {
-        name: data[begin : begin + n_bytes].view(kind).reshape(shape)
-        for name, (begin, n_bytes, kind, shape) in places.items()
-    }
+    return places
 
 
-def remedy_of(path: Path) -> str:
-    """Return what to do about a damaged file or folder."""
-    kind = "file" if path.suffix == ".safetensors" else "folder"
-    return f"Delete the {kind} {path} to have its states computed again, or give another cache_dir."
+def remedy_of(store: Store, name: str | None = None) -> str:
+    """Return what to do about a damaged folder, or a file in it."""
+    what = f"folder {store.place}" if name is None else f"file {store.file(name)}"
+    return f"Delete the {what} to have its states computed again, or give another cache_dir."

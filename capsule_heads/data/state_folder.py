@@ -9,17 +9,14 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from ..files import read_json, write_json
+from ..files import parse_json
 from .encodings import ENCODINGS, Encoding
 from .shards import (
     DIGEST_BYTES,
@@ -32,10 +29,12 @@ from .shards import (
     layout_of,
     open_shard,
     remedy_of,
-    write_shard,
+    shard_pieces,
 )
+from .stores import Store, open_store
 
 SHARD_BYTES = 2**28  # that the states of a shard take at most, if it has more than one text
+SUFFIX = ".safetensors"  # of a shard's file
 ABOUT = "about"  # the part of a key that is for people, and is not compared
 OF_TEXTS = ("texts", "n_texts", "n_tokens")  # the parts of a key that say which texts there are
 
@@ -47,7 +46,7 @@ class StateFolder:
     """Hidden states of some texts in a folder that is named by what they depend on.
 
     Args:
-        path: the folder.
+        store: the folder.
         key: what the states depend on, as JSON; under "about" are facts that are not compared.
         lengths: `[texts]`, in tokens.
         digests: `[texts, 16]`, bytes, which tell the texts apart.
@@ -55,7 +54,7 @@ class StateFolder:
         encoding: of the states.
     """
 
-    path: Path
+    store: Store
     key: Mapping[str, Any]
     lengths: np.ndarray
     digests: np.ndarray
@@ -63,36 +62,43 @@ class StateFolder:
     encoding: Encoding
 
     @classmethod
-    def of_key(cls, cache_dir: Path, key: Mapping[str, Any], *texts: Any) -> StateFolder:
+    def of_key(cls, cache_dir: str | os.PathLike[str], key: Mapping[str, Any], *texts: Any) -> StateFolder:
         """Return the folder in a cache that is named by a key; see the class for the others."""
         compared = {name: value for name, value in key.items() if name != ABOUT}
         name = hashlib.sha256(json.dumps({"format": FORMAT, **compared}, sort_keys=True).encode()).hexdigest()[:16]
-        return cls(cache_dir / f"hidden_states_{name}", key, *texts)
+        return cls(open_store(cache_dir, f"hidden_states_{name}"), key, *texts)
 
     @classmethod
-    def load(cls, path: Path) -> StateFolder:
+    def load(cls, place: str | os.PathLike[str]) -> StateFolder:
         """Return a complete folder, by what is in it.
 
         Raises:
             ValueError: If it is none, is not complete, or is damaged.
+            OSError: If it is in a store that cannot be reached.
         """
-        manifest = _read_manifest(path)
+        store = open_store(place)
+        manifest = _read_manifest(store)
         shape, encoding = (manifest["layers"], manifest["hidden_size"]), ENCODINGS[manifest["encoding"]]
-        empty = cls(path, {**manifest["key"], ABOUT: manifest[ABOUT]}, np.zeros(0, int), np.zeros(0), shape, encoding)
-        files = [empty.path_of(shard) for shard in range(len(manifest["shards"]))]
-        missing = [file.name for file in files if not file.exists()]
+        empty = cls(store, {**manifest["key"], ABOUT: manifest[ABOUT]}, np.zeros(0, int), np.zeros(0), shape, encoding)
+        names, there = [name_of(shard) for shard in range(len(manifest["shards"]))], store.names()
+        missing = [name for name in names if name not in there]
         if missing:
             raise ValueError(
-                f"{path} lacks {len(missing)} of its {len(files)} shards, {missing[0]} among them; expected a complete "
-                "folder: compute the others with capsule-heads cache."
+                f"{store.place} lacks {len(missing)} of its {len(names)} shards, {missing[0]} among them; expected a "
+                "complete folder: compute the others with capsule-heads cache."
             )
-        shards = [empty._open(file, n) for file, n in zip(files, manifest["shards"], strict=True)]
-        lengths = [x.tensors[LENGTHS] for x in shards] or [np.zeros(0, np.int64)]
-        digests = [x.tensors[DIGESTS] for x in shards] or [np.zeros((0, DIGEST_BYTES), np.uint8)]
-        found = cls(path, empty.key, np.concatenate(lengths), np.concatenate(digests), shape, encoding)
+        shards = [empty._open(name, n) for name, n in zip(names, manifest["shards"], strict=True)]
+        lengths = [x.index[LENGTHS] for x in shards] or [np.zeros(0, np.int64)]
+        digests = [x.index[DIGESTS] for x in shards] or [np.zeros((0, DIGEST_BYTES), np.uint8)]
+        found = cls(store, empty.key, np.concatenate(lengths), np.concatenate(digests), shape, encoding)
         if found.manifest() != manifest:
-            raise ValueError(f"{path / MANIFEST} does not fit the shards beside it. {remedy_of(path)}")
+            raise ValueError(f"{store.file(MANIFEST)} does not fit the shards beside it. {remedy_of(store)}")
         return found
+
+    @property
+    def place(self) -> str:
+        """The folder, as messages name it."""
+        return self.store.place
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -129,13 +135,10 @@ class StateFolder:
         shards = np.repeat(np.arange(self.n_shards), np.diff(self.starts))
         return shards, np.arange(len(shards)) - np.asarray(self.starts)[shards]
 
-    def path_of(self, shard: int) -> Path:
-        """Return the file of a shard."""
-        return self.path / f"shard-{shard:05d}.safetensors"
-
     def missing(self) -> list[int]:
         """Return the shards that are not there."""
-        return [shard for shard in range(self.n_shards) if not self.path_of(shard).exists()]
+        there = self.store.names()
+        return [shard for shard in range(self.n_shards) if name_of(shard) not in there]
 
     def manifest(self) -> dict[str, Any]:
         """Return what the manifest has."""
@@ -156,15 +159,16 @@ class StateFolder:
         Raises:
             ValueError: If a file was cut short, is damaged, or is of something else.
         """
-        if not (self.path / MANIFEST).exists():
-            if any(self.path.glob("shard-*.safetensors")):
-                raise ValueError(f"{self.path} has states without a {MANIFEST}. {remedy_of(self.path)}")
+        there = self.store.names()
+        if MANIFEST not in there:
+            if any(name.endswith(SUFFIX) for name in there):
+                raise ValueError(f"{self.place} has states without a {MANIFEST}. {remedy_of(self.store)}")
             return False
         self._check_manifest()
-        missing = self.missing()
-        for shard in set(range(self.n_shards)) - set(missing):
+        found = [shard for shard in range(self.n_shards) if name_of(shard) in there]
+        for shard in found:
             self.open(shard)
-        return not missing
+        return len(found) == self.n_shards
 
     def begin(self) -> None:
         """Write the manifest, if there is none, and check that there is disk for what is missing.
@@ -173,19 +177,19 @@ class StateFolder:
             ValueError: If there is another manifest.
             OSError: If there is not enough disk.
         """
-        (self.path / "locks").mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / "locks" / "manifest"):
-            if (self.path / MANIFEST).exists():
+        with self.store.lock("manifest"):
+            is_there = self.store.exists(MANIFEST)
+            if is_there:
                 self._check_manifest()
-            missing = self.missing()
-            self._check_disk(missing)
-            if not (self.path / MANIFEST).exists():
+            self._check_disk(self.missing())
+            if not is_there:
                 with self.naming_faults():
-                    write_json(self.path / MANIFEST, self.manifest())
+                    text = json.dumps(self.manifest(), indent=2, ensure_ascii=False) + "\n"
+                    self.store.write(MANIFEST, [text.encode()])
 
     @contextlib.contextmanager
     def claim(self, shard: int, wait: bool) -> Iterator[bool]:
-        """Hold a shard, so that no other process computes it.
+        """Hold a shard, so that no other process computes it, where the store has locks.
 
         Args:
             shard: its number.
@@ -194,26 +198,20 @@ class StateFolder:
         Yields:
             Whether the shard is to be computed here: it is not there, and no other process holds it.
         """
-        if self.path_of(shard).exists():
+        name = name_of(shard)
+        if self.store.exists(name):
             yield False
             return
-        # The system takes a lock from a process that ends, however it ends.
-        lock = FileLock(self.path / "locks" / f"{shard:05d}")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                yield False
+        with self.store.lock(f"{shard:05d}", wait=False) as is_held:
+            if is_held or not wait:
+                yield is_held and not self.store.exists(name)
                 return
-            logger.warning("Another process computes hidden states in %s; waiting for it.", self.path)
-            lock.acquire()
-        try:
-            yield not self.path_of(shard).exists()
-        finally:
-            lock.release()
+        logger.warning("Another process computes hidden states in %s; waiting for it.", self.place)
+        with self.store.lock(f"{shard:05d}"):
+            yield not self.store.exists(name)
 
     def write(self, shard: int, encoded: Mapping[str, np.ndarray]) -> None:
-        """Write a shard under another name, wait until the disk has it, and give it its own.
+        """Write a shard, completely or not at all.
 
         Args:
             shard: that `claim` holds.
@@ -222,15 +220,11 @@ class StateFolder:
         Raises:
             OSError: If it cannot be written.
         """
-        texts, path = self.texts_of(shard), self.path_of(shard)
-        part = path.with_name(f"{path.name}.part")
+        texts = self.texts_of(shard)
+        lengths, digests = self.lengths[texts], self.digests[texts]
         with self.naming_faults():
-            with open(part, "wb") as file:
-                lengths, digests = self.lengths[texts], self.digests[texts]
-                write_shard(file, self._layout(len(lengths)), self._metadata, lengths, digests, encoded)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            pieces = shard_pieces(self._layout(len(lengths)), self._metadata, lengths, digests, encoded)
+            self.store.write(name_of(shard), pieces)
 
     def open(self, shard: int) -> Shard:
         """Open a shard of these texts.
@@ -238,22 +232,24 @@ class StateFolder:
         Raises:
             ValueError: If it was cut short, is damaged, or has other texts.
         """
-        texts, path = self.texts_of(shard), self.path_of(shard)
-        found = self._open(path, texts.stop - texts.start)
-        for name, expected in ((LENGTHS, self.lengths[texts]), (DIGESTS, self.digests[texts])):
-            if not np.array_equal(found.tensors[name], expected):
-                raise ValueError(f"{path} holds the hidden states of other texts. {remedy_of(path)}")
+        texts, name = self.texts_of(shard), name_of(shard)
+        found = self._open(name, texts.stop - texts.start)
+        for tensor, expected in ((LENGTHS, self.lengths[texts]), (DIGESTS, self.digests[texts])):
+            if not np.array_equal(found.index[tensor], expected):
+                raise ValueError(
+                    f"{self.store.file(name)} holds the hidden states of other texts. {remedy_of(self.store, name)}"
+                )
         return found
 
-    def _open(self, path: Path, n_texts: int) -> Shard:
-        return open_shard(path, self.encoding, self._layout(n_texts), self._metadata)
+    def _open(self, name: str, n_texts: int) -> Shard:
+        return open_shard(self.store, name, self.encoding, self._layout(n_texts), self._metadata)
 
     def _layout(self, n_texts: int) -> Layout:
         return layout_of(self.encoding, self.token_shape, n_texts)
 
     @functools.cached_property  # the manifest is written once
     def _metadata(self) -> dict[str, str]:
-        return {"format": str(FORMAT), "manifest_crc32": str(zlib.crc32((self.path / MANIFEST).read_bytes()))}
+        return {"format": str(FORMAT), "manifest_crc32": str(zlib.crc32(self.store.read(MANIFEST)))}
 
     @contextlib.contextmanager
     def naming_faults(self) -> Iterator[None]:
@@ -261,37 +257,40 @@ class StateFolder:
         try:
             yield
         except OSError as error:
+            free = self.store.free()
+            if free is None:  # the store's own message says what there is to say
+                raise
             raise OSError(
                 error.errno,
                 f"The hidden states could not be written ({error.strerror}): all take {gigabytes(self.n_bytes)}, and "
-                f"{gigabytes(shutil.disk_usage(self.path).free)} are free; free some and run again, which goes on "
-                "with the shards that are missing, or give a cache_dir on another disk",
-                str(self.path),
+                f"{gigabytes(free)} are free; free some and run again, which goes on with the shards that are missing, "
+                "or give a cache_dir on another disk",
+                self.place,
             ) from error
 
     def _check_disk(self, missing: Sequence[int]) -> None:
         tokens = sum(int(self.lengths[self.texts_of(shard)].sum()) for shard in missing)
-        needed, free = tokens * self.n_token_bytes, shutil.disk_usage(self.path).free
+        needed, free = tokens * self.n_token_bytes, self.store.free()
         n_done = len(self.lengths) - sum(len(self.lengths[self.texts_of(shard)]) for shard in missing)
-        if needed > free:
+        if free is not None and needed > free:
             raise OSError(
                 errno.ENOSPC,
                 f"The hidden states of {len(self.lengths):,} texts take {gigabytes(needed)} more on disk, and there "
                 f"are {gigabytes(free)} free; free some, give a cache_dir on another disk, use fewer layers or "
                 "states_dtype int8, or train without the cache",
-                str(self.path),
+                self.place,
             )
         logger.warning(
-            "Computing the hidden states of %s texts%s: they take %s more of the %s of disk that are free, in %s.",
+            "Computing the hidden states of %s texts%s: they take %s more%s, in %s.",
             f"{len(self.lengths):,}",
             f" ({n_done:,} are done)" if n_done else "",
             gigabytes(needed),
-            gigabytes(free),
-            self.path,
+            "" if free is None else f" of the {gigabytes(free)} of disk that are free",
+            self.place,
         )
 
     def _check_manifest(self) -> None:
-        expected, found = self.manifest(), _read_manifest(self.path)
+        expected, found = self.manifest(), _read_manifest(self.store)
         for name in sorted((expected.keys() | found.keys()) - {ABOUT}):
             ours, theirs = expected.get(name), found.get(name)
             if ours != theirs:
@@ -299,23 +298,29 @@ class StateFolder:
                     part = min(x for x in ours.keys() | theirs.keys() if ours.get(x) != theirs.get(x))
                     name, ours, theirs = part, ours.get(part), theirs.get(part)
                 raise ValueError(
-                    f"{self.path} holds the hidden states of something else: {name} is {theirs!r} in its {MANIFEST}, "
-                    f"expected {ours!r}. {remedy_of(self.path)}"
+                    f"{self.place} holds the hidden states of something else: {name} is {theirs!r} in its {MANIFEST}, "
+                    f"expected {ours!r}. {remedy_of(self.store)}"
                 )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def name_of(shard: int) -> str:
+    """Return the name of a shard's file."""
+    return f"shard-{shard:05d}{SUFFIX}"
+
+
+def _read_manifest(store: Store) -> dict[str, Any]:
     """Return the manifest of a folder.
 
     Raises:
         ValueError: If it has none, or none that can be read.
     """
+    path, remedy = store.file(MANIFEST), remedy_of(store)
     try:
-        found = read_json(path / MANIFEST)
+        found = parse_json(path, store.read(MANIFEST))
     except FileNotFoundError:
-        raise ValueError(f"{path} has no {MANIFEST}; expected a folder of hidden states.") from None
+        raise ValueError(f"{store.place} has no {MANIFEST}; expected a folder of hidden states.") from None
     except ValueError as error:
-        raise ValueError(f"{str(error).rstrip('.')}. {remedy_of(path)}") from None
+        raise ValueError(f"{str(error).rstrip('.')}. {remedy}") from None
     kinds = {
         "format": int,
         "key": dict,
@@ -327,11 +332,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     }
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
-            raise ValueError(f"{path / MANIFEST} has {name} {found.get(name)!r}. {remedy_of(path)}")
+            raise ValueError(f"{path} has {name} {found.get(name)!r}. {remedy}")
     if found["format"] != FORMAT or found["encoding"] not in ENCODINGS:
         raise ValueError(
-            f"{path / MANIFEST} has format {found['format']} and encoding {found['encoding']}, expected {FORMAT} and "
-            f"one of {', '.join(ENCODINGS)}: it is damaged, or of another version. {remedy_of(path)}"
+            f"{path} has format {found['format']} and encoding {found['encoding']}, expected {FORMAT} and one of "
+            f"{', '.join(ENCODINGS)}: it is damaged, or of another version. {remedy}"
         )
     return found
 

@@ -8,105 +8,26 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, List, Value
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_texts import WORDS, assert_same_states, make_tokenizer, texts
 from torch.utils.data import DataLoader
-from transformers import AutoModel, BertConfig, DataCollatorWithPadding, GPT2Config, PreTrainedTokenizerFast
+from transformers import DataCollatorWithPadding
 
-from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data import computing_states, encodings, hidden_states, shards, state_folder
+from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
+from capsule_heads.data import computing_states, encodings, hidden_states, shards
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
-from capsule_heads.data.tokenization import tokenize, window_fields
+from capsule_heads.data.tokenization import window_fields
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
 
 SHARD = "shard-00000.safetensors"
-WORDS = [f"w{i}" for i in range(20)]
-SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-BACKBONES = {
-    "bert": BertConfig(**SIZES, intermediate_size=16, max_position_embeddings=16, initializer_range=0.5),
-    "gpt2": GPT2Config(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.5),
-}
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Where the cache is."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "capsule_heads"
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    """Shards of at most 24 tokens of three layers of 16 numbers in half precision."""
-    monkeypatch.setattr(state_folder, "SHARD_BYTES", 24 * 3 * 16 * 2)
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory):
-    """saved(name, seed): the directory of a tiny backbone."""
-    folders = {}
-
-    def save(name, seed=0, **changes):
-        key = (name, seed, *changes.items())
-        if key not in folders:
-            folders[key] = str(tmp_path_factory.mktemp(name))
-            torch.manual_seed(seed)
-            config = type(BACKBONES[name])(**{**BACKBONES[name].to_dict(), **changes})
-            AutoModel.from_config(config).save_pretrained(folders[key])
-        return folders[key]
-
-    return save
-
-
-@pytest.fixture
-def make_model(saved):
-    def make(name="bert", seed=0, changes=(), **fields):
-        backbone = saved(name, seed, **dict(changes))
-        torch.manual_seed(1)
-        model = CapsuleHeadForSequenceClassification.from_backbone(backbone, **{"d_inp": 8, "n_parts": 4, **fields})
-        with torch.no_grad():  # a new head scores nothing: its betas are zero
-            for parameter in model.head.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        return model
-
-    return make
-
-
-def make_tokenizer(side="right"):
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[PAD]", *WORDS])}, unk_token="[PAD]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", padding_side=side, model_max_length=16)
-
-
-def texts(n=20, first=0, label=lambda i: i % 2, feature=None):
-    rows = [" ".join(WORDS[(first + i + k) % 20] for k in range(1 + 7 * i % 11)) for i in range(n)]
-    features = Features({"text": Value("string"), "label": feature or ClassLabel(names=["no", "yes"])})
-    dataset = Dataset.from_dict({"text": rows, "label": [label(i) for i in range(n)]}, features=features)
-    return tokenize(DatasetDict(train=dataset), make_tokenizer())["train"]
-
-
-@pytest.fixture
-def count(monkeypatch):
-    """count(model): a list to which the model adds the number of texts and tokens of each batch it computes."""
-
-    def counting(model):
-        batches = []
-        compute = model.compute_hidden_states
-
-        def counted(**inputs):
-            batches.append(tuple(inputs["input_ids"].shape))
-            return compute(**inputs)
-
-        monkeypatch.setattr(model, "compute_hidden_states", counted)
-        return batches
-
-    return counting
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_a_stream_is_refused():
@@ -118,12 +39,6 @@ def test_a_stream_is_refused():
 
 def folders_in(folder):
     return sorted(folder.iterdir()) if folder.exists() else []
-
-
-def assert_same_states(cached, expected):
-    assert len(cached) == len(expected)
-    for k in range(len(cached)):
-        assert np.array_equal(cached[k]["hidden_states"], expected[k]["hidden_states"])
 
 
 def test_what_is_stored(make_model, folder):
@@ -138,11 +53,11 @@ def test_what_is_stored(make_model, folder):
         assert row["hidden_states"].shape == (length, 3, 16)
         assert row["hidden_states"].dtype == np.float16
         assert (row["length"], row["labels"]) == (length, label)
-    assert folders_in(folder) == [cached.folder]
-    assert [path.name for path in sorted(cached.folder.iterdir())] == ["locks", "manifest.json", SHARD]
+    assert folders_in(folder) == [Path(cached.folder)]
+    assert [path.name for path in sorted(Path(cached.folder).iterdir())] == ["locks", "manifest.json", SHARD]
     assert cached.n_bytes == sum(train["length"]) * 3 * 16 * 2
-    assert cached.n_bytes < (cached.folder / SHARD).stat().st_size < cached.n_bytes + 2000
-    assert json.loads((cached.folder / "manifest.json").read_text())["about"]["backbone"].startswith("/")
+    assert cached.n_bytes < (Path(cached.folder) / SHARD).stat().st_size < cached.n_bytes + 2000
+    assert json.loads((Path(cached.folder) / "manifest.json").read_text())["about"]["backbone"].startswith("/")
     with pytest.raises(KeyError, match="No column 'input_ids' in memory; there are length, labels"):
         cached["input_ids"]
 
@@ -183,13 +98,13 @@ def test_batches_of_cached_states_are_those_of_the_texts(make_model, name, side,
 
 def test_a_second_call_reads_the_file(make_model, folder, count):
     first = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    written = (first.folder / SHARD).stat().st_mtime_ns
+    written = (Path(first.folder) / SHARD).stat().st_mtime_ns
     model = make_model(seed=0)
     batches = count(model)
     second = HiddenStateCache(texts(), model, make_tokenizer())
     assert batches == []
-    assert folders_in(folder) == [first.folder]
-    assert (second.folder / SHARD).stat().st_mtime_ns == written
+    assert folders_in(folder) == [Path(first.folder)]
+    assert (Path(second.folder) / SHARD).stat().st_mtime_ns == written
     assert_same_states(second, first)
 
 
@@ -222,7 +137,7 @@ def test_head_labels_and_order_have_no_part_in_it(make_model, folder):
     shuffled = HiddenStateCache(texts().select(order), make_model(), make_tokenizer())
     assert shuffled["labels"] == [expected["labels"][i] for i in order]
     assert_same_states(shuffled, [expected[int(i)] for i in order])
-    assert folders_in(folder) == [expected.folder]
+    assert folders_in(folder) == [Path(expected.folder)]
 
 
 def test_texts_with_the_same_tokens_are_computed_and_stored_once(make_model, count):
@@ -346,9 +261,9 @@ def test_it_goes_on_where_it_was_killed(program, make_model, count, tmp_path, ca
     n_done = sum(n for n, _ in batches) - sum(n for n, _ in batches_of_rest)
     assert f"hidden states of 20 texts ({n_done} are done)" in caplog.text
     assert_same_states(cached, expected)
-    assert cached.folder == folder and not lost.exists()
+    assert Path(cached.folder) == folder and not lost.exists()
     for path in folder.glob("shard-*"):  # the same bits, but for what the manifests say for people
-        assert path.read_bytes()[1000:] == (expected.folder / path.name).read_bytes()[1000:]
+        assert path.read_bytes()[1000:] == (Path(expected.folder) / path.name).read_bytes()[1000:]
 
 
 @pytest.mark.slow
@@ -404,7 +319,7 @@ def test_others_wait_for_the_process_that_computes(make_model, caplog):
 @pytest.mark.parametrize("change, what", [(-2, "cut short"), (2, "written to by something else")])
 def test_a_file_of_another_size_is_refused(make_model, change, what):
     cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    file = cached.folder / SHARD
+    file = Path(cached.folder) / SHARD
     size = file.stat().st_size
     os.truncate(file, size + change)
     expected = (
@@ -443,7 +358,7 @@ def test_a_file_of_another_size_is_refused(make_model, change, what):
 )
 def test_a_foreign_folder_is_refused(make_model, finished, content, expected, small_shards):
     cached = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    manifest = cached.folder / "manifest.json"
+    manifest = Path(cached.folder) / "manifest.json"
     if content is None:
         manifest.unlink()
     elif isinstance(content, dict):
@@ -452,7 +367,7 @@ def test_a_foreign_folder_is_refused(make_model, finished, content, expected, sm
     else:
         manifest.write_text(content)
     if not finished:
-        (cached.folder / SHARD).unlink()
+        (Path(cached.folder) / SHARD).unlink()
     with pytest.raises(ValueError, match=expected):
         HiddenStateCache(texts(), make_model(), make_tokenizer())
 
@@ -495,7 +410,7 @@ def test_a_flipped_bit_is_the_fault_of_the_cache(make_model, folder, name, finis
 
 def test_a_damaged_shard_is_named_and_computed_again_alone(make_model, folder, count, small_shards):
     expected = HiddenStateCache(texts(), make_model(), make_tokenizer())
-    files = sorted(expected.folder.glob("shard-*"))
+    files = sorted(Path(expected.folder).glob("shard-*"))
     whole = files[2].read_bytes()
     files[2].write_bytes(whole[:-40] + bytes(40))
     with pytest.raises(ValueError, match=rf"Delete the file {files[2]} to have its states computed again"):
@@ -555,7 +470,7 @@ def test_it_says_beforehand_what_it_takes_and_refuses_where_there_is_not_enough(
     cached = HiddenStateCache(train, model, make_tokenizer())
     assert f"they take {megabytes} more of the {megabytes} of disk that are free, in {cached.folder}" in caplog.text
     # What is done needs no more.
-    (cached.folder / SHARD).unlink()
+    (Path(cached.folder) / SHARD).unlink()
     disk(24 * 3 * 16 * 2)
     assert_same_states(HiddenStateCache(train, model, make_tokenizer()), cached)
 
@@ -740,7 +655,7 @@ def test_the_library_reads_the_shards(make_model, encoding, small_shards):
     cached = HiddenStateCache(texts(), make_model(), make_tokenizer(), states_dtype=encoding)
     rows = {row["hidden_states"].tobytes() for row in cached}
     found = []
-    for path in sorted(cached.folder.glob("shard-*")):
+    for path in sorted(Path(cached.folder).glob("shard-*")):
         tensors = load_file(path)
         states = tensors["states"].float()
         if encoding == "int8":
@@ -770,8 +685,8 @@ def test_parts_have_the_same_bits_as_one_process(make_model, tmp_path, n_process
         written.append(folder.missing())
     assert [len(missing) for missing in written] == sorted([len(missing) for missing in written], reverse=True)
     assert folder.is_complete()
-    for path in expected.folder.glob("shard-*"):
-        assert path.read_bytes() == (folder.path / path.name).read_bytes()
+    for path in Path(expected.folder).glob("shard-*"):
+        assert path.read_bytes() == (folder.store.path / path.name).read_bytes()
 
 
 def test_a_dead_process_is_taken_over(make_model, tmp_path, small_shards):
@@ -806,7 +721,7 @@ def test_states_from_other_folders(make_model, tmp_path, count, small_shards):
         HiddenStateCache(wanted, make_model(layers=[0, 1]), tokenizer, sources=sources)
     with pytest.raises(ValueError, match="of something else: dtype is 'float16', expected 'int8'"):
         HiddenStateCache(wanted, model, tokenizer, sources=sources, states_dtype="int8")
-    max(second.folder.glob("shard-*")).unlink()
+    max(Path(second.folder).glob("shard-*")).unlink()
     with pytest.raises(ValueError, match=r"lacks 1 of its \d shards, shard-0000\d\.safetensors among them; expected a"):
         HiddenStateCache(wanted, model, tokenizer, sources=sources)
     with pytest.raises(ValueError, match=r"has no manifest\.json; expected a folder of hidden states"):
