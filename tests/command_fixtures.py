@@ -1,6 +1,7 @@
 """What tests of commands and scripts share: a tiny backbone with its tokenizer, and an environment for processes."""
 
 import os
+import sys
 
 import pytest
 
@@ -87,3 +88,14 @@ def fails(call):
         return line
 
     return call_failing
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray cluster of two CPUs on this machine."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: the extra ray")
+    sizes = {"num_cpus": 2, "object_store_memory": 10**8}
+    found = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}  # where actors find what tests import
+    ray.init("local", **sizes, runtime_env=found, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()

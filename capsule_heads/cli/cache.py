@@ -23,7 +23,13 @@ def run(options: argparse.Namespace) -> None:
     try:
         with one_line_errors(ImportError, OSError, ValueError):
             found = cache_states(
-                options.data, options.model, options.head, options.arguments, options.part, options.batch_tokens
+                options.data,
+                options.model,
+                options.head,
+                options.arguments,
+                options.part,
+                options.batch_tokens,
+                options.actors,
             )
     except KeyboardInterrupt:
         fail("interrupted; the shards that are complete are kept: the same command resumes there.", INTERRUPTED)

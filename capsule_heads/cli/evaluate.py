@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import Command, OneLineParser, at_least, one_line_errors
+from .options import Command, OneLineParser, add_hidden_states, at_least, one_line_errors
 from .options.quiet import without_data_bars
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def make_parser(prog: str) -> OneLineParser:
         "--split", help="validation or test (default: validation of a task; the only one of your data)."
     )
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="Batch size (default: %(default)s).")
+    add_hidden_states(parser)
     parser.add_argument(
         "--output_dir", help="Folder to write to (default: evaluation-NAME in the model's, or here for one of the Hub)."
     )
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     metric = get_task(options.task).metric if options.task else None
     with one_line_errors(FloatingPointError, OSError, ValueError):
         for name, split in splits.items():
-            found = _measure(model, processor, split, options.batch_size, metric)
+            found = _measure(model, processor, split, options, metric)
             _write(found, _folder(options, name, len(splits)), f"{options.task or options.data}, {name}")
 
 
@@ -117,23 +118,31 @@ def load_own(options: argparse.Namespace, model: CapsuleHeadClassifier) -> OwnDa
 
 
 def _measure(
-    model: CapsuleHeadClassifier, processor: Any, split: Dataset, batch_size: int, metric: str | None
+    model: CapsuleHeadClassifier, processor: Any, split: Any, options: argparse.Namespace, metric: str | None
 ) -> dict[str, Any]:
     """Return all that is measured on a split, and a task's own metrics."""
     import numpy as np
     from transformers import EvalPrediction
 
+    from ..data import HiddenStateCache
     from ..metrics import compute_metrics_for, measure
     from ..models.processors import modality_of
     from ..tasks import MODALITIES
     from ..training import CapsuleTrainer, CapsuleTrainingArguments
 
+    modality = modality_of(model)
+    if options.hidden_states and modality != "text":
+        raise ValueError(
+            f"--hidden_states is {' '.join(options.hidden_states)}, and the model classifies {modality}; leave it out."
+        )
+    if options.hidden_states:
+        split = HiddenStateCache(split, model, processor, sources=options.hidden_states)
     with tempfile.TemporaryDirectory() as folder:
         trainer = CapsuleTrainer(
             model=model,
-            args=CapsuleTrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to="none"),
+            args=CapsuleTrainingArguments(folder, per_device_eval_batch_size=options.batch_size, report_to="none"),
             processing_class=processor,
-            data_collator=MODALITIES[modality_of(model)].collator(processor),
+            data_collator=MODALITIES[modality].collator(processor),
         )
         output = trainer.predict(split)
     predictions = output.predictions

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Command, OneLineParser, at_least, fail, one_line_errors
+from .options import (
+    Command,
+    OneLineParser,
+    actors_of,
+    add_engine_options,
+    add_hidden_states,
+    at_least,
+    fail,
+    one_line_errors,
+)
 from .options.parser import INTERRUPTED, probability
 
 if TYPE_CHECKING:
@@ -50,6 +59,8 @@ def make_parser(prog: str) -> OneLineParser:
         "--abstain_below", type=probability, metavar="P", help="Give no label where the best probability is below P."
     )
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="Batch size (default: %(default)s).")
+    add_hidden_states(parser)
+    add_engine_options(parser)
     return parser
 
 
@@ -95,6 +106,8 @@ def _predict_file(options: argparse.Namespace) -> None:
                 options.top_k,
                 options.abstain_below,
                 options.batch_size,
+                options.hidden_states,
+                actors_of(options),
             )
             prediction.check()
             predict_file(load_classifier(options.model), prediction)
@@ -118,9 +131,12 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--data is {options.data}, and there is no --output; expected a file to write.")
     if options.data is not None and options.inputs:
         raise ValueError(f"Expected either --data or inputs, not both: --data {options.data}, and {options.inputs[0]}.")
-    for name in ("output", "text"):
+    actors_of(options)
+    if options.engine != "local" and options.data is None:
+        raise ValueError(f"--engine is {options.engine}, which is for a file of rows; expected --data FILE beside it.")
+    for name in ("output", "text", "hidden_states"):
         value = getattr(options, name)
-        if value is not None and options.data is None:
+        if value and options.data is None:
             raise ValueError(f"--{name} is {value}, which is for a file of rows; expected --data FILE beside it.")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,12 +48,12 @@ def _frozen_backbone(model: CapsuleHeadPreTrainedModel, tokenizer: PreTrainedTok
     return model.backbone
 
 
-def input_names(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the columns that the backbone gets."""
-    names = [name for name in tokenizer.model_input_names if name in dataset.column_names]
+def input_names(columns: Collection[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return those of a tokenized dataset's columns that the backbone gets."""
+    names = [name for name in tokenizer.model_input_names if name in columns]
     if not names:
         raise ValueError(
-            f"The dataset has the columns {', '.join(dataset.column_names)}; expected a tokenized one, with "
+            f"The dataset has the columns {', '.join(columns)}; expected a tokenized one, with "
             f"{', '.join(tokenizer.model_input_names)}."
         )
     return names
@@ -86,7 +86,7 @@ class Texts(NamedTuple):
 
     def select(self, dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         """Return the different texts, with what the backbone gets of them."""
-        return dataset.with_format(None).select_columns(input_names(dataset, tokenizer)).select(self.rows)
+        return dataset.with_format(None).select_columns(input_names(dataset.column_names, tokenizer)).select(self.rows)
 
 
 def find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> Texts:
@@ -96,12 +96,8 @@ def find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> Texts:
     for batch in dataset.with_format(None).select_columns(list(names)).iter(1000):
         for values in zip(*(batch[name] for name in names)):
             inputs = dict(zip(names, values))
-            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-            for name, value in inputs.items():
-                digest.update(f"{name} {len(value)} ".encode())
-                digest.update(np.asarray(value).tobytes())
             length = sum(inputs["attention_mask"]) if "attention_mask" in inputs else len(values[0])
-            text = (length, digest.digest())
+            text = (length, digest_text(inputs))
             first_rows.setdefault(text, len(texts))
             texts.append(text)
     ordered = sorted(first_rows)
@@ -114,15 +110,29 @@ def find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> Texts:
     )
 
 
-def _key(
-    model: CapsuleHeadPreTrainedModel,
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    texts: Texts,
-    encoding: Encoding,
+def digest_text(inputs: Mapping[str, Sequence[int]]) -> bytes:
+    """Return what tells a text apart: a digest of what the backbone gets of it."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, value in inputs.items():
+        digest.update(f"{name} {len(value)} ".encode())
+        digest.update(np.asarray(value).tobytes())
+    return digest.digest()
+
+
+def key_of_model(
+    model: CapsuleHeadPreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return all that the hidden states depend on; of the tokenizer, that is the tokens."""
+    """Return all that hidden states depend on, but for the texts and how the states are kept.
+
+    Args:
+        model: with a frozen backbone.
+        tokenizer: the backbone's; of it, states depend on the tokens alone.
+        names: of what the backbone gets.
+
+    Raises:
+        ValueError: If the states cannot be cached.
+    """
+    backbone = _frozen_backbone(model, tokenizer)
     base_config = model.config.base_config
     config = {name: value for name, value in base_config.to_dict().items() if name not in NAMES_OF_BACKBONE}
     weights = hashlib.sha256()  # they alone say nothing of, for example, the number of heads
@@ -136,12 +146,8 @@ def _key(
         "backbone_dtype": str(backbone.dtype),
         "layers": list(model.config.layers),
         "hidden_size": token_shape(model)[1],
-        "dtype": encoding.name,
         "inputs": list(names),
         **({} if model.config.windowing is None else {"windows": list(model.config.windowing)}),
-        "texts": hashlib.sha256(texts.digests.tobytes()).hexdigest(),
-        "n_texts": len(texts.rows),
-        "n_tokens": int(texts.lengths[texts.rows].sum()),
         ABOUT: {
             "backbone": model.config.base_model_name_or_path,
             "revision": model.config.base_model_revision,
@@ -171,15 +177,22 @@ def find_folder(
         TypeError: If the dataset is something else than a `Dataset`.
     """
     check_dataset("dataset", dataset, "Dataset")
-    backbone, kept_as = _frozen_backbone(model, tokenizer), encoding_of(states_dtype)
-    names = input_names(dataset, tokenizer)
-    texts, shape = find_texts(dataset, names), token_shape(model)
+    _frozen_backbone(model, tokenizer)
+    kept_as, names = encoding_of(states_dtype), input_names(dataset.column_names, tokenizer)
+    texts = find_texts(dataset, names)
     if cache_dir is None:
         from datasets.config import HF_DATASETS_CACHE
 
         cache_dir = os.path.join(HF_DATASETS_CACHE, "capsule_heads")
-    key = _key(model, backbone, tokenizer, names, texts, kept_as)
-    return texts, StateFolder.of_key(cache_dir, key, texts.lengths[texts.rows], texts.digests, shape, kept_as)
+    lengths = texts.lengths[texts.rows]
+    key = {
+        **key_of_model(model, tokenizer, names),
+        "dtype": kept_as.name,
+        "texts": hashlib.sha256(texts.digests.tobytes()).hexdigest(),
+        "n_texts": len(texts.rows),
+        "n_tokens": int(lengths.sum()),
+    }
+    return texts, StateFolder.of_key(cache_dir, key, lengths, texts.digests, token_shape(model), kept_as)
 
 
 def encoding_of(states_dtype: str) -> Encoding:
@@ -227,6 +240,7 @@ def compute(
     folder.begin()
     missing = folder.missing()
     own_first = sorted(missing, key=lambda shard: shard % n_processes != number)
+    computer = ShardComputer(folder, model, collator, batch_tokens)
     if not folder.store.has_locks:
         own_first = [shard for shard in missing if shard % n_processes == number]
     with transformers_logging.tqdm(
@@ -240,43 +254,66 @@ def compute(
             for shard in own_first:
                 with folder.claim(shard, may_wait) as is_ours:
                     if is_ours:
-                        folder.write(
-                            shard, _encode_shard(folder, shard, texts, model, collator, batch_tokens, progress)
-                        )
+                        computer.compute(shard, texts_of(folder, shard, texts), progress.update)
     while wait and not folder.store.has_locks and folder.missing():  # which the other processes compute
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _encode_shard(
-    folder: StateFolder,
-    shard: int,
-    texts: datasets.Dataset,
-    model: CapsuleHeadPreTrainedModel,
-    collator: Collator,
-    batch_tokens: int,
-    progress: Any,
-) -> dict[str, np.ndarray]:
-    """Compute the states of a shard's texts, in batches of like length, and encode them."""
+def texts_of(folder: StateFolder, shard: int, texts: datasets.Dataset) -> datasets.Dataset:
+    """Return the texts of a shard, of all of the folder's."""
     within = folder.texts_of(shard)
-    lengths = folder.lengths[within]
-    layers, size = folder.token_shape
-    encoded = {
-        name: np.empty((int(lengths.sum()), layers, *((size,) if is_full else ())), kind)
-        for name, (_, kind, is_full) in folder.encoding.tensors.items()
-    }
-    start, token = 0, 0
-    while start < len(lengths):
-        ahead = lengths[start : start + batch_tokens]
-        padded = ahead * np.arange(1, len(ahead) + 1)  # tokens in a batch that ends there
-        stop = start + max(1, int(np.searchsorted(padded, batch_tokens, side="right")))
-        batch = texts[within.start + start : within.start + stop]
-        inputs = collator([dict(zip(batch, values)) for values in zip(*batch.values())])
-        n_tokens = int(lengths[start:stop].sum())
-        for name, x in folder.encoding.encode(_packed_states(model, inputs, n_tokens)).items():
-            encoded[name][token : token + n_tokens] = x
-        progress.update(n_tokens)
-        start, token = stop, token + n_tokens
-    return encoded
+    return texts.select(range(within.start, within.stop))
+
+
+class ShardComputer:
+    """Computes the states of a shard's texts, in batches of like length, and writes them.
+
+    Args:
+        folder: of the states, with its manifest.
+        model: with the backbone.
+        collator: of batches.
+        batch_tokens: tokens, with padding, to run the backbone on at once.
+    """
+
+    def __init__(
+        self, folder: StateFolder, model: CapsuleHeadPreTrainedModel, collator: Collator, batch_tokens: int
+    ) -> None:
+        self.folder, self.model, self.collator, self.batch_tokens = folder, model, collator, batch_tokens
+
+    def compute(self, shard: int, texts: datasets.Dataset, show: Callable[[int], object] = lambda n: None) -> None:
+        """Compute and write a shard.
+
+        Args:
+            shard: that `StateFolder.claim` holds.
+            texts: those of the shard, in its order.
+            show: called with a number of tokens as soon as their states are computed.
+
+        Raises:
+            ValueError: If states exceed the encoding.
+            OSError: If the shard cannot be written.
+        """
+        self.folder.write(shard, self._encode(shard, texts, show))
+
+    def _encode(self, shard: int, texts: datasets.Dataset, show: Callable[[int], object]) -> dict[str, np.ndarray]:
+        lengths, encoding = self.folder.lengths[self.folder.texts_of(shard)], self.folder.encoding
+        layers, size = self.folder.token_shape
+        encoded = {
+            name: np.empty((int(lengths.sum()), layers, *((size,) if is_full else ())), kind)
+            for name, (_, kind, is_full) in encoding.tensors.items()
+        }
+        start, token = 0, 0
+        while start < len(lengths):
+            ahead = lengths[start : start + self.batch_tokens]
+            padded = ahead * np.arange(1, len(ahead) + 1)  # tokens in a batch that ends there
+            stop = start + max(1, int(np.searchsorted(padded, self.batch_tokens, side="right")))
+            batch = texts[start:stop]
+            inputs = self.collator([dict(zip(batch, values)) for values in zip(*batch.values())])
+            n_tokens = int(lengths[start:stop].sum())
+            for name, x in encoding.encode(_packed_states(self.model, inputs, n_tokens)).items():
+                encoded[name][token : token + n_tokens] = x
+            show(n_tokens)
+            start, token = stop, token + n_tokens
+        return encoded
 
 
 @torch.inference_mode()  # what it makes never meets autograd: it goes to disk

@@ -12,9 +12,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .computing_states import compute, encoding_of, find_folder, find_texts, input_names, token_shape
-from .shards import DIGEST_BYTES, LENGTHS, Shard
-from .state_folder import ABOUT, OF_TEXTS, StateFolder, gigabytes
+from .computing_states import (
+    compute,
+    encoding_of,
+    find_folder,
+    find_texts,
+    input_names,
+    key_of_model,
+    token_shape,
+)
+from .encodings import Float16
+from .shards import LENGTHS, Shard
+from .splits import check_dataset
+from .state_folder import StateFolder, gigabytes
+from .state_sources import StateSources
 
 if TYPE_CHECKING:
     import datasets
@@ -109,9 +120,11 @@ class HiddenStateCache(Dataset):
         tokenizer: the backbone's.
         cache_dir: where the folders are. Default: `capsule_heads` in the cache folder of `datasets`.
         batch_tokens: tokens, with padding, to run the backbone on at once; a longer text is a batch of its own.
-        states_dtype: how states are kept: "float16", "bfloat16", or "int8" with a scale for each token at each layer.
-        sources: folders with states of the same backbone, made with whatever texts. If there are any, all states are
-            read from them, and none are computed: a part of the texts of one folder, or those of several.
+        states_dtype: how states are kept: "float16" (the default), "bfloat16", or "int8" with a scale for each token at
+            each layer.
+        sources: folders with states of the same backbone, made with whatever texts, or folders that have such in them.
+            If there are any, all states are read from them, however they are kept, and none are computed: a part of
+            the texts of one folder, or those of several.
 
     Attributes:
         folder: where the states are; None where they are read from `sources`.
@@ -136,26 +149,30 @@ class HiddenStateCache(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         cache_dir: str | os.PathLike[str] | None = None,
         batch_tokens: int = 2048,
-        states_dtype: str = "float16",
+        states_dtype: str | None = None,
         sources: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
-        texts, folder = find_folder(dataset, model, tokenizer, cache_dir, states_dtype)
+        # The shards, in one folder or several; opened when a row is read.
+        self._files: Sequence[tuple[StateFolder, int]]
         self.folder: str | None = None
         if sources:
-            folders = [StateFolder.load(source) for source in sources]
-            place, self._rows = _find_in_sources(folders, folder)
+            check_dataset("dataset", dataset, "Dataset")
+            names = input_names(dataset.column_names, tokenizer)
+            found = StateSources(sources, key_of_model(model, tokenizer, names), states_dtype)
+            texts = find_texts(dataset, names)
+            self._files, self._encoding = found.shards, found.encoding
+            self._places, self._rows = found.find(texts.digests)
         else:
+            texts, folder = find_folder(dataset, model, tokenizer, cache_dir, states_dtype or Float16.name)
             if not folder.is_complete():
                 compute(folder, texts.select(dataset, tokenizer), model, CapsuleCollator(tokenizer), batch_tokens)
-            folders, self.folder = [folder], folder.place
-            place, self._rows = folder.places()
-        # The shards of all folders, one after another; opened when a row is read.
-        self._files = [(x, shard) for x in folders for shard in range(x.n_shards)]
+            self._files, self._encoding = [(folder, shard) for shard in range(folder.n_shards)], folder.encoding
+            self._places, self._rows = folder.places()
+            self.folder = folder.place
         self._shards: dict[int, Shard] = {}
         self._kept: tuple[Tensor, np.ndarray] | None = None  # on a device, and where each text begins there
-        self._places = place
-        self._encoding, self._token_shape = folders[0].encoding, folder.token_shape
-        self.n_bytes, self.n_unique = folder.n_bytes, len(texts.rows)
+        self._token_shape, self.n_unique = token_shape(model), len(texts.rows)
+        self.n_bytes = int(texts.lengths[texts.rows].sum()) * self._encoding.token_bytes(self._token_shape)
         self._is_checked = np.zeros(len(texts.rows), bool)
         self._texts, self._lengths = texts.indices, texts.lengths
         self._labels = dataset.with_format("numpy")["labels"][:] if "labels" in dataset.column_names else None
@@ -165,16 +182,16 @@ class HiddenStateCache(Dataset):
         dataset: datasets.Dataset,
         model: CapsuleHeadPreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        states_dtype: str = "float16",
+        states_dtype: str | None = None,
     ) -> int:
         """Return the bytes of disk that the cache takes, found out from the lengths of texts alone.
 
         Raises:
             ValueError: If the hidden states differ in hidden size.
         """
-        texts = find_texts(dataset, input_names(dataset, tokenizer))
+        texts = find_texts(dataset, input_names(dataset.column_names, tokenizer))
         n_tokens = int(texts.lengths[texts.rows].sum())
-        return n_tokens * encoding_of(states_dtype).token_bytes(token_shape(model))
+        return n_tokens * encoding_of(states_dtype or Float16.name).token_bytes(token_shape(model))
 
     def to(self, device: torch.device | str) -> HiddenStateCache:
         """Keep all hidden states on a device; rows then have them as tensors there.
@@ -251,38 +268,3 @@ def _free_memory(device: torch.device) -> int | None:
     """Return the bytes that are free on a device; None if it does not say."""
     module = torch.get_device_module(device)
     return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else None
-
-
-def _find_in_sources(folders: Sequence[StateFolder], wanted: StateFolder) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each text is: the shard, counted through all folders, and the text's number in it.
-
-    Raises:
-        ValueError: If a folder is of another backbone or encoding, or a text is in none.
-    """
-    expected = {name: value for name, value in wanted.key.items() if name not in (ABOUT, *OF_TEXTS)}
-    digests, places, rows, n_shards = [], [], [], 0
-    for folder in folders:
-        found = {name: value for name, value in folder.key.items() if name not in (ABOUT, *OF_TEXTS)}
-        for name in sorted(expected.keys() | found.keys()):
-            if found.get(name) != expected.get(name):
-                raise ValueError(
-                    f"{folder.place} holds the hidden states of something else: {name} is {found.get(name)!r}, "
-                    f"expected {expected.get(name)!r}; give folders of the same backbone, layers and encoding."
-                )
-        shards, of_folder = folder.places()
-        digests.append(folder.digests)
-        places.append(n_shards + shards)
-        rows.append(of_folder)
-        n_shards += folder.n_shards
-    known = np.ascontiguousarray(np.concatenate(digests)).view(f"S{DIGEST_BYTES}").ravel()
-    asked = np.ascontiguousarray(wanted.digests).view(f"S{DIGEST_BYTES}").ravel()
-    order = np.argsort(known, kind="stable")
-    at = np.minimum(np.searchsorted(known, asked, sorter=order), max(0, len(known) - 1))
-    found_at = order[at] if len(known) else np.zeros(len(asked), int)
-    is_there = known[found_at] == asked if len(known) else np.zeros(len(asked), bool)
-    if not is_there.all():
-        raise ValueError(
-            f"{np.count_nonzero(~is_there):,} of {len(asked):,} texts have no hidden states in "
-            f"{', '.join(folder.place for folder in folders)}; expected all: compute them with capsule-heads cache."
-        )
-    return np.concatenate(places)[found_at], np.concatenate(rows)[found_at]

@@ -34,9 +34,9 @@ from .shards import (
 from .stores import Store, open_store
 
 SHARD_BYTES = 2**28  # that the states of a shard take at most, if it has more than one text
+PREFIX = "hidden_states_"  # of a folder's name
 SUFFIX = ".safetensors"  # of a shard's file
 ABOUT = "about"  # the part of a key that is for people, and is not compared
-OF_TEXTS = ("texts", "n_texts", "n_tokens")  # the parts of a key that say which texts there are
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class StateFolder:
         """Return the folder in a cache that is named by a key; see the class for the others."""
         compared = {name: value for name, value in key.items() if name != ABOUT}
         name = hashlib.sha256(json.dumps({"format": FORMAT, **compared}, sort_keys=True).encode()).hexdigest()[:16]
-        return cls(open_store(cache_dir, f"hidden_states_{name}"), key, *texts)
+        return cls(open_store(cache_dir, f"{PREFIX}{name}"), key, *texts)
 
     @classmethod
     def load(cls, place: str | os.PathLike[str]) -> StateFolder:
@@ -77,7 +77,7 @@ class StateFolder:
             OSError: If it is in a store that cannot be reached.
         """
         store = open_store(place)
-        manifest = _read_manifest(store)
+        manifest = read_manifest(store)
         shape, encoding = (manifest["layers"], manifest["hidden_size"]), ENCODINGS[manifest["encoding"]]
         empty = cls(store, {**manifest["key"], ABOUT: manifest[ABOUT]}, np.zeros(0, int), np.zeros(0), shape, encoding)
         names, there = [name_of(shard) for shard in range(len(manifest["shards"]))], store.names()
@@ -290,7 +290,7 @@ class StateFolder:
         )
 
     def _check_manifest(self) -> None:
-        expected, found = self.manifest(), _read_manifest(self.store)
+        expected, found = self.manifest(), read_manifest(self.store)
         for name in sorted((expected.keys() | found.keys()) - {ABOUT}):
             ours, theirs = expected.get(name), found.get(name)
             if ours != theirs:
@@ -308,7 +308,7 @@ def name_of(shard: int) -> str:
     return f"shard-{shard:05d}{SUFFIX}"
 
 
-def _read_manifest(store: Store) -> dict[str, Any]:
+def read_manifest(store: Store) -> dict[str, Any]:
     """Return the manifest of a folder.
 
     Raises:

@@ -31,6 +31,10 @@ class Store(abc.ABC):
         """Return the names of all files; none if there is no folder."""
 
     @abc.abstractmethod
+    def folders(self) -> list[str]:
+        """Return the names of the folders in it, in order."""
+
+    @abc.abstractmethod
     def size(self, name: str) -> int:
         """Return the bytes of a file."""
 
@@ -78,6 +82,10 @@ class LocalStore(Store):
             return {entry.name for entry in os.scandir(self.path) if entry.is_file()}
         except (FileNotFoundError, NotADirectoryError):
             return set()
+
+    def folders(self) -> list[str]:
+        """See `Store.folders`."""
+        return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir()) if self.path.is_dir() else []
 
     def exists(self, name: str) -> bool:
         """See `Store.exists`."""
@@ -162,13 +170,20 @@ class ObjectStore(Store):
 
     def names(self) -> set[str]:
         """See `Store.names`."""
+        return {name for name, kind in self._list() if kind == "file"}
+
+    def folders(self) -> list[str]:
+        """See `Store.folders`."""
+        return sorted(name for name, kind in self._list() if kind == "directory")
+
+    def _list(self) -> list[tuple[str, str]]:
         system, path = self._connect()
         with self._reaching():
             system.invalidate_cache()
             try:
-                return {str(x).rsplit("/", 1)[-1] for x in system.ls(path, detail=False)}
+                return [(x["name"].rstrip("/").rsplit("/", 1)[-1], x["type"]) for x in system.ls(path, detail=True)]
             except FileNotFoundError:
-                return set()
+                return []
 
     def size(self, name: str) -> int:
         """See `Store.size`."""

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.images import warn_of_scaled
 from ..data.writing import writer_for
+from ..engines import Actors, run_on_ray
 from ..files import holding, read_json, write_json, writing
 from ..hub.results import columns_of_training
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
-from ..models.processors import modality_of
+from ..models.processors import modality_of, processor_of
 from ..version import __version__
 from ..weights import digest_weights
 from .answers import Answer, Answers
 from .rows import FolderRows, TableRows
-from .scoring import Scored, Scorer
+from .scoring import Scored, Scorer, tokens_at_most
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Prediction:
         top_k: number of the most probable classes to give, instead of all.
         abstain_below: no label is given where the best probability is below this one.
         batch_size: number of inputs that are scored at once.
+        hidden_states: folders to read the hidden states of texts from, instead of computing them.
+        actors: of a Ray cluster that are to score; None for this process.
     """
 
     source: Path
@@ -66,6 +70,8 @@ class Prediction:
     top_k: int | None = None
     abstain_below: float | None = None
     batch_size: int = 32
+    hidden_states: Sequence[str] = ()
+    actors: Actors | None = None
 
     def check(self) -> None:
         """Check what can be checked before a model is loaded.
@@ -161,6 +167,7 @@ class _Run:
             "texts": self.rows.texts,
             "columns": list(self.answers.columns),
             "abstain_below": self.prediction.abstain_below,
+            "hidden_states": list(self.prediction.hidden_states),  # they may be rounded
             "chunk": CHUNK,
             "version": __version__,
         }
@@ -176,15 +183,13 @@ class _Run:
         from transformers.utils import logging as transformers_logging
 
         rows, tally = self.rows, self.tally
+        processor = processor_of(self.model) if processor is None else processor
+        self.most_tokens = tokens_at_most(self.model, processor)
         with transformers_logging.tqdm(
             desc="Predicting", total=rows.n, initial=tally.rows, unit=f" {rows.noun}s"
         ) as bar:
-            scorer = Scorer(self.model, processor, self.prediction.batch_size, bar.update)
-            self.most_tokens = scorer.most_tokens
-            for columns, inputs in itertools.islice(rows.batches(CHUNK), tally.chunks, None):
+            for columns, inputs, scored in self._chunks(processor, bar.update):
                 known = [row for row, given in enumerate(inputs) if given is not None]
-                scored = scorer([inputs[row] for row in known])
-                bar.update(len(inputs) - len(known) + len(scored.faults))
                 answers: list[Answer | None] = [None] * len(inputs)
                 for place, row in enumerate(known):
                     if place not in scored.faults:
@@ -194,6 +199,31 @@ class _Run:
                     self.writer.write_part(self._part(tally.chunks), {**columns, **new})
                 self._count(scored, answers)
                 self._save()
+
+    def _chunks(
+        self, processor: Any, show: Callable[[int], object]
+    ) -> Iterator[tuple[Mapping[str, list], list[Any], Scored]]:
+        """Yield the rows of each chunk that is not done, their inputs, and the scores of those that are there."""
+        given, done = self.prediction, self.tally.chunks
+        make_scorer = functools.partial(
+            Scorer, self.model, processor, given.batch_size, hidden_states=given.hidden_states
+        )
+
+        def chunks() -> Iterator[tuple[Mapping[str, list], list[Any]]]:
+            return itertools.islice(self.rows.batches(CHUNK), done, None)
+
+        if given.actors is None:
+            score = make_scorer(show=show)
+            for columns, inputs in chunks():
+                scored = score(_known(inputs))
+                show(len(inputs) - len(_known(inputs)) + len(scored.faults))
+                yield columns, inputs, scored
+            return
+        # Actors are handed all inputs; the columns beside them are read again when answers come back.
+        of_actors = run_on_ray(make_scorer, (_known(inputs) for _, inputs in chunks()), given.actors)
+        for (columns, inputs), scored in zip(chunks(), of_actors, strict=True):
+            show(len(inputs))
+            yield columns, inputs, scored
 
     def _count(self, scored: Scored, answers: Sequence[Answer | None]) -> None:
         tally = self.tally
@@ -238,6 +268,11 @@ class _Run:
                 tally.longest,
             )
         warn_of_scaled(tally.scaled)
+
+
+def _known(inputs: Sequence[Any]) -> list[Any]:
+    """Return the inputs that are there."""
+    return [value for value in inputs if value is not None]
 
 
 def _open_rows(model: CapsuleHeadClassifier, prediction: Prediction) -> TableRows | FolderRows:

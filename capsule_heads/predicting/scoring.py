@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..data.audio import AudioCollator, as_audio, audio_features, check_length, least_samples
+from ..data.computing_states import input_names, key_of_model
 from ..data.hidden_states import CapsuleCollator
 from ..data.images import as_image, is_scaled, process_images, resizes, warn_of_scaled
+from ..data.state_sources import StateSources
 from ..data.tokenization import describe_cuts, encode_texts, token_limit
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from ..models.processors import modality_of, processor_of
@@ -46,10 +48,16 @@ class Scorer:
         processor: the model's; None to load it.
         batch_size: number of inputs that are scored at once.
         show: called with a number of inputs as soon as they are scored.
+        hidden_states: folders to read the hidden states of all texts from, instead of computing them; see
+            `HiddenStateCache`.
 
     Attributes:
         modality: what the model classifies: "text", "image" or "audio".
         most_tokens: number of tokens that texts are cut to; None if they are not.
+
+    Raises:
+        ValueError: If folders of hidden states are of another backbone, or the model takes none.
+        OSError: If a folder cannot be read.
     """
 
     def __init__(
@@ -58,14 +66,15 @@ class Scorer:
         processor: Any = None,
         batch_size: int = 32,
         show: Callable[[int], object] = lambda n: None,
+        hidden_states: Sequence[str] = (),
     ) -> None:
         self.model, self.modality = model.eval(), modality_of(model)
         self.processor = processor_of(model) if processor is None else processor
         self.batch_size, self.show = batch_size, show
         if torch.accelerator.is_available() and model.device.type == "cpu":
             torch.nn.Module.to(model, torch.accelerator.current_accelerator())  # PreTrainedModel.to has no type
-        is_cut = self.modality == "text" and model.config.windowing is None
-        self.most_tokens = token_limit(self.processor) if is_cut else None
+        self.most_tokens = tokens_at_most(model, self.processor)
+        self._sources = self._open(hidden_states) if hidden_states else None
 
     def __call__(self, inputs: Sequence[Any]) -> Scored:
         """Score inputs: texts and tuples of two, or what `as_image` or `as_audio` reads.
@@ -76,6 +85,15 @@ class Scorer:
         run = {"text": self._score_texts, "image": self._score_images, "audio": self._score_audio}[self.modality]
         run(inputs, found)
         return found
+
+    def _open(self, folders: Sequence[str]) -> StateSources:
+        if self.modality != "text":
+            raise ValueError(
+                f"hidden_states is {', '.join(folders)}, and the model classifies {self.modality}; leave it out."
+            )
+        (encoding,), _ = encode_texts(self.processor, [("",)], None)
+        self._names = input_names(encoding, self.processor)
+        return StateSources(folders, key_of_model(self.model, self.processor, self._names))
 
     def _run(self, batch: Mapping[str, Any], rows: Sequence[int], found: Scored) -> None:
         """Score a batch, whose inputs are those of some rows."""
@@ -100,6 +118,9 @@ class Scorer:
             self._run(self._pad([features[row] for row in rows]), rows, found)
 
     def _pad(self, features: list[dict[str, Any]]) -> Mapping[str, Any]:
+        if self._sources is not None:
+            states = self._sources.read([{name: x[name] for name in self._names} for x in features])
+            return CapsuleCollator(self.processor)([{"hidden_states": x} for x in states])
         if len(features) > 1:
             return CapsuleCollator(self.processor)(features)
         return {name: torch.tensor([values]) for name, values in features[0].items()}
@@ -133,6 +154,12 @@ class Scorer:
         for _, alike in itertools.groupby(features, key=lambda entry: [x.shape for x in entry[1].values()]):
             for batch in _batches(alike, self.batch_size):
                 self._run(collate([x for _, x in batch]), [row for row, _ in batch], found)
+
+
+def tokens_at_most(model: CapsuleHeadClassifier, processor: Any) -> int | None:
+    """Return the number of tokens that texts are cut to; None if they are not."""
+    is_cut = modality_of(model) == "text" and model.config.windowing is None
+    return token_limit(processor) if is_cut else None
 
 
 def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -10,6 +10,8 @@ from torch import nn
 from ..data.computing_states import compute, find_folder
 from ..data.encodings import Float16
 from ..data.state_folder import StateFolder
+from ..engines import Actors
+from ..engines.states import compute_on_ray
 from .arguments import CapsuleTrainingArguments
 from .run import DataArguments, ModelArguments, TrainingRun
 
@@ -35,6 +37,7 @@ def cache_states(
     arguments: CapsuleTrainingArguments,
     part: tuple[int, int] | None = None,
     batch_tokens: int = 2048,
+    actors: Actors | None = None,
 ) -> list[CachedSplit]:
     """Compute the hidden states of all splits that a training with the same options has.
 
@@ -46,6 +49,7 @@ def cache_states(
         part: number of this process, from 0 on, and of all; others than those that were launched together. It does not
             wait for them.
         batch_tokens: tokens, with padding, to run the backbone on at once.
+        actors: of a Ray cluster that are to compute; None for this process.
 
     Raises:
         ValueError: If options do not fit the data, or the states cannot be cached.
@@ -60,13 +64,17 @@ def cache_states(
     run = TrainingRun(data.without_cache(), model, head_options, arguments)
     if run.task.modality != "text":
         raise ValueError(f"{run.task.name} is of {run.task.data.noun}; expected texts: only their states are cached.")
-    nn.Module.to(run.model, arguments.device)  # PreTrainedModel.to has no type
+    # PreTrainedModel.to has no type. What is sent to actors is theirs to put on a device.
+    nn.Module.to(run.model, arguments.device if actors is None else "cpu")
     mine = part or (arguments.process_index, arguments.world_size)
     dtype, found = data.states_dtype or Float16.name, []
     for name, split in {"train": run.train_data, **run.validation, **run.tests}.items():
         texts, folder = find_folder(split, run.model, run.processor, data.cache_dir, dtype)
         if not folder.is_complete():
             rows = texts.select(split, run.processor)
-            compute(folder, rows, run.model, run.collator, batch_tokens, mine, wait=part is None)
+            if actors is None:
+                compute(folder, rows, run.model, run.collator, batch_tokens, mine, wait=part is None)
+            else:
+                compute_on_ray(folder, rows, run.model, run.collator, batch_tokens, actors)
         found.append(CachedSplit(name, folder, len(folder.missing())))
     return found

@@ -268,8 +268,8 @@ class TrainingRun:
             self.train_data = self.prepared["train"]
         say_uneven(splits, self.model.config.class_weights)
         align_special_tokens(self.model.config.get_text_config(), self.processor)
-        self.validation = {name: self.prepared[name] for name in evaluation_splits(splits, "validation")}
-        self.tests = {name: self.prepared[name] for name in evaluation_splits(splits, "test")}
+        self.validation: dict[str, Any] = {x: self.prepared[x] for x in evaluation_splits(splits, "validation")}
+        self.tests: dict[str, Any] = {x: self.prepared[x] for x in evaluation_splits(splits, "test")}
         check_best_metric(arguments.metric_for_best_model, self.task.metric, self.validation)
         collator: Any = self.task.data.collator(self.processor)
         if model.adapt is not None:
@@ -327,6 +327,12 @@ class TrainingRun:
         given = {"cache_dir": data.cache_dir, "states_dtype": data.states_dtype, "sources": data.hidden_states}
         return {name: value for name, value in given.items() if value is not None}
 
+    def cached(self, split: Any) -> HiddenStateCache:
+        """Return a split as cached hidden states, which it may be already."""
+        if isinstance(split, HiddenStateCache):
+            return split
+        return HiddenStateCache(split, self.model, self.processor, **self.cache_options)
+
     def _pays_to_cache(self) -> bool:
         """Return whether hidden states are of texts, never change, and take little disk."""
         data, model = self.data, self.model
@@ -338,10 +344,17 @@ class TrainingRun:
         return HiddenStateCache.estimate(self.train_data, model, self.processor) <= MOST_CACHED
 
     def _cache_hidden_states(self) -> None:
-        """Put the hidden states of the training texts in their place; the processes agree on which one computes."""
+        """Put hidden states in the place of the training texts, and of all others if options of a cache were given.
+
+        The processes agree on which one computes. Without such options the other splits are evaluated as the saved
+        model will be used, on states that are not rounded.
+        """
         nn.Module.to(self.model, self.arguments.device)  # PreTrainedModel.to has no type
         try:
-            states = HiddenStateCache(self.train_data, self.model, self.processor, **self.cache_options)
+            states = self.cached(self.train_data)
+            if self.cache_options:
+                self.validation = {name: self.cached(split) for name, split in self.validation.items()}
+                self.tests = {name: self.cached(split) for name, split in self.tests.items()}
         except (OSError, ValueError) as error:  # no disk; numbers that exceed half precision
             if self.data.cache_hidden_states is not None or self.data.cache_on_device or self.cache_options:
                 raise

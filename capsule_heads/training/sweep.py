@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
-from ..data.hidden_states import HiddenStateCache
 from ..data.state_folder import gigabytes
 from ..files import read_json, write_json
 from ..heads import get_head
@@ -184,7 +183,7 @@ class Sweep:
         self.run = run
         self.split = next(iter(run.validation))
         self.caches = {
-            name: HiddenStateCache(split, run.model, run.processor, **run.cache_options)
+            name: run.cached(split)
             for name, split in {**run.validation, **(run.tests if plan.test_all else {})}.items()
         }
         self.members = self._make_members()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from processes import run_program
 
+from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.cli import main
 from capsule_heads.data import computing_states, state_folder
 
@@ -27,13 +28,13 @@ def given(backbone, tmp_path, monkeypatch):
 def computed(monkeypatch):
     """A list of the shards that are computed."""
     shards = []
-    encode = computing_states._encode_shard
+    compute = computing_states.ShardComputer.compute
 
-    def counted(folder, shard, *others):
-        shards.append((Path(folder.place).name, shard))
-        return encode(folder, shard, *others)
+    def counted(self, shard, *others):
+        shards.append((Path(self.folder.place).name, shard))
+        return compute(self, shard, *others)
 
-    monkeypatch.setattr(computing_states, "_encode_shard", counted)
+    monkeypatch.setattr(computing_states.ShardComputer, "compute", counted)
     return shards
 
 
@@ -55,6 +56,8 @@ def test_training_finds_what_was_cached(call, given, computed, tmp_path):
     train = (*given[:-2], "--max_steps", 2, "--output_dir", tmp_path / "run")
     status, _, err = call("train", *train, "--hidden_states", *folders)
     assert status == 0 and computed == done, err
+    status, _, err = call("train", *train, "--hidden_states", tmp_path / "cache")  # or of the folder they are in
+    assert status == 0 and computed == done, err
     status, _, err = call("train", *train, "--hidden_states", folders[1])
     assert (status, computed) == (2, done)
     assert f"texts have no hidden states in {folders[1]}; expected all: compute them with capsule-heads cache" in err
@@ -70,6 +73,40 @@ def test_training_finds_what_was_cached(call, given, computed, tmp_path):
     )
     status, _, err = call(*sweep, "--hidden_states", *folders)
     assert status == 0 and computed == done, err
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_model_is_used_on_what_was_cached(call, given, computed, monkeypatch, tmp_path, dtype):
+    run, data = tmp_path / "run", tmp_path / "reviews.csv"
+    kept = ("--states_dtype", dtype)
+    status, _, err = call("train", *given, *kept, "--max_steps", 20, "--n_parts", 4, "--output_dir", run)
+    assert status == 0, err
+    seen = json.loads((run / "results.json").read_text())
+    done = list(computed)
+
+    def evaluate(*more):
+        status, _, err = call("evaluate", run, "--data", data, "--output_dir", tmp_path / "e", *more)
+        assert status == 0, err
+        return json.loads((tmp_path / "e" / "evaluation.json").read_text())
+
+    def predict(*more):
+        status, _, err = call("predict", run, "--data", data, "--output", tmp_path / "out.jsonl", *more)
+        assert status == 0, err
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    usual, answers = evaluate(), predict()
+
+    def refuse(*_, **__):
+        raise AssertionError("the backbone was run")
+
+    monkeypatch.setattr(CapsuleHeadForSequenceClassification, "compute_hidden_states", refuse)
+    cached = evaluate("--hidden_states", tmp_path / "cache")
+    assert cached.keys() == usual.keys()
+    assert cached["negative_log_likelihood"] == pytest.approx(usual["negative_log_likelihood"], abs=5e-3)
+    assert seen["validation_loss"] > 0 and computed == done
+    for found, expected in zip(predict("--hidden_states", tmp_path / "cache"), answers, strict=True):
+        assert found["text"] == expected["text"]
+        assert found["probability_yes"] == pytest.approx(expected["probability_yes"], abs=2e-2)
 
 
 def test_parts(call, given, computed, monkeypatch):
@@ -99,6 +136,7 @@ def test_what_other_processes_hold_is_said(call, given, monkeypatch):
 
 PROGRAM = """
 import sys
+from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.cli import main
 from capsule_heads.data import state_folder
 from processes import fork_processes

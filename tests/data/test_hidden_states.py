@@ -719,13 +719,24 @@ def test_states_from_other_folders(make_model, tmp_path, count, small_shards):
         ValueError, match=r"of something else: layers is \[0, 1, 2\], expected \[0, 1\]; give folders of"
     ):
         HiddenStateCache(wanted, make_model(layers=[0, 1]), tokenizer, sources=sources)
-    with pytest.raises(ValueError, match="of something else: dtype is 'float16', expected 'int8'"):
+    with pytest.raises(ValueError, match="keeps hidden states as float16, expected int8: change states_dtype"):
         HiddenStateCache(wanted, model, tokenizer, sources=sources, states_dtype="int8")
+    rounded = HiddenStateCache(train.select([3]), model, tokenizer, tmp_path / "others", states_dtype="int8")
+    with pytest.raises(ValueError, match=f"keeps hidden states as int8, expected float16, as in {first.folder}"):
+        HiddenStateCache(wanted, model, tokenizer, sources=[*sources, rounded.folder])
+    with pytest.raises(ValueError, match=r"others has no hidden states as bfloat16; change states_dtype, or leave it"):
+        HiddenStateCache(wanted, model, tokenizer, sources=[tmp_path / "others"], states_dtype="bfloat16")
+
+    # What is in a folder, but for what is of other layers.
+    HiddenStateCache(train, make_model(layers=[0, 1]), tokenizer, tmp_path)
+    assert_same_states(HiddenStateCache(wanted, model, tokenizer, sources=[tmp_path]), cached)
+    with pytest.raises(ValueError, match=r"layers is .*; give folders of the same backbone and layers"):
+        HiddenStateCache(wanted, make_model(layers=[0, 2]), tokenizer, sources=[tmp_path])
     max(Path(second.folder).glob("shard-*")).unlink()
     with pytest.raises(ValueError, match=r"lacks 1 of its \d shards, shard-0000\d\.safetensors among them; expected a"):
         HiddenStateCache(wanted, model, tokenizer, sources=sources)
     with pytest.raises(ValueError, match=r"has no manifest\.json; expected a folder of hidden states"):
-        HiddenStateCache(wanted, model, tokenizer, sources=[tmp_path])
+        HiddenStateCache(wanted, model, tokenizer, sources=[tmp_path / "nowhere"])
 
 
 # Kept on a device

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...training.arguments import CapsuleTrainingArguments
-from .parser import at_least, fail
+from .parser import actors_of, add_engine_options, at_least, fail
 from .training import GivenOptions, TrainParser, head_fields
 
 USED = ("seed", "use_cpu", "disable_tqdm")  # of transformers' arguments: the seed draws validation rows
@@ -19,7 +19,7 @@ WITHOUT_EFFECT |= {"mixup_alpha", "class_weights"}
 
 
 class CacheParser(TrainParser):
-    """The parser of `capsule-heads cache`. `parse_args` returns `part` and `batch_tokens` beside `TrainParser`'s."""
+    """The parser of `capsule-heads cache`. `parse_args` returns `part`, `batch_tokens` and `actors` with the others."""
 
     about = (
         "Compute the hidden states of all splits under a frozen backbone, for capsule-heads train and sweep with the "
@@ -37,16 +37,23 @@ class CacheParser(TrainParser):
             metavar="N",
             help="Tokens, with padding, to run the backbone on at once. Default: 2048.",
         )
+        add_engine_options(self)
 
     def parse_more(
         self, own: argparse.Namespace, parser: GivenOptions, in_file: Mapping[str, Any], overrides: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the part, and the tokens of a batch."""
+        """Return the part, the tokens of a batch, and the actors of a cluster."""
         void = WITHOUT_EFFECT | head_fields().keys()
         for name, value in overrides.items():
             if name in void:
                 fail(f"{self.source}: {name} is {value}, which has no effect on hidden states; leave it out")
-        return {"part": own.part, "batch_tokens": own.batch_tokens}
+        try:
+            actors = actors_of(own)
+        except ValueError as error:
+            fail(f"{self.source}: {error}")
+        if actors is not None and own.part is not None:
+            fail(f"{self.source}: --part is for processes without a cluster, and --engine is ray; leave one out")
+        return {"part": own.part, "batch_tokens": own.batch_tokens, "actors": actors}
 
 
 def _part(text: str) -> tuple[int, int]:

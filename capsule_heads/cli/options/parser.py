@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from ...engines import Actors
 
 # What others call our options: close matches, words and initials find all else.
 NAMES_ELSEWHERE = {"model": ("backbone",), "dataset": ("data", "task"), "train_file": ("data",)}
@@ -217,6 +220,75 @@ def ended_in_one_line() -> Iterator[None]:
             f"Out of memory ({reason[:200] or 'no more is said'}); expected a smaller batch "
             "(per_device_train_batch_size in training, batch_size elsewhere), shorter inputs or a smaller model."
         )
+
+
+def add_hidden_states(parser: argparse._ActionsContainer) -> None:
+    """Add --hidden_states, for commands that read the states of texts instead of computing them."""
+    parser.add_argument(
+        "--hidden_states",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="Read the hidden states of all texts from these folders of capsule-heads cache, however they are kept.",
+    )
+
+
+def add_engine_options(parser: argparse._ActionsContainer) -> None:
+    """Add --engine and the options of its actors, for commands whose work a cluster can do."""
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="Where the work is done: in this process, or by the Ray cluster of RAY_ADDRESS (default: local).",
+    )
+    parser.add_argument(
+        "--actors",
+        type=_range,
+        metavar="N[:M]",
+        help="Number of Ray's actors, or the least and the most (default: 1 to what the cluster has room for).",
+    )
+    parser.add_argument(
+        "--gpus_per_actor",
+        type=_not_negative,
+        metavar="X",
+        help="GPUs of each of Ray's actors, such as 1 or 0.5 (default: 1 if the cluster has any).",
+    )
+
+
+def actors_of(options: argparse.Namespace) -> Actors | None:
+    """Return the actors that were asked for; None for work in this process.
+
+    Raises:
+        ValueError: If there are options of actors without a cluster.
+    """
+    given = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor}
+    if options.engine == "local":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"--{name} is for --engine ray; leave it out, or name the engine.")
+        return None
+    from ...engines import Actors
+
+    least, most = options.actors or (1, None)
+    return Actors(least, most, options.gpus_per_actor)
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    numbers = [int(x) if x.isdecimal() else 0 for x in (least, most or least)]
+    if not 1 <= numbers[0] <= numbers[1]:
+        raise argparse.ArgumentTypeError(f"{text}; expected a number, or the least and the most, such as 2:16")
+    return numbers[0], numbers[1]
+
+
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}; expected a number, 0 or more")
+    return value
 
 
 def add_import_option(parser: argparse._ActionsContainer) -> None:

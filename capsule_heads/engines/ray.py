@@ -1,0 +1,141 @@
+"""Work by the actors of a Ray cluster: Ray Data hands pieces to them, and starts those again that die."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+NUMBER, CONTENT = "number", "content"  # columns of what goes to actors, and comes back
+
+
+@dataclass(frozen=True)
+class Actors:
+    """How many actors there are, and what each takes.
+
+    Attributes:
+        least: number of actors to begin with.
+        most: number of actors that there are at most, as there is work; None for as many as the cluster has room for.
+        gpus: GPUs of each, which may be a part of one; None for 1 if the cluster has any, and 0 otherwise.
+    """
+
+    least: int = 1
+    most: int | None = None
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.most is not None and self.most < self.least:
+            raise ValueError(f"There are {self.least} to {self.most} actors; expected the larger number last.")
+
+
+def run_on_ray(
+    make_worker: Callable[[], Callable[[Any], Any]], pieces: Iterable[Any], actors: Actors | None = None
+) -> Iterator[Any]:
+    """Yield what workers make of pieces, in the order of the pieces.
+
+    The cluster is that of RAY_ADDRESS, or one of this machine alone, which ends with the process. An actor makes a
+    worker when it starts, and takes one piece after another. A piece in the hands of an actor that dies is done again.
+
+    Args:
+        make_worker: makes a worker, in an actor. It is pickled once, with all it holds: a model, say.
+        pieces: what a worker takes, pickled. They are all in Ray's object store, which puts on disk what memory lacks.
+        actors: how many, and of what kind.
+
+    Raises:
+        ImportError: If Ray is not installed.
+        ConnectionError: If there is no cluster at the address.
+        ValueError: If actors need GPUs that the cluster has not.
+        Exception: What a worker raised.
+    """
+    ray = _import_ray()
+    _connect(ray)
+    import pyarrow as pa
+
+    actors = actors or Actors()
+    resources = ray.cluster_resources()
+    gpus = actors.gpus if actors.gpus is not None else float(resources.get("GPU", 0) > 0)
+    if gpus > resources.get("GPU", 0):
+        raise ValueError(
+            f"An actor takes {gpus:g} GPUs, and the cluster has {resources.get('GPU', 0):g}; expected as many or fewer."
+        )
+    room = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 1))
+    most = max(actors.least, actors.most or room)
+    tables = [
+        ray.put(pa.table({NUMBER: [number], CONTENT: pa.array([pickle.dumps(piece)], pa.large_binary())}))
+        for number, piece in enumerate(pieces)
+    ]
+    if not tables:
+        return
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        results = ray.data.from_arrow_refs(tables).map_batches(
+            _Actor,
+            fn_constructor_args=(ray.put(make_worker),),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=actors.least, max_size=most),
+            num_cpus=0 if gpus else 1,
+            num_gpus=gpus or None,
+        )
+        for row in results.iter_rows():
+            found = pickle.loads(row[CONTENT])
+            if isinstance(found, _Fault):
+                raise found.error
+            yield found
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What a worker raised: it is raised again where the work was asked for, and not tried once more."""
+
+    error: Exception
+
+
+class _Actor:
+    """Holds a worker in a process of the cluster."""
+
+    def __init__(self, make_worker: Any) -> None:
+        import ray
+
+        self.fault: _Fault | None = None
+        try:
+            self.worker = ray.get(make_worker)()
+        except Exception as error:
+            self.fault = _Fault(error)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
+        found: Any = self.fault
+        if found is None:
+            try:
+                found = self.worker(pickle.loads(batch[CONTENT][0]))
+            except Exception as error:
+                found = _Fault(error)
+        return {NUMBER: [int(batch[NUMBER][0])], CONTENT: [pickle.dumps(found)]}
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send figures of use
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it says of each actor with a model that it holds one
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ImportError('The engine ray needs Ray: pip install "capsule-heads[ray]".') from None
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # lines about each run
+    return ray
+
+
+def _connect(ray: Any) -> None:
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=address, include_dashboard=None if address else False, logging_level="error", log_to_driver=False
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConnectionError(f"There is no Ray cluster at {address} (RAY_ADDRESS): {error}") from None

@@ -1,0 +1,88 @@
+"""The Ray engine on this machine: the same bits as one process, though an actor is killed."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_texts import assert_same_states, make_tokenizer, texts
+
+from capsule_heads.data import computing_states
+from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
+from capsule_heads.engines import Actors, run_on_ray
+from capsule_heads.engines.states import compute_on_ray
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def make_killed(folder):
+    """Returns what kills its process at the first piece 3, and makes other pieces their squares."""
+
+    def work(piece):
+        marker = Path(folder, "killed")
+        if piece == 3 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if piece == 7:
+            raise ValueError("seven is too many")
+        return piece**2
+
+    return work
+
+
+def test_pieces_come_in_order_though_an_actor_is_killed(tmp_path):
+    def make():
+        return make_killed(tmp_path)
+
+    assert list(run_on_ray(make, range(6), Actors(2, 2))) == [0, 1, 4, 9, 16, 25]
+    assert (tmp_path / "killed").exists()
+    assert list(run_on_ray(make, [])) == []
+    with pytest.raises(ValueError, match=r"^seven is too many$"):
+        list(run_on_ray(make, [7]))
+
+
+def test_what_cannot_be():
+    with pytest.raises(ValueError, match="There are 3 to 2 actors; expected the larger number last"):
+        Actors(3, 2)
+    with pytest.raises(ValueError, match=r"An actor takes 0.5 GPUs, and the cluster has 0; expected as many or fewer"):
+        list(run_on_ray(int, [1], Actors(gpus=0.5)))
+
+
+def killing(collator, marker):
+    """Returns a collator that kills its process, once, at its fourth batch."""
+
+    class Killing:
+        n_batches = 0
+
+        def __call__(self, features):
+            self.n_batches += 1
+            if self.n_batches == 4 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return collator(features)
+
+    return Killing()
+
+
+def test_the_same_bits_as_one_process_though_an_actor_is_killed(make_model, small_shards, tmp_path):
+    model, tokenizer, marker = make_model(), make_tokenizer(), tmp_path / "killed"
+    expected = HiddenStateCache(texts(), model, tokenizer, tmp_path / "one")
+    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path / "ray", "float16")
+    rows, collator = found.select(texts(), tokenizer), killing(CapsuleCollator(tokenizer), marker)
+    compute_on_ray(folder, rows, model, collator, 2048, Actors(2, 2))
+    assert marker.exists() and folder.n_shards > 5 and folder.is_complete()
+    files = list(Path(expected.folder).glob("*.*"))
+    assert len(files) == folder.n_shards + 1
+    for path in files:
+        assert path.read_bytes() == (folder.store.path / path.name).read_bytes()
+    assert_same_states(HiddenStateCache(texts(), model, tokenizer, tmp_path / "ray"), expected)
+
+
+def test_states_that_cannot_be_kept(make_model, small_shards, tmp_path):
+    model, tokenizer = make_model(), make_tokenizer()
+    with torch.no_grad():
+        model.backbone.encoder.layer[0].output.LayerNorm.bias.fill_(1e5)
+    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path, "float16")
+    with pytest.raises(ValueError, match=r"exceed half precision \(65,504\); keep them as bfloat16"):
+        compute_on_ray(folder, found.select(texts(), tokenizer), model, CapsuleCollator(tokenizer), 2048, Actors())
