@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
                 options.part,
                 options.batch_tokens,
                 options.actors,
+                options.import_states,
             )
     except KeyboardInterrupt:
         fail("interrupted; the shards that are complete are kept: the same command resumes there.", INTERRUPTED)

@@ -12,8 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .computing_states import (
-    compute,
+from .computing_states import BackboneStates, compute
+from .encodings import Float16
+from .shards import LENGTHS, Shard
+from .splits import check_dataset
+from .state_folder import StateFolder, gigabytes
+from .state_keys import (
     encoding_of,
     find_folder,
     find_texts,
@@ -21,10 +25,6 @@ from .computing_states import (
     key_of_model,
     token_shape,
 )
-from .encodings import Float16
-from .shards import LENGTHS, Shard
-from .splits import check_dataset
-from .state_folder import StateFolder, gigabytes
 from .state_sources import StateSources
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ class HiddenStateCache(Dataset):
         else:
             texts, folder = find_folder(dataset, model, tokenizer, cache_dir, states_dtype or Float16.name)
             if not folder.is_complete():
-                compute(folder, texts.select(dataset, tokenizer), model, CapsuleCollator(tokenizer), batch_tokens)
+                source = BackboneStates(model, CapsuleCollator(tokenizer))
+                compute(folder, texts.select(dataset, tokenizer), source, batch_tokens)
             self._files, self._encoding = [(folder, shard) for shard in range(folder.n_shards)], folder.encoding
             self._places, self._rows = folder.places()
             self.folder = folder.place

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .computing_states import digest_text
 from .shards import DIGEST_BYTES, MANIFEST, Shard
 from .state_folder import ABOUT, PREFIX, StateFolder, read_manifest
+from .state_keys import digest_text
 from .stores import open_store
 
 OF_TEXTS = ("dtype", "texts", "n_texts", "n_tokens")  # parts of a folder's key that are not the backbone's

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils import logging as transformers_logging
 
-from ..data.computing_states import Collator, ShardComputer, texts_of
+from ..data.computing_states import BackboneStates, ShardComputer, texts_of
 from ..data.state_folder import StateFolder
 from .ray import Actors, run_on_ray
 
 if TYPE_CHECKING:
     import datasets
-
-    from ..models.base import CapsuleHeadPreTrainedModel
 
 
 class Written(NamedTuple):
@@ -35,8 +33,7 @@ class Written(NamedTuple):
 def compute_on_ray(
     folder: StateFolder,
     texts: datasets.Dataset,
-    model: CapsuleHeadPreTrainedModel,
-    collator: Collator,
+    source: BackboneStates,
     batch_tokens: int,
     actors: Actors,
 ) -> None:
@@ -48,8 +45,7 @@ def compute_on_ray(
     Args:
         folder: of the states, in a place that all actors reach under the same name.
         texts: the folder's, in its order.
-        model: with the backbone; it is sent to each actor.
-        collator: of batches.
+        source: the backbone, which is sent to each actor.
         batch_tokens: tokens, with padding, to run the backbone on at once.
         actors: how many, and of what kind.
 
@@ -73,7 +69,7 @@ def compute_on_ray(
         unit=" tokens",
         unit_scale=True,
     ) as progress:
-        for written in run_on_ray(_MakeWorker(folder, model, collator, batch_tokens), pieces(), actors):
+        for written in run_on_ray(_MakeWorker(folder, source, batch_tokens), pieces(), actors):
             progress.update(written.tokens)
     lost = folder.missing()
     if lost:
@@ -88,18 +84,16 @@ class _MakeWorker:
     """Makes what an actor does with the texts of a shard."""
 
     folder: StateFolder
-    model: CapsuleHeadPreTrainedModel
-    collator: Collator
+    source: BackboneStates
     batch_tokens: int
 
     def __call__(self) -> Any:
         import torch
         from datasets import Dataset
 
-        model = self.model.eval()
-        if torch.accelerator.is_available():
-            torch.nn.Module.to(model, torch.accelerator.current_accelerator())  # PreTrainedModel.to has no type
-        computer = ShardComputer(self.folder, model, self.collator, self.batch_tokens)
+        if torch.accelerator.is_available():  # PreTrainedModel.to has no type
+            torch.nn.Module.to(self.source.model.eval(), torch.accelerator.current_accelerator())
+        computer = ShardComputer(self.folder, self.source, self.batch_tokens)
 
         def work(piece: tuple[int, Any]) -> Written:
             shard, table = piece

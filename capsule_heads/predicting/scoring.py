@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..data.audio import AudioCollator, as_audio, audio_features, check_length, least_samples
-from ..data.computing_states import input_names, key_of_model
 from ..data.hidden_states import CapsuleCollator
 from ..data.images import as_image, is_scaled, process_images, resizes, warn_of_scaled
+from ..data.state_keys import input_names, key_of_model
 from ..data.state_sources import StateSources
 from ..data.tokenization import describe_cuts, encode_texts, token_limit
 from ..models.modeling_capsule_head import CapsuleHeadClassifier

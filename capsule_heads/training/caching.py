@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..data.computing_states import compute, find_folder
+from ..data.computing_states import BackboneStates, compute
 from ..data.encodings import Float16
+from ..data.imported_states import ImportedStates
 from ..data.state_folder import StateFolder
+from ..data.state_keys import find_folder
 from ..engines import Actors
 from ..engines.states import compute_on_ray
 from .arguments import CapsuleTrainingArguments
@@ -38,6 +40,7 @@ def cache_states(
     part: tuple[int, int] | None = None,
     batch_tokens: int = 2048,
     actors: Actors | None = None,
+    import_states: str | None = None,
 ) -> list[CachedSplit]:
     """Compute the hidden states of all splits that a training with the same options has.
 
@@ -50,6 +53,8 @@ def cache_states(
             wait for them.
         batch_tokens: tokens, with padding, to run the backbone on at once.
         actors: of a Ray cluster that are to compute; None for this process.
+        import_states: folder of hidden states that something else has computed, to keep instead of computing any; see
+            `ImportedStates`.
 
     Raises:
         ValueError: If options do not fit the data, or the states cannot be cached.
@@ -72,9 +77,11 @@ def cache_states(
         texts, folder = find_folder(split, run.model, run.processor, data.cache_dir, dtype)
         if not folder.is_complete():
             rows = texts.select(split, run.processor)
-            if actors is None:
-                compute(folder, rows, run.model, run.collator, batch_tokens, mine, wait=part is None)
+            own = BackboneStates(run.model, run.collator)
+            if actors is not None:
+                compute_on_ray(folder, rows, own, batch_tokens, actors)
             else:
-                compute_on_ray(folder, rows, run.model, run.collator, batch_tokens, actors)
+                source = own if import_states is None else ImportedStates(import_states, run.model, own, rows)
+                compute(folder, rows, source, batch_tokens, mine, wait=part is None)
         found.append(CachedSplit(name, folder, len(folder.missing())))
     return found

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from processes import run_program
+from transformers import AutoModel, AutoTokenizer, BertModel
 
-from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.cli import main
 from capsule_heads.data import computing_states, state_folder
 
@@ -36,6 +38,19 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(computing_states.ShardComputer, "compute", counted)
     return shards
+
+
+@pytest.fixture
+def backbone_rows(monkeypatch):
+    """A list of the numbers of texts that a backbone gets."""
+    rows, forward = [], BertModel.forward
+
+    def counted(self, input_ids, *others, **inputs):
+        rows.append(len(input_ids))
+        return forward(self, input_ids, *others, **inputs)
+
+    monkeypatch.setattr(BertModel, "forward", counted)
+    return rows
 
 
 def test_training_finds_what_was_cached(call, given, computed, tmp_path):
@@ -76,7 +91,7 @@ def test_training_finds_what_was_cached(call, given, computed, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_model_is_used_on_what_was_cached(call, given, computed, monkeypatch, tmp_path, dtype):
+def test_a_model_is_used_on_what_was_cached(call, given, computed, backbone_rows, tmp_path, dtype):
     run, data = tmp_path / "run", tmp_path / "reviews.csv"
     kept = ("--states_dtype", dtype)
     status, _, err = call("train", *given, *kept, "--max_steps", 20, "--n_parts", 4, "--output_dir", run)
@@ -95,11 +110,8 @@ def test_a_model_is_used_on_what_was_cached(call, given, computed, monkeypatch, 
         return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
     usual, answers = evaluate(), predict()
-
-    def refuse(*_, **__):
-        raise AssertionError("the backbone was run")
-
-    monkeypatch.setattr(CapsuleHeadForSequenceClassification, "compute_hidden_states", refuse)
+    assert sum(backbone_rows) > 2 * 50
+    backbone_rows.clear()
     cached = evaluate("--hidden_states", tmp_path / "cache")
     assert cached.keys() == usual.keys()
     assert cached["negative_log_likelihood"] == pytest.approx(usual["negative_log_likelihood"], abs=5e-3)
@@ -107,6 +119,7 @@ def test_a_model_is_used_on_what_was_cached(call, given, computed, monkeypatch, 
     for found, expected in zip(predict("--hidden_states", tmp_path / "cache"), answers, strict=True):
         assert found["text"] == expected["text"]
         assert found["probability_yes"] == pytest.approx(expected["probability_yes"], abs=2e-2)
+    assert sum(backbone_rows) <= 2  # a model that is loaded tries its backbone
 
 
 def test_parts(call, given, computed, monkeypatch):
@@ -136,7 +149,6 @@ def test_what_other_processes_hold_is_said(call, given, monkeypatch):
 
 PROGRAM = """
 import sys
-from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.cli import main
 from capsule_heads.data import state_folder
 from processes import fork_processes
@@ -192,3 +204,33 @@ def test_mistakes(options, message, given, capsys):
 def test_options_of_training_that_exclude_each_other(call, given, options, message):
     status, _, err = call("train", *given, *options)
     assert status == 2 and message in err
+
+
+def test_states_that_something_else_has_computed(call, given, backbone, backbone_rows, tmp_path):
+    tokenizer, of_states = AutoTokenizer.from_pretrained(backbone), AutoModel.from_pretrained(backbone)
+    rows = (tmp_path / "reviews.csv").read_text().splitlines()[1:]
+    ids = [tokenizer(row.rpartition(",")[0])["input_ids"] for row in rows]
+    with torch.no_grad():
+        states = [of_states(torch.tensor([x]), output_hidden_states=True).hidden_states for x in ids]
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    np.save(folder / "states.npy", torch.cat([torch.stack(x, dim=2)[0] for x in states]).numpy())
+    np.save(folder / "tokens.npy", np.concatenate(ids))
+    np.save(folder / "lengths.npy", [len(x) for x in ids])
+    names = {name: f"{name}.npy" for name in ("states", "tokens", "lengths")}
+    (folder / "arrays.json").write_text(json.dumps(names))
+    backbone_rows.clear()
+    status, _, err = call("cache", *given, "--import_states", folder)
+    assert status == 0, err
+    assert sum(backbone_rows) == 1 + 16 + 10  # tried; and texts that are compared: of 40 to train on, and 10 others
+    status, _, err = call("train", *given, "--max_steps", 2, "--n_parts", 4, "--output_dir", tmp_path / "run")
+    assert status == 0, err
+    assert sum(backbone_rows) == 27 + 1 + 40  # tried again; and its parts are described by texts
+
+    states = np.load(folder / "states.npy")
+    np.save(folder / "states.npy", states[::-1])
+    other = (*given[:-1], tmp_path / "other")
+    status, _, err = call("cache", *other, "--import_states", folder)
+    assert status == 2 and "differ from the backbone's own at layer 0, by " in err
+    status, _, err = call("cache", *other, "--import_states", folder, "--engine", "ray")
+    assert status == 2 and "--import_states is read by this process, and --engine is ray; leave one out" in err

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from capsule_heads import CapsuleTrainer, CapsuleTrainingArguments
-from capsule_heads.data import computing_states, encodings, hidden_states, shards
+from capsule_heads.data import computing_states, encodings, hidden_states, shards, state_keys
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.data.tokenization import window_fields
 from capsule_heads.paper.image_processing_stereo import StereoImageProcessor
@@ -672,8 +672,9 @@ def test_the_library_reads_the_shards(make_model, encoding, small_shards):
 def test_parts_have_the_same_bits_as_one_process(make_model, tmp_path, n_processes, small_shards):
     expected = HiddenStateCache(texts(), make_model(), make_tokenizer(), tmp_path / "one")
     model, tokenizer = make_model(), make_tokenizer()
-    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path / "parts", "float16")
-    rows, collator = found.select(texts(), tokenizer), CapsuleCollator(tokenizer)
+    found, folder = state_keys.find_folder(texts(), model, tokenizer, tmp_path / "parts", "float16")
+    rows = found.select(texts(), tokenizer)
+    source = computing_states.BackboneStates(model, CapsuleCollator(tokenizer))
     written = []
     folder.begin()
     for number in reversed(range(n_processes)):  # in another order than the shards
@@ -681,7 +682,7 @@ def test_parts_have_the_same_bits_as_one_process(make_model, tmp_path, n_process
         with contextlib.ExitStack() as others:  # that other processes hold
             for shard in set(range(folder.n_shards)) - set(own):
                 others.enter_context(folder.claim(shard, wait=False))
-            computing_states.compute(folder, rows, model, collator, 2048, (number, n_processes), wait=False)
+            computing_states.compute(folder, rows, source, 2048, (number, n_processes), wait=False)
         written.append(folder.missing())
     assert [len(missing) for missing in written] == sorted([len(missing) for missing in written], reverse=True)
     assert folder.is_complete()
@@ -691,9 +692,10 @@ def test_parts_have_the_same_bits_as_one_process(make_model, tmp_path, n_process
 
 def test_a_dead_process_is_taken_over(make_model, tmp_path, small_shards):
     model, tokenizer = make_model(), make_tokenizer()
-    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path, "float16")
-    rows, collator = found.select(texts(), tokenizer), CapsuleCollator(tokenizer)
-    computing_states.compute(folder, rows, model, collator, 2048, (3, 4), wait=False)  # nobody else is there
+    found, folder = state_keys.find_folder(texts(), model, tokenizer, tmp_path, "float16")
+    rows = found.select(texts(), tokenizer)
+    source = computing_states.BackboneStates(model, CapsuleCollator(tokenizer))
+    computing_states.compute(folder, rows, source, 2048, (3, 4), wait=False)  # nobody else is there
     assert folder.is_complete()
 
 

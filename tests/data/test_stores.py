@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_texts import assert_same_states, make_tokenizer, texts
 
-from capsule_heads.data import computing_states, stores
+from capsule_heads.data import computing_states, state_keys, stores
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 
 
@@ -126,11 +126,12 @@ def test_an_object_store_has_the_same_bits_as_a_disk(make_model, bucket, tmp_pat
 
 def test_parts_of_an_object_store(make_model, bucket, small_shards):
     model, tokenizer = make_model(), make_tokenizer()
-    found, folder = computing_states.find_folder(texts(), model, tokenizer, bucket, "float16")
-    rows, collator = found.select(texts(), tokenizer), CapsuleCollator(tokenizer)
-    computing_states.compute(folder, rows, model, collator, 2048, (1, 3), wait=False)
+    found, folder = state_keys.find_folder(texts(), model, tokenizer, bucket, "float16")
+    rows = found.select(texts(), tokenizer)
+    source = computing_states.BackboneStates(model, CapsuleCollator(tokenizer))
+    computing_states.compute(folder, rows, source, 2048, (1, 3), wait=False)
     assert folder.missing() == [shard for shard in range(folder.n_shards) if shard % 3 != 1]  # others may have them
-    computing_states.compute(folder, rows, model, collator, 2048)
+    computing_states.compute(folder, rows, source, 2048)
     assert folder.is_complete()
 
 
@@ -152,7 +153,7 @@ def test_a_store_that_is_lost_ends_in_one_sentence(make_model, lose, n_calls, sm
         pytest.fail("it was not lost")
     assert "\n" not in str(error.value) and str(error.value).startswith("lost://bucket/states/hidden_states_")
     lose(None)
-    folder = computing_states.find_folder(*arguments, "float16")[1]
+    folder = state_keys.find_folder(*arguments, "float16")[1]
     kept = set(range(folder.n_shards)) - set(folder.missing())
     written = {shard: folder.store.read(f"shard-{shard:05d}.safetensors") for shard in kept}
     HiddenStateCache(*arguments)  # goes on where it was lost

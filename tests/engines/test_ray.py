@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_texts import assert_same_states, make_tokenizer, texts
 
-from capsule_heads.data import computing_states
+from capsule_heads.data import computing_states, state_keys
 from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 from capsule_heads.engines import Actors, run_on_ray
 from capsule_heads.engines.states import compute_on_ray
@@ -68,9 +68,10 @@ def killing(collator, marker):
 def test_the_same_bits_as_one_process_though_an_actor_is_killed(make_model, small_shards, tmp_path):
     model, tokenizer, marker = make_model(), make_tokenizer(), tmp_path / "killed"
     expected = HiddenStateCache(texts(), model, tokenizer, tmp_path / "one")
-    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path / "ray", "float16")
-    rows, collator = found.select(texts(), tokenizer), killing(CapsuleCollator(tokenizer), marker)
-    compute_on_ray(folder, rows, model, collator, 2048, Actors(2, 2))
+    found, folder = state_keys.find_folder(texts(), model, tokenizer, tmp_path / "ray", "float16")
+    rows = found.select(texts(), tokenizer)
+    source = computing_states.BackboneStates(model, killing(CapsuleCollator(tokenizer), marker))
+    compute_on_ray(folder, rows, source, 2048, Actors(2, 2))
     assert marker.exists() and folder.n_shards > 5 and folder.is_complete()
     files = list(Path(expected.folder).glob("*.*"))
     assert len(files) == folder.n_shards + 1
@@ -83,6 +84,7 @@ def test_states_that_cannot_be_kept(make_model, small_shards, tmp_path):
     model, tokenizer = make_model(), make_tokenizer()
     with torch.no_grad():
         model.backbone.encoder.layer[0].output.LayerNorm.bias.fill_(1e5)
-    found, folder = computing_states.find_folder(texts(), model, tokenizer, tmp_path, "float16")
+    found, folder = state_keys.find_folder(texts(), model, tokenizer, tmp_path, "float16")
+    source = computing_states.BackboneStates(model, CapsuleCollator(tokenizer))
     with pytest.raises(ValueError, match=r"exceed half precision \(65,504\); keep them as bfloat16"):
-        compute_on_ray(folder, found.select(texts(), tokenizer), model, CapsuleCollator(tokenizer), 2048, Actors())
+        compute_on_ray(folder, found.select(texts(), tokenizer), source, 2048, Actors())

@@ -19,7 +19,7 @@ WITHOUT_EFFECT |= {"mixup_alpha", "class_weights"}
 
 
 class CacheParser(TrainParser):
-    """The parser of `capsule-heads cache`. `parse_args` returns `part`, `batch_tokens` and `actors` with the others."""
+    """The parser of `capsule-heads cache`. `parse_args` returns `part` and the like with the others."""
 
     about = (
         "Compute the hidden states of all splits under a frozen backbone, for capsule-heads train and sweep with the "
@@ -37,6 +37,12 @@ class CacheParser(TrainParser):
             metavar="N",
             help="Tokens, with padding, to run the backbone on at once. Default: 2048.",
         )
+        self.add_argument(
+            "--import_states",
+            metavar="FOLDER",
+            help="Keep hidden states that something else has computed: a folder of vLLM's files, or of arrays. On some "
+            "texts they are compared with the backbone's own.",
+        )
         add_engine_options(self)
 
     def parse_more(
@@ -53,7 +59,14 @@ class CacheParser(TrainParser):
             fail(f"{self.source}: {error}")
         if actors is not None and own.part is not None:
             fail(f"{self.source}: --part is for processes without a cluster, and --engine is ray; leave one out")
-        return {"part": own.part, "batch_tokens": own.batch_tokens, "actors": actors}
+        if actors is not None and own.import_states is not None:
+            fail(f"{self.source}: --import_states is read by this process, and --engine is ray; leave one out")
+        return {
+            "part": own.part,
+            "batch_tokens": own.batch_tokens,
+            "actors": actors,
+            "import_states": own.import_states,
+        }
 
 
 def _part(text: str) -> tuple[int, int]:
