@@ -65,6 +65,8 @@ def _process_state():
         state["bars of datasets"] = datasets.are_progress_bars_disabled()
     if transformers_logging := sys.modules.get("transformers.utils.logging"):
         state["bars of transformers"] = transformers_logging.is_progress_bar_enabled()
+    if heads := sys.modules.get("capsule_heads.heads.base"):
+        state["registered heads"] = sorted(heads.registered_heads())
     return state
 
 

@@ -92,6 +92,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _predict_file(options: argparse.Namespace) -> None:
     """Write the answers to the rows of a file, and print the name of what is written."""
+    from ..data.downloads import local_copy
     from ..predicting import Prediction, predict_file
     from ..tasks import load_classifier
 
@@ -100,7 +101,7 @@ def _predict_file(options: argparse.Namespace) -> None:
         with one_line_errors():
             _check_options(options)
             prediction = Prediction(
-                Path(options.data),
+                local_copy(options.data),
                 Path(options.output),
                 None if options.text is None else options.text.split(","),
                 options.top_k,

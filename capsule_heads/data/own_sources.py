@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 
 from . import folders
 from .columns import usual_texts
+from .downloads import local_copy
 from .tables import KINDS, open_table, suffix_of
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def read_source(source: Source, config: str | None) -> dict[str, Frame]:
         return {"train": source}
     if not isinstance(source, str | os.PathLike):
         return {"train": _from_memory(source)}
-    path = Path(source).expanduser()
+    path = local_copy(source)
     if path.is_file():
         return {"train": _read_file(path)}
     if path.is_dir():

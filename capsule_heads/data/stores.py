@@ -197,6 +197,18 @@ class ObjectStore(Store):
         with self._reaching():
             return system.cat_file(f"{path}/{name}", start=start, end=stop)
 
+    def version(self, name: str) -> str:
+        """Return what tells the content of a file from earlier and later ones."""
+        system, path = self._connect()
+        with self._reaching():
+            return str(system.ukey(f"{path}/{name}"))[:32]
+
+    def copy(self, name: str, to: Path) -> None:
+        """Copy a file to a disk."""
+        system, path = self._connect()
+        with self._reaching():
+            system.get_file(f"{path}/{name}", str(to))
+
     def write(self, name: str, pieces: Iterable[Any]) -> None:
         """See `Store.write`."""
         system, path = self._connect()
@@ -237,8 +249,11 @@ def open_store(place: str | os.PathLike[str], *names: str) -> Store:
         ValueError: If the kind of store is not known.
     """
     text = os.fspath(place)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    if "://" in text:
+    if is_url(text):
         return ObjectStore("/".join([text.rstrip("/"), *names]))
-    return LocalStore(Path(text, *names).expanduser())
+    return LocalStore(Path(text.removeprefix("file://"), *names).expanduser())
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is the address of something in an object store."""
+    return "://" in text and not text.startswith("file://")

@@ -33,7 +33,7 @@ from regressions import choose_regression, pool_states
 from sklearn.preprocessing import StandardScaler
 from text_sets import OF_CSV, OF_GLUE, OF_TREES, load_text_set, task_of
 from transformers.utils import logging as transformers_logging
-from variants import VARIANTS
+from variants import VARIANTS, register_variants
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.files import read_json, write_json
@@ -260,6 +260,7 @@ def main() -> None:
         fail("--variants without the head capsules, whose settings they take; leave --heads out, or name it too.")
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
+    register_variants()
     try:
         task = draw_texts(options)
         comparison = Comparison(options, task)

@@ -8,7 +8,6 @@ from capsule_heads.heads import HeadOutput, SpatialPoseHead, TokenDepthHead, reg
 from capsule_heads.ops.reference import Reference, _m_step
 
 
-@register("random_betas")
 class RandomBetas(TokenDepthHead):
     """Initial betas from a normal distribution, not zeros: scores differ from the first step on."""
 
@@ -19,7 +18,6 @@ class RandomBetas(TokenDepthHead):
             nn.init.normal_(routing.beta_ign)
 
 
-@register("betas_of_one")
 class BetasOfOne(TokenDepthHead):
     """Initial betas of the routing to classes at one: scores depend on what classes use from the first step on."""
 
@@ -29,7 +27,6 @@ class BetasOfOne(TokenDepthHead):
         nn.init.ones_(self.routings[1].beta_ign)
 
 
-@register("orthogonal_votes")
 class OrthogonalVotes(TokenDepthHead):
     """Initial votes for parts by orthogonal maps, as far as there are dimensions, and of the same size."""
 
@@ -44,7 +41,6 @@ class OrthogonalVotes(TokenDepthHead):
             W.mul_(size / W.norm())
 
 
-@register("standardised_states")
 class StandardisedStates(TokenDepthHead):
     """Hidden states normalised to mean 0 and variance 1, at each layer and token."""
 
@@ -52,7 +48,6 @@ class StandardisedStates(TokenDepthHead):
         return super().detect([F.layer_norm(x.float(), x.shape[-1:]) for x in hidden_states], masks, mix)
 
 
-@register("gate_on_inputs")
 class GateOnInputs(TokenDepthHead):
     """A learned score of each input: its mask is multiplied by a gate that the vector itself opens."""
 
@@ -75,7 +70,6 @@ class GateOnInputs(TokenDepthHead):
         return torch.logit(opened.clamp(1e-12, 1 - 1e-6)).masked_fill(a == -torch.inf, -torch.inf), x
 
 
-@register("attentive_means")
 class AttentiveMeans(TokenDepthHead):
     """All inputs together one unit of data, shared by attention: scores of parts are means, not sums."""
 
@@ -97,7 +91,6 @@ class AttentiveMeans(TokenDepthHead):
         return torch.logit(fractions).masked_fill(a == -torch.inf, -torch.inf), x
 
 
-@register("layer_dropout")
 class LayerDropout(TokenDepthHead):
     """Each layer is left out of a training step with a probability of 0.1."""
 
@@ -108,7 +101,6 @@ class LayerDropout(TokenDepthHead):
         return super().detect(hidden_states, masks, mix)
 
 
-@register("normalised_parts")
 class NormalisedParts(TokenDepthHead):
     """Poses of all parts normalised together, with a learned scale of each, before they are routed to classes."""
 
@@ -121,7 +113,6 @@ class NormalisedParts(TokenDepthHead):
         return HeadOutput(*self.routings[1](a, self.norm(mu)))
 
 
-@register("benefits_of_content")
 class BenefitsOfContent(TokenDepthHead):
     """Benefits of the routing to parts that are affine maps of the input's vector, as in Heinsen (2022)."""
 
@@ -142,7 +133,6 @@ class BenefitsOfContent(TokenDepthHead):
         return HeadOutput(*self.routings[1](a, mu))
 
 
-@register("prior_and_temperature")
 class PriorAndTemperature(TokenDepthHead):
     """A learned prior of each part, and a learned factor of the log-density of votes, in the routing to parts."""
 
@@ -180,7 +170,6 @@ class _SpatialStart(SpatialPoseHead):
             self.start(self.routings[1])
 
 
-@register("spatial_betas")
 class SpatialBetas(_SpatialStart):
     """Initial betas of the routing to classes at 0.07: logits then have a standard deviation of about 1."""
 
@@ -189,7 +178,6 @@ class SpatialBetas(_SpatialStart):
         routing.beta_ign.fill_(0.07)
 
 
-@register("spatial_alike")
 class SpatialAlike(_SpatialStart):
     """Initial votes of a part that are nearly the same for all classes, so that it goes to none of them alone."""
 
@@ -197,7 +185,6 @@ class SpatialAlike(_SpatialStart):
         routing.W.copy_(routing.W[:, :1] + 0.03 * routing.W)
 
 
-@register("spatial_both")
 class SpatialBoth(SpatialAlike, SpatialBetas):
     """Both of these."""
 
@@ -206,6 +193,21 @@ class SpatialBoth(SpatialAlike, SpatialBetas):
         SpatialBetas.start(self, routing)
 
 
+HEADS = {
+    "random_betas": RandomBetas,
+    "betas_of_one": BetasOfOne,
+    "orthogonal_votes": OrthogonalVotes,
+    "standardised_states": StandardisedStates,
+    "gate_on_inputs": GateOnInputs,
+    "attentive_means": AttentiveMeans,
+    "layer_dropout": LayerDropout,
+    "normalised_parts": NormalisedParts,
+    "benefits_of_content": BenefitsOfContent,
+    "prior_and_temperature": PriorAndTemperature,
+    "spatial_betas": SpatialBetas,
+    "spatial_alike": SpatialAlike,
+    "spatial_both": SpatialBoth,
+}
 VARIANTS = {
     "random initial betas": {"head_type": "random_betas"},
     "initial betas of classes at one": {"head_type": "betas_of_one"},
@@ -223,3 +225,9 @@ VARIANTS = {
     "last layer alone": {"head_type": "token_depth", "layers": [-1]},
     "last 3 layers": {"head_type": "token_depth", "layers": [-3, -2, -1]},
 }
+
+
+def register_variants() -> None:
+    """Register the heads of this file; to import it does not, as others may go by all heads that are registered."""
+    for name, head in HEADS.items():
+        register(name)(head)

@@ -26,11 +26,11 @@ from typing import Any
 
 import datasets
 import torch
-import variants  # registers the starts
 from datasets import DatasetDict
 from kept_runs import keep_settings
 from results_pages.tables import markdown, percent
 from transformers import PrinterCallback, TrainerCallback
+from variants import register_variants
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.files import read_json, write_json
@@ -45,9 +45,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
     CAPSULES: {"head_type": "spatial_pose"},
     "spatial pose, no mixup": {"head_type": "spatial_pose", "mixup_alpha": 0.0},
     "spatial pose, learning rate 0.002": {"head_type": "spatial_pose", "learning_rate": 2e-3},
-    "spatial pose, betas at 0.07": {"head_type": variants.SpatialBetas.name},
-    "spatial pose, votes alike": {"head_type": variants.SpatialAlike.name},
-    "spatial pose, both": {"head_type": variants.SpatialBoth.name},
+    "spatial pose, betas at 0.07": {"head_type": "spatial_betas"},
+    "spatial pose, votes alike": {"head_type": "spatial_alike"},
+    "spatial pose, both": {"head_type": "spatial_both"},
     "attentive pooling": {"head_type": "attentive_pooling", "layers": [-1]},
     "linear": {"head_type": "linear"},
 }
@@ -204,6 +204,7 @@ def main() -> None:
         fail(f"--marks has {options.marks[-1]:,}, and --steps is {options.steps:,}; expected none beyond.")
     options.marks = [mark for mark in options.marks if mark]
     datasets.disable_progress_bars()
+    register_variants()
     try:
         task = load(options)
         if options.estimate:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from processes import run_program
 from transformers import AutoModel, AutoTokenizer, BertModel
 
@@ -151,6 +152,7 @@ PROGRAM = """
 import sys
 from capsule_heads.cli import main
 from capsule_heads.data import state_folder
+from fsspec.implementations.memory import MemoryFileSystem
 from processes import fork_processes
 
 state_folder.SHARD_BYTES = 4000
@@ -234,3 +236,29 @@ def test_states_that_something_else_has_computed(call, given, backbone, backbone
     assert status == 2 and "differ from the backbone's own at layer 0, by " in err
     status, _, err = call("cache", *other, "--import_states", folder, "--engine", "ray")
     assert status == 2 and "--import_states is read by this process, and --engine is ray; leave one out" in err
+
+
+def test_data_and_states_in_an_object_store(call, given, tmp_path):
+    bucket = MemoryFileSystem()
+    bucket.store.clear()
+    bucket.pipe_file("/bucket/reviews.csv", (tmp_path / "reviews.csv").read_bytes())
+    there = ("--data", "memory://bucket/reviews.csv", *given[2:-1])
+    status, out, err = call("cache", *there, "memory://bucket/states")
+    assert status == 0, err
+    places = [line.rpartition(", ")[2] for line in out.splitlines()]
+    assert all(place.startswith("memory://bucket/states/hidden_states_") for place in places)
+    few = ("--max_steps", 2, "--n_parts", 4, "--output_dir", tmp_path / "run")
+    status, _, err = call("train", *there[:-1], *few, "--hidden_states", "memory://bucket/states")
+    assert status == 0, err
+    answers = ("--output", tmp_path / "answers.csv")
+    status, _, err = call("predict", tmp_path / "run", "--data", "memory://bucket/reviews.csv", *answers)
+    assert status == 0, err
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 51
+
+    changed = (tmp_path / "reviews.csv").read_text().replace("film", "food")
+    bucket.pipe_file("/bucket/reviews.csv", changed.encode())
+    assert call("predict", tmp_path / "run", "--data", "memory://bucket/reviews.csv", *answers)[0] == 0
+    assert "film" not in (tmp_path / "answers.csv").read_text()
+    status, _, err = call("train", "--data", "memory://bucket/none.csv", *given[2:])
+    assert (status, err) == (2, "error: There is no file memory://bucket/none.csv.\n")
+    bucket.store.clear()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import capsule_heads
+from capsule_heads.heads import base
 
 ROOT = Path(capsule_heads.__file__).parents[1]
 
@@ -51,7 +52,13 @@ def tiny_set(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
+def own_registry(monkeypatch):
+    """Heads that are registered during the test are so no more after it."""
+    monkeypatch.setattr(base, "_HEADS", dict(base._HEADS))
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, own_registry):
     """call(script, *arguments): status, output and errors of a script, in this process: it spares it the imports."""
 
     def call_script(script, *arguments, stdin=""):

@@ -4,13 +4,18 @@ import pytest
 import torch
 from configurations import make_config
 from transformers import BertConfig
-from variants import VARIANTS
+from variants import VARIANTS, register_variants
 
 from capsule_heads import CapsuleHeadForSequenceClassification
 
 STATES = [torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(n)) for n in range(4)]
 MASK = torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
 AS_IT_IS = {"head_type": "token_depth"}
+
+
+@pytest.fixture(autouse=True)
+def registered(own_registry):
+    register_variants()
 
 
 def make(fields):
