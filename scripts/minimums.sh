@@ -5,9 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -eq 0 ]; then
-  # Without the kernels in Triton's interpreter, which need long: the newest versions run them.
+  # Without the kernels in Triton's interpreter and the comparisons of all strategies, which need long and know torch
+  # alone: the newest versions run them.
   set -- --numprocesses=auto tests/test_versions.py tests/test_layers.py tests/models tests/ops \
-    --ignore tests/ops/test_cuda.py tests/cli/test_wheel.py tests/cli/test_demo.py
+    --ignore tests/ops/test_cuda.py --ignore tests/ops/test_strategies.py tests/cli/test_wheel.py tests/cli/test_demo.py
 fi
 venv=${VENV:-.venv-minimums}
 python3 -m venv "$venv"

@@ -28,6 +28,7 @@ FLOORS = (
     ("hub",),
     ("models",),
     ("data", "metrics"),
+    ("engines",),
     ("explain", "predicting"),
     ("paper",),
     ("tasks",),

@@ -149,7 +149,7 @@ def test_gradcheck(strategy, p_model):
     def function(*tensors):
         return route(*tensors, n_out=3, p_model=p_model, return_R=True, strategy=strategy)
 
-    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("which", range(4), ids=OUTPUTS)
@@ -228,37 +228,33 @@ def hostile(kind, seed, batch, n_inp, n_out, d_cov, d_inp, d_out):
 @pytest.mark.parametrize("p_model", P_MODELS)
 @pytest.mark.parametrize("kind", ["plain", "1e-3", "30", "offset", "near-duplicates", "masked"])
 @pytest.mark.parametrize(
-    "strategy, sizes",
+    "strategies, sizes",
     [
-        ("moments", ((), 37, 5, 3, 4, 4)),
-        ("moments", ((2,), 201, 17, 4, 4, 4)),
-        ("moments", ((2,), 499, 33, 4, 4, 4)),
-        ("votes", ((), 37, 5, 3, 17, 2)),
-        ("votes", ((2,), 201, 17, 1, 64, 2)),
-        ("votes", ((4,), 1111, 64, 1, 64, 2)),
-        ("kept", ((2,), 201, 17, 4, 4, 4)),
-        ("kept", ((4,), 1111, 64, 1, 64, 2)),
-        ("cpu", ((), 37, 5, 3, 4, 4)),
-        ("cpu", ((2,), 201, 17, 4, 4, 4)),
-        ("cpu", ((2,), 499, 33, 4, 4, 4)),
-        ("cpu", ((), 37, 5, 3, 17, 2)),
-        ("cpu", ((2,), 201, 17, 1, 64, 2)),
-        ("cpu", ((4,), 1111, 64, 1, 64, 2)),
+        (("moments", "cpu"), ((), 37, 5, 3, 4, 4)),
+        (("moments", "kept", "cpu"), ((2,), 201, 17, 4, 4, 4)),
+        (("moments", "cpu"), ((2,), 499, 33, 4, 4, 4)),
+        (("votes", "cpu"), ((), 37, 5, 3, 17, 2)),
+        (("votes", "cpu"), ((2,), 201, 17, 1, 64, 2)),
+        (("votes", "kept", "cpu"), ((4,), 1111, 64, 1, 64, 2)),
     ],
     ids=str,
 )
-def test_float32_errors_are_within_twice_those_of_the_literal_loop(strategy, sizes, kind, p_model):
+def test_float32_errors_are_within_twice_those_of_the_literal_loop(strategies, sizes, kind, p_model):
     """Root mean squares over draws: in one draw, chance has a part in which error is the larger."""
     options = {"n_out": sizes[2], "p_model": p_model, "return_R": True}
-    errors = {strategy: [], "reference": []}
+    errors = {name: [] for name in ("reference", *strategies)}
     for seed in range(4):
         tensors = hostile(kind, seed, *sizes)
         exact = values_and_gradients([x.double() for x in tensors], "reference", **options)
         for name, found in errors.items():
             values = values_and_gradients(tensors, name, **options)
             found.append([relative(a, e) for a, e in zip(values, exact, strict=True)])
-    for name, own, literal in zip((*OUTPUTS, *NAMES), zip(*errors[strategy]), zip(*errors["reference"]), strict=True):
-        assert math.hypot(*own) <= 2 * math.hypot(*literal) + 2e-7, f"{name}: {own}, literal {literal}"
+    for strategy in strategies:
+        for name, own, literal in zip(
+            (*OUTPUTS, *NAMES), zip(*errors[strategy]), zip(*errors["reference"]), strict=True
+        ):
+            limit = 2 * math.hypot(*literal) + 2e-7
+            assert math.hypot(*own) <= limit, f"{strategy}, {name}: {own}, literal {literal}"
 
 
 @pytest.mark.parametrize("strategy", FAST)
