@@ -241,7 +241,7 @@ CASES = {
     "one program": case(TEXT, 5, 2, "gaussian", settings=SMALL_BLOCKS | {"_n_programs": 1}),
     "programs, some masked": case(TEXT, 5, 2, "gaussian", edit=mask_some, settings=SMALL_BLOCKS | {"_n_programs": 4}),
     "programs of blocks, squares": case(
-        SQUARES, 5, 3, "gaussian", n_inp=600, batch=(), edit=mask_some, settings={"_n_programs": 2}
+        SQUARES, 5, 3, "gaussian", n_inp=69, batch=(), edit=mask_some, settings={"_n_programs": 2}
     ),
     "own": case(OWN, 5, 3, "gaussian"),
     "own, without R": case(OWN, 5, 2, "gaussian", return_R=False, batch=(2, 2)),
@@ -342,7 +342,7 @@ def check_float32(run, shape, options, settings, kind):
 # Few inputs, as the interpreter adds up a block one after another, while a GPU adds up parts of it.
 FLOAT32_CASES = {
     "wide": case(TEXT, 17, 3, "gaussian", batch=()),
-    "narrow": case(SQUARES, 5, 3, "gaussian", batch=()),
+    "narrow": case(SQUARES, 5, 3, "gaussian", n_inp=20, batch=()),
 }
 KINDS = ("plain", "30", "offset")
 
