@@ -182,7 +182,12 @@ class Comparison:
 
 
 def make_sweep(
-    options: argparse.Namespace, task: Task, combinations: Sequence[Combination], seeds: Sequence[int], folder: Path
+    options: argparse.Namespace,
+    task: Task,
+    combinations: Sequence[Combination],
+    seeds: Sequence[int],
+    folder: Path,
+    states_dtype: str | None = None,
 ) -> Sweep:
     """Return a sweep that trains heads as all of a comparison are.
 
@@ -192,6 +197,7 @@ def make_sweep(
         combinations: heads and their settings.
         seeds: one after another.
         folder: of the sweep; one that was stopped there goes on.
+        states_dtype: how hidden states are kept.
     """
     arguments = CapsuleTrainingArguments(
         str(folder),
@@ -207,7 +213,7 @@ def make_sweep(
     )
     return Sweep(
         SweepArguments(seeds=len(seeds), test_all=True, resume=any(folder.glob("checkpoint-*"))),
-        DataArguments(task=task.name),
+        DataArguments(task=task.name, states_dtype=states_dtype),
         ModelArguments(options.backbone),
         {},
         arguments,
