@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 LOCKS = "locks"
+MOST_OPEN = 128  # files, of the 1,024 that a process may have
 
 
 class Store(abc.ABC):
@@ -67,14 +68,15 @@ class Store(abc.ABC):
 class LocalStore(Store):
     """A folder on a disk.
 
-    Files are opened each time they are read, and not mapped into memory: so a process needs as much memory as what it
-    reads at once, in whatever order it reads.
+    Files are read, and not mapped into memory: so a process needs as much memory as what it reads at once, in whatever
+    order it reads. The files that were read last stay open, as what is deleted meanwhile can then be read on.
     """
 
     has_locks = True
 
     def __init__(self, path: Path) -> None:
         self.path, self.place = path, str(path)
+        self._open: dict[str, _OpenFile] = {}  # those that were read last at its end
 
     def names(self) -> set[str]:
         """See `Store.names`."""
@@ -97,12 +99,14 @@ class LocalStore(Store):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See `Store.read`."""
-        with open(self.path / name, "rb", buffering=0) as file:
-            file.seek(start)
-            n_bytes = os.fstat(file.fileno()).st_size - start if stop is None else stop - start
-            found = file.read(n_bytes)
-            while len(found) < n_bytes and (more := file.read(n_bytes - len(found))):  # two GB at most at once
-                found += more
+        file = self._open.pop(name, None) or _OpenFile(self.path / name)
+        self._open[name] = file
+        if len(self._open) > MOST_OPEN:
+            del self._open[next(iter(self._open))]
+        n_bytes = (os.fstat(file.number).st_size if stop is None else stop) - start
+        found = os.pread(file.number, n_bytes, start)
+        while len(found) < n_bytes and (more := os.pread(file.number, n_bytes - len(found), start + len(found))):
+            found += more  # a call reads two GB at most
         return found
 
     def write(self, name: str, pieces: Iterable[Any]) -> None:
@@ -115,6 +119,7 @@ class LocalStore(Store):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.path / name)
+        self._open.pop(name, None)
 
     def free(self) -> int | None:
         """See `Store.free`."""
@@ -134,6 +139,20 @@ class LocalStore(Store):
             yield True
         finally:
             lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+class _OpenFile:
+    """A file that is open as long as somebody reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):  # it was opened
+            os.close(self.number)
 
 
 class ObjectStore(Store):

@@ -1,6 +1,8 @@
 """Folders on a disk and in an object store: the same files, and one sentence when a store is lost."""
 
+import os
 import pickle
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -90,6 +92,27 @@ def test_a_disk_keeps_a_file_until_the_next_is_complete(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         store.write("x", pieces())
     assert store.read("x") == b"old"
+
+
+def test_files_stay_open_as_long_as_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "MOST_OPEN", 3)
+    store = stores.open_store(tmp_path)
+    n_open = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else None
+    for n in range(6):
+        store.write(f"{n}", [b"%d" % n])
+        assert store.read(f"{n}") == b"%d" % n
+    if n_open is not None:
+        assert len(os.listdir("/proc/self/fd")) == n_open + 3
+    for n in range(6):
+        (tmp_path / f"{n}").unlink()
+    assert [store.read(f"{n}") for n in (3, 5, 4)] == [b"3", b"5", b"4"]
+    with pytest.raises(FileNotFoundError):
+        store.read("0")
+    store.write("4", [b"new"])
+    assert store.read("4") == b"new" and pickle.loads(pickle.dumps(store)).read("4") == b"new"
+    del store
+    if n_open is not None:
+        assert len(os.listdir("/proc/self/fd")) == n_open
 
 
 def test_locks(tmp_path, bucket):
