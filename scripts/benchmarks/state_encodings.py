@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from compare_heads import BACKBONE, CAPSULES, HEADS, combination, make_sweep
+from compare_heads import BACKBONE, CAPSULES, HEADS, combination, draw_texts, make_sweep
 from kept_runs import keep_settings
 from results_pages.marks import put_between_marks
 from results_pages.tables import markdown, percent
-from text_sets import OF_CSV, OF_TREES, load_text_set, task_of
+from text_sets import OF_CSV, OF_GLUE, OF_TREES
 from transformers.utils import logging as transformers_logging
 
 from capsule_heads.cli.options import OneLineParser, at_least, fail
@@ -34,7 +34,7 @@ def measure(options: argparse.Namespace, encoding: str) -> dict[str, Any]:
     file = Path(options.runs, options.set, f"{encoding}.json")
     if file.exists():
         return read_json(file)
-    task = task_of(load_text_set(options.set, options.data, options.trees))
+    task = draw_texts(options)
     combinations = [combination(HEADS[CAPSULES], SETTINGS)]
     sweep = make_sweep(options, task, combinations, range(options.seeds), file.with_suffix(""), encoding)
     sweep.train()
@@ -67,10 +67,12 @@ def make_table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", required=True, choices=(*OF_CSV, *OF_TREES))
+    parser.add_argument("--set", required=True, choices=(*OF_CSV, *OF_TREES, *OF_GLUE))
     parser.add_argument("--data", help="folder with a folder for each set of CSV files")
     parser.add_argument("--trees", help="folder of the Stanford Sentiment Treebank")
+    parser.add_argument("--glue", help="folder of GLUE's SST-2")
     parser.add_argument("--backbone", default=BACKBONE)
+    parser.add_argument("--max_texts", type=at_least(1), default=8_000, help="to train on")
     parser.add_argument("--steps", type=at_least(1), default=600)
     parser.add_argument("--seeds", type=at_least(1), default=5, help="number of seeds, from 0 on")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -81,8 +83,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     try:
-        settings = {"settings": SETTINGS, "backbone": options.backbone, "steps": options.steps, "seeds": options.seeds}
-        keep_settings(Path(options.runs, options.set), **settings)
+        asked = {name: getattr(options, name) for name in ("backbone", "max_texts", "steps", "seeds")}
+        keep_settings(Path(options.runs, options.set), settings=SETTINGS, **asked)
         found = {encoding: measure(options, encoding) for encoding in ENCODINGS}
         table = make_table(found)
         if options.page is not None:
