@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import os
@@ -86,23 +87,23 @@ class Texts(NamedTuple):
 
 def find_texts(dataset: datasets.Dataset, names: Sequence[str]) -> Texts:
     """Return the different texts of a dataset, by some of its columns."""
-    first_rows: dict[tuple[int, bytes], int] = {}
-    texts: list[tuple[int, bytes]] = []
+    # As arrays, not as objects: of a million texts these would take some hundred megabytes.
+    numbers, content = array.array("q"), bytearray()
     for batch in dataset.with_format(None).select_columns(list(names)).iter(1000):
         for values in zip(*(batch[name] for name in names)):
             inputs = dict(zip(names, values))
-            length = sum(inputs["attention_mask"]) if "attention_mask" in inputs else len(values[0])
-            text = (length, digest_text(inputs))
-            first_rows.setdefault(text, len(texts))
-            texts.append(text)
-    ordered = sorted(first_rows)
-    indices = {text: index for index, text in enumerate(ordered)}
-    return Texts(
-        rows=np.array([first_rows[text] for text in ordered], dtype=np.int64),
-        lengths=np.array([length for length, _ in texts], dtype=np.int64),
-        indices=np.array([indices[text] for text in texts], dtype=np.int64),
-        digests=np.frombuffer(b"".join(digest for _, digest in ordered), np.uint8).reshape(-1, DIGEST_BYTES),
-    )
+            numbers.append(sum(inputs["attention_mask"]) if "attention_mask" in inputs else len(values[0]))
+            content += digest_text(inputs)
+    lengths = np.array(numbers, np.int64)
+    digests = np.frombuffer(bytes(content), np.uint8).reshape(-1, DIGEST_BYTES)
+    high, low = digests.view(">u8").astype(np.uint64).T  # big-endian: in the order of the bytes
+    order = np.lexsort((low, high, lengths))  # stable: the first row of a text comes first
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = np.any([x[order][1:] != x[order][:-1] for x in (lengths, high, low)], axis=0)
+    indices = np.empty(len(order), np.int64)
+    indices[order] = np.cumsum(is_new) - 1
+    rows = order[is_new]
+    return Texts(rows=rows, lengths=lengths, indices=indices, digests=digests[rows])
 
 
 def digest_text(inputs: Mapping[str, Sequence[int]]) -> bytes:
