@@ -101,8 +101,10 @@ class StateSources:
 def _open_folders(place: str | os.PathLike[str], key: Mapping[str, Any], states_dtype: str | None) -> list[StateFolder]:
     """Return the folder at a place; or of those in it the ones that fit."""
     store = open_store(place)
-    inner = [] if store.exists(MANIFEST) else [name for name in store.folders() if name.startswith(PREFIX)]
-    stores = [open_store(store.file(name)) for name in inner] or [store]
+    names = [] if store.exists(MANIFEST) else [name for name in store.folders() if name.startswith(PREFIX)]
+    # One without a manifest was not begun.
+    inner = [each for each in (open_store(store.file(name)) for name in names) if each.exists(MANIFEST)]
+    stores = inner or [store]
     fitting, differing = [], []
     for each in stores:
         manifest = read_manifest(each)

@@ -240,7 +240,6 @@ def test_states_that_something_else_has_computed(call, given, backbone, backbone
 
 def test_data_and_states_in_an_object_store(call, given, tmp_path):
     bucket = MemoryFileSystem()
-    bucket.store.clear()
     bucket.pipe_file("/bucket/reviews.csv", (tmp_path / "reviews.csv").read_bytes())
     there = ("--data", "memory://bucket/reviews.csv", *given[2:-1])
     status, out, err = call("cache", *there, "memory://bucket/states")
@@ -262,3 +261,4 @@ def test_data_and_states_in_an_object_store(call, given, tmp_path):
     status, _, err = call("train", "--data", "memory://bucket/none.csv", *given[2:])
     assert (status, err) == (2, "error: There is no file memory://bucket/none.csv.\n")
     bucket.store.clear()
+    bucket.pseudo_dirs[:] = [""]

@@ -731,6 +731,7 @@ def test_states_from_other_folders(make_model, tmp_path, count, small_shards):
 
     # What is in a folder, but for what is of other layers.
     HiddenStateCache(train, make_model(layers=[0, 1]), tokenizer, tmp_path)
+    (tmp_path / "hidden_states_not_begun").mkdir()
     assert_same_states(HiddenStateCache(wanted, model, tokenizer, sources=[tmp_path]), cached)
     with pytest.raises(ValueError, match=r"layers is .*; give folders of the same backbone and layers"):
         HiddenStateCache(wanted, make_model(layers=[0, 2]), tokenizer, sources=[tmp_path])

@@ -19,9 +19,9 @@ from capsule_heads.data.hidden_states import CapsuleCollator, HiddenStateCache
 @pytest.fixture
 def bucket():
     """URL of an object store in memory, empty."""
-    MemoryFileSystem.store.clear()
     yield "memory://bucket/states"
     MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 class Stores(MemoryFileSystem):
