@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,29 +83,37 @@ def compute(
         ValueError: If states exceed the encoding.
         OSError: If there is not enough disk.
     """
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    alone = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed else (0, 1)
-    number, n_processes = part or alone
+    number, n_processes = part or _part_of_process()
     folder.begin()
     missing = folder.missing()
-    own_first = sorted(missing, key=lambda shard: shard % n_processes != number)
+    own = [shard for shard in missing if shard % n_processes == number]
+    others = [shard for shard in missing if shard % n_processes != number]
     computer = ShardComputer(folder, source, batch_tokens)
-    if not folder.store.has_locks:
-        own_first = [shard for shard in missing if shard % n_processes == number]
-    with transformers_logging.tqdm(
-        desc="Computing hidden states",
-        total=int(folder.lengths.sum()),
-        initial=int(folder.lengths.sum() - sum(folder.lengths[folder.texts_of(x)].sum() for x in missing)),
-        unit=" tokens",
-        unit_scale=True,
-    ) as progress:
+    with progress_bar(folder, missing) as progress:
         for may_wait in (False, True) if wait else (False,):
-            for shard in own_first:
+            for shard in own + others if folder.store.has_locks else own:
                 with folder.claim(shard, may_wait) as is_ours:
                     if is_ours:
                         computer.compute(shard, texts_of(folder, shard, texts), progress.update)
     while wait and not folder.store.has_locks and folder.missing():  # which the other processes compute
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _part_of_process() -> tuple[int, int]:
+    """Return the number of this process and of all, where torch.distributed was begun."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def progress_bar(folder: StateFolder, missing: Sequence[int]) -> Any:
+    """Return a bar of the tokens whose states are computed, of which those of the missing shards are not."""
+    n_tokens = int(folder.lengths.sum())
+    done = n_tokens - folder.n_tokens(missing)
+    return transformers_logging.tqdm(
+        desc="Computing hidden states", total=n_tokens, initial=done, unit=" tokens", unit_scale=True
+    )
 
 
 def texts_of(folder: StateFolder, shard: int, texts: datasets.Dataset) -> datasets.Dataset:

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from .computing_states import BackboneStates, compute
-from .encodings import Float16
 from .shards import LENGTHS, Shard
 from .splits import check_dataset
 from .state_folder import StateFolder, gigabytes
@@ -163,7 +162,7 @@ class HiddenStateCache(Dataset):
             self._files, self._encoding = found.shards, found.encoding
             self._places, self._rows = found.find(texts.digests)
         else:
-            texts, folder = find_folder(dataset, model, tokenizer, cache_dir, states_dtype or Float16.name)
+            texts, folder = find_folder(dataset, model, tokenizer, cache_dir, states_dtype)
             if not folder.is_complete():
                 source = BackboneStates(model, CapsuleCollator(tokenizer))
                 compute(folder, texts.select(dataset, tokenizer), source, batch_tokens)
@@ -192,7 +191,7 @@ class HiddenStateCache(Dataset):
         """
         texts = find_texts(dataset, input_names(dataset.column_names, tokenizer))
         n_tokens = int(texts.lengths[texts.rows].sum())
-        return n_tokens * encoding_of(states_dtype or Float16.name).token_bytes(token_shape(model))
+        return n_tokens * encoding_of(states_dtype).token_bytes(token_shape(model))
 
     def to(self, device: torch.device | str) -> HiddenStateCache:
         """Keep all hidden states on a device; rows then have them as tensors there.

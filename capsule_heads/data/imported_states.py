@@ -91,19 +91,18 @@ class FilesOfVllm(StatesOfTokens):
 
 
 class Arrays(StatesOfTokens):
-    """A folder of NumPy arrays, mapped into memory, with a file that says where each is and which layers they have."""
+    """A folder of NumPy arrays, mapped into memory, with a file that names them."""
 
     def __init__(self, folder: Path) -> None:
         self.place = str(folder)
         about = read_json(folder / MANIFEST)
-        expected = {"states": str, "tokens": str, "lengths": str}
-        for name, kind in expected.items():
-            if not isinstance(about.get(name), kind):
+        names = ("states", "tokens", "lengths")
+        for name in names:
+            if not isinstance(about.get(name), str):
                 raise ValueError(
                     f"{folder / MANIFEST} has {name} {about.get(name)!r}; expected the name of a .npy file."
                 )
-        arrays = [np.load(folder / about[name], mmap_mode="r") for name in expected]
-        self._states, self._tokens, lengths = arrays
+        self._states, self._tokens, lengths = (np.load(folder / about[name], mmap_mode="r") for name in names)
         self.ends = np.cumsum(lengths)
         n = int(self.ends[-1]) if len(lengths) else 0
         if self._states.ndim != 3 or len(self._states) != n or self._tokens.shape != (n,):
@@ -183,7 +182,7 @@ class ImportedStates:
             found.append(states)
         packed = torch.cat(found)
         if self._norm is not None:
-            packed[:, -1] = self._norm(packed[:, -1].to(next(self._norm.parameters()))).float()
+            packed[:, -1] = _normalize(self._norm, packed[:, -1])
         return packed
 
     def _check(self, model: CapsuleHeadPreTrainedModel, own: BackboneStates, texts: datasets.Dataset) -> None:
@@ -216,9 +215,16 @@ def _differences(found: Tensor, expected: Tensor) -> list[float]:
 def _find_norm(backbone: nn.Module, found: Tensor, expected: Tensor) -> nn.Module | None:
     """Return the norm of a backbone that makes the expected states of its last layer from those found."""
     for name, module in reversed(list(backbone.named_modules())):
-        if "norm" in type(module).__name__.lower() and not any(part.isdecimal() for part in name.split(".")):
-            with torch.inference_mode():
-                normed = module(found.to(next(module.parameters()))).float().cpu()
-            if float((normed - expected).norm() / expected.norm()) <= MOST_DIFFERENT:
+        is_of_all_layers = not any(part.isdecimal() for part in name.split("."))
+        is_of_size = all(x.shape == found.shape[-1:] for x in module.parameters())  # a norm may have none
+        if "norm" in type(module).__name__.lower() and is_of_all_layers and is_of_size:
+            (difference,) = _differences(_normalize(module, found)[:, None], expected[:, None])
+            if difference <= MOST_DIFFERENT:
                 return module
     return None
+
+
+@torch.inference_mode()
+def _normalize(norm: nn.Module, states: Tensor) -> Tensor:
+    """Apply a norm to states on the CPU, with the dtype and on the device of its weights, if it has any."""
+    return norm(states.to(next(norm.parameters(), states))).float().cpu()

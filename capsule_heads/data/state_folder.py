@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,10 @@ class StateFolder:
     def n_bytes(self) -> int:
         """Number of bytes of all states."""
         return int(self.lengths.sum()) * self.n_token_bytes
+
+    def n_tokens(self, shards: Iterable[int]) -> int:
+        """Return the number of tokens of some shards."""
+        return sum(int(self.lengths[self.texts_of(shard)].sum()) for shard in shards)
 
     def texts_of(self, shard: int) -> slice:
         """Return the texts of a shard."""
@@ -269,8 +273,7 @@ class StateFolder:
             ) from error
 
     def _check_disk(self, missing: Sequence[int]) -> None:
-        tokens = sum(int(self.lengths[self.texts_of(shard)].sum()) for shard in missing)
-        needed, free = tokens * self.n_token_bytes, self.store.free()
+        needed, free = self.n_tokens(missing) * self.n_token_bytes, self.store.free()
         n_done = len(self.lengths) - sum(len(self.lengths[self.texts_of(shard)]) for shard in missing)
         if free is not None and needed > free:
             raise OSError(

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..weights import plain_weights
-from .encodings import ENCODINGS, Encoding
+from .encodings import ENCODINGS, Encoding, Float16
 from .shards import DIGEST_BYTES
 from .splits import check_dataset
 from .state_folder import ABOUT, StateFolder
@@ -157,7 +157,7 @@ def find_folder(
     model: CapsuleHeadPreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: str | os.PathLike[str] | None,
-    states_dtype: str,
+    states_dtype: str | None,
 ) -> tuple[Texts, StateFolder]:
     """Return the different texts of a dataset, and the folder that their hidden states are in, or will be.
 
@@ -166,7 +166,7 @@ def find_folder(
         model: with the backbone.
         tokenizer: the backbone's.
         cache_dir: where the folders are.
-        states_dtype: name of how states are kept.
+        states_dtype: name of how states are kept; None for the default.
 
     Raises:
         ValueError: If the states cannot be cached.
@@ -191,12 +191,14 @@ def find_folder(
     return texts, StateFolder.of_key(cache_dir, key, lengths, texts.digests, token_shape(model), kept_as)
 
 
-def encoding_of(states_dtype: str) -> Encoding:
-    """Return an encoding by its name.
+def encoding_of(states_dtype: str | None) -> Encoding:
+    """Return an encoding by its name; half precision by default.
 
     Raises:
         ValueError: If there is no such encoding.
     """
+    if states_dtype is None:
+        return ENCODINGS[Float16.name]
     if states_dtype not in ENCODINGS:
         raise ValueError(f"states_dtype is {states_dtype!r}; expected one of {', '.join(ENCODINGS)}.")
     return ENCODINGS[states_dtype]

@@ -23,7 +23,7 @@ class StateSources:
     Args:
         places: folders of hidden states, or folders that have such in them, of which those of other backbones or layers
             are left out.
-        key: what the states are to depend on, see `computing_states.key_of_model`.
+        key: what the states are to depend on, see `state_keys.key_of_model`.
         states_dtype: how they are to be kept; None for however they are.
 
     Attributes:
@@ -121,7 +121,7 @@ def _open_folders(place: str | os.PathLike[str], key: Mapping[str, Any], states_
 
 
 def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """Return a clause about a part of a folder's key that is not as expected; None if there is none."""
+    """Describe the first part of a folder's key that is not as expected, or return None."""
     for name in sorted((found.keys() | expected.keys()) - {ABOUT, *OF_TEXTS}):
         if found.get(name) != expected.get(name):
             return f"{name} is {found.get(name)!r}, expected {expected.get(name)!r}"

@@ -28,6 +28,10 @@ class Store(abc.ABC):
     has_locks: bool
 
     @abc.abstractmethod
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file."""
+
+    @abc.abstractmethod
     def names(self) -> set[str]:
         """Return the names of all files; none if there is no folder."""
 
@@ -55,10 +59,6 @@ class Store(abc.ABC):
     def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold a name, and yield whether it is held here: another process may have it, if `wait` is false."""
         yield True
-
-    def exists(self, name: str) -> bool:
-        """Return whether there is a file."""
-        return name in self.names()
 
     def file(self, name: str) -> str:
         """Return how a message names a file."""
@@ -194,6 +194,18 @@ class ObjectStore(Store):
     def folders(self) -> list[str]:
         """See `Store.folders`."""
         return sorted(name for name, kind in self._list() if kind == "directory")
+
+    def exists(self, name: str) -> bool:
+        """See `Store.exists`."""
+        system, path = self._connect()
+        with self._reaching():
+            system.invalidate_cache()
+            try:
+                return bool(
+                    system.info(f"{path}/{name}")["type"] == "file"
+                )  # `exists` of fsspec is false for a lost store
+            except FileNotFoundError:
+                return False
 
     def _list(self) -> list[tuple[str, str]]:
         system, path = self._connect()

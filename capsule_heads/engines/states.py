@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers.utils import logging as transformers_logging
-
-from ..data.computing_states import BackboneStates, ShardComputer, texts_of
+from ..data.computing_states import BackboneStates, ShardComputer, progress_bar, texts_of
 from ..data.state_folder import StateFolder
 from .ray import Actors, run_on_ray
 
@@ -61,14 +59,7 @@ def compute_on_ray(
         for shard in missing:
             yield shard, texts_of(folder, shard, texts).with_format("arrow")[:]
 
-    done = int(folder.lengths.sum()) - sum(int(folder.lengths[folder.texts_of(shard)].sum()) for shard in missing)
-    with transformers_logging.tqdm(
-        desc="Computing hidden states",
-        total=int(folder.lengths.sum()),
-        initial=done,
-        unit=" tokens",
-        unit_scale=True,
-    ) as progress:
+    with progress_bar(folder, missing) as progress:
         for written in run_on_ray(_MakeWorker(folder, source, batch_tokens), pieces(), actors):
             progress.update(written.tokens)
     lost = folder.missing()
@@ -100,6 +91,6 @@ class _MakeWorker:
             with self.folder.claim(shard, wait=True) as is_ours:  # an actor that died may have written it
                 if is_ours:
                     computer.compute(shard, Dataset(table))
-            return Written(shard, len(table), int(self.folder.lengths[self.folder.texts_of(shard)].sum()))
+            return Written(shard, len(table), self.folder.n_tokens([shard]))
 
         return work

@@ -215,8 +215,9 @@ class _Run:
         if given.actors is None:
             score = make_scorer(show=show)
             for columns, inputs in chunks():
-                scored = score(_known(inputs))
-                show(len(inputs) - len(_known(inputs)) + len(scored.faults))
+                known = _known(inputs)
+                scored = score(known)
+                show(len(inputs) - len(known) + len(scored.faults))
                 yield columns, inputs, scored
             return
         # Actors are handed all inputs; the columns beside them are read again when answers come back.

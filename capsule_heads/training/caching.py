@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..data.computing_states import BackboneStates, compute
-from ..data.encodings import Float16
 from ..data.imported_states import ImportedStates
 from ..data.state_folder import StateFolder
 from ..data.state_keys import find_folder
@@ -72,9 +71,9 @@ def cache_states(
     # PreTrainedModel.to has no type. What is sent to actors is theirs to put on a device.
     nn.Module.to(run.model, arguments.device if actors is None else "cpu")
     mine = part or (arguments.process_index, arguments.world_size)
-    dtype, found = data.states_dtype or Float16.name, []
+    found = []
     for name, split in {"train": run.train_data, **run.validation, **run.tests}.items():
-        texts, folder = find_folder(split, run.model, run.processor, data.cache_dir, dtype)
+        texts, folder = find_folder(split, run.model, run.processor, data.cache_dir, data.states_dtype)
         if not folder.is_complete():
             rows = texts.select(split, run.processor)
             own = BackboneStates(run.model, run.collator)

@@ -344,9 +344,9 @@ class TrainingRun:
         return HiddenStateCache.estimate(self.train_data, model, self.processor) <= MOST_CACHED
 
     def _cache_hidden_states(self) -> None:
-        """Put hidden states in the place of the training texts, and of all others if options of a cache were given.
+        """Replace the training texts by their hidden states; and the other splits, if an option of the cache was given.
 
-        The processes agree on which one computes. Without such options the other splits are evaluated as the saved
+        The processes agree on which one computes. Without such an option the other splits are evaluated as the saved
         model will be used, on states that are not rounded.
         """
         nn.Module.to(self.model, self.arguments.device)  # PreTrainedModel.to has no type

@@ -64,7 +64,7 @@ class Computing:
 
 
 def kill_processes(n: int, seconds: float) -> Callable[[Computing, random.Random], str | None]:
-    """Return a fault: so many processes compute at once, and each is killed within some seconds."""
+    """Return a fault that lets `n` processes compute at once, and kills each at a random moment within some seconds."""
 
     def fault(computing: Computing, rng: random.Random) -> str | None:
         processes = [_forked(computing, (number, n)) for number in range(n)]
@@ -97,10 +97,11 @@ def kill_actor(computing: Computing, rng: random.Random) -> str | None:
     from capsule_heads.engines.states import compute_on_ray
 
     collator, at, marker = computing.source.collator, rng.randint(1, 10), Path(f"{computing.folder.place}.killed")
+    batches: list[int] = []  # of each actor its own
 
     def killing(features: list[dict[str, Any]]) -> Any:
-        killing.n = getattr(killing, "n", 0) + 1  # type: ignore[attr-defined]  # of this actor
-        if killing.n == at and not marker.exists():  # type: ignore[attr-defined]
+        batches.append(len(features))
+        if len(batches) == at and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return collator(features)
@@ -167,7 +168,7 @@ def main() -> None:
         if status:
             sys.exit(output)
         expected = whole.bits()
-        within = {1: seconds, 2: seconds / 2, 4: seconds / 2}  # about what so many take, on two cores
+        within = {1: seconds, 2: seconds / 2, 4: seconds / 2}  # about as long as they take on two cores
         faults = {f"{n} process{'es' * (n > 1)} killed": kill_processes(n, x) for n, x in within.items()}
         if not options.without_ray:
             faults["an actor of 2 killed"] = kill_actor

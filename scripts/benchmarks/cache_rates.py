@@ -15,7 +15,6 @@ import argparse
 import datetime
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -28,7 +27,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
-from results_pages.marks import put_between_marks
+from results_pages.marks import add_page_options, put_between_marks
 from results_pages.tables import markdown
 from torch.utils.data import DataLoader
 
@@ -213,8 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for all files")
     parser.add_argument("--gpu_texts_a_second", type=at_least(1), help="of a backbone's forward pass, on one GPU")
-    parser.add_argument("--page", type=Path, help="page to write the tables into, between their marks")
-    parser.add_argument("--machine", default=platform.machine(), help="what the page calls the machine")
+    add_page_options(parser)
     options = parser.parse_args()
     datasets.disable_progress_bars()
     datasets.disable_caching()

@@ -14,7 +14,6 @@ The logits of each run are a file in `--runs`. What is there is not run again, s
 
 import argparse
 import datetime
-import platform
 import statistics
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import datasets
 import numpy as np
 import torch
 from kept_runs import keep_settings
-from results_pages.marks import put_between_marks
+from results_pages.marks import add_page_options, put_between_marks
 from text_sets import OF_CSV, OF_TREES, load_text_set
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
@@ -159,8 +158,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=(*OF_CSV, *OF_TREES), default=[*OF_CSV, *OF_TREES])
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1])
     parser.add_argument("--runs", default="runs/calibration", help="folder for the results of runs")
-    parser.add_argument("--page", type=Path, help="page to write the tables into, between its marks")
-    parser.add_argument("--machine", default=platform.machine(), help="what the page calls the machine")
+    add_page_options(parser)
     options = parser.parse_args()
     try:
         if options.page is None:

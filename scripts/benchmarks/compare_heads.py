@@ -245,19 +245,24 @@ def draw_texts(options: argparse.Namespace) -> Task:
     return task_of(splits)
 
 
-def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser, max_texts: int) -> None:
+    """Add the options that `draw_texts` and `make_sweep` read, and the number of seeds."""
     parser.add_argument("--set", required=True, choices=(*OF_CSV, *OF_TREES, *OF_GLUE))
     parser.add_argument("--data", help="folder with a folder for each set of CSV files")
     parser.add_argument("--trees", help="folder of the Stanford Sentiment Treebank")
     parser.add_argument("--glue", help="folder of GLUE's SST-2")
     parser.add_argument("--backbone", default=BACKBONE)
-    parser.add_argument("--max_texts", type=at_least(1), default=20_000, help="to train on")
+    parser.add_argument("--max_texts", type=at_least(1), default=max_texts, help="to train on (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(1), default=600)
     parser.add_argument("--seeds", type=at_least(1), default=5, help="number of seeds, from 0 on")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, max_texts=20_000)
     parser.add_argument("--heads", nargs="+", choices=(*HEADS, REGRESSION), default=[*HEADS, REGRESSION])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="of the capsule head")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", default="runs/heads", help="folder for what was measured")
     parser.add_argument("--results", default="docs/results/heads", help="folder for the results of each set")
     parser.add_argument("--commit", default="", help="commit that is measured")

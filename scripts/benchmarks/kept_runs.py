@@ -11,7 +11,7 @@ def keep_settings(folder: Path | str, **settings: Any) -> None:
     """Note what all runs in a folder share.
 
     Args:
-        folder: of the runs; made if there is none.
+        folder: the runs'; it is created if it does not exist.
         settings: by the name of the option, as JSON has them.
 
     Raises:

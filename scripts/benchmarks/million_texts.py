@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kept_runs import keep_settings
-from results_pages.marks import put_between_marks
+from results_pages.marks import add_page_options, put_between_marks
 from results_pages.tables import markdown
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast, set_seed
@@ -77,8 +77,8 @@ def run(name: str, arguments: list[Any]) -> dict[str, Any]:
     return {"command": name, "seconds": time.perf_counter() - start, "bytes": usage.ru_maxrss * 1024}
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Run the commands, one after another, on what `make_texts` makes."""
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    """Run the commands, one after another, on what `make_texts` makes, and keep what was measured in the folder."""
     data, backbone, states, trained = (folder / name for name in ("texts.csv", "backbone", "states", "run"))
     texts = make_texts(options.texts)
     with open(data, "w", newline="", encoding="utf-8") as file:
@@ -101,7 +101,6 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     accuracy = read_json(trained / "results.json")["validation_accuracy"]
     about = {"texts": len(texts), "states": size, "accuracy": accuracy, "machine": platform.machine()}
     write_json(folder / MEASURED, {**about, "date": str(datetime.date.today()), "runs": found})
-    return found
 
 
 def make_table(found: dict[str, Any]) -> str:
@@ -124,8 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, required=True, help="folder for all files; what was measured stays there"
     )
-    parser.add_argument("--page", type=Path, help="page to write the table into, between its marks")
-    parser.add_argument("--machine", default=platform.machine(), help="what the page calls the machine")
+    add_page_options(parser)
     options = parser.parse_args()
     try:
         keep_settings(options.scratch, texts=options.texts)

@@ -9,20 +9,18 @@ and tested on states that are kept in the same way. Differences are paired by se
 
 import argparse
 import datetime
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
 import datasets
-from compare_heads import BACKBONE, CAPSULES, HEADS, combination, draw_texts, make_sweep
+from compare_heads import CAPSULES, HEADS, add_options, combination, draw_texts, make_sweep
 from kept_runs import keep_settings
-from results_pages.marks import put_between_marks
+from results_pages.marks import add_page_options, put_between_marks
 from results_pages.tables import markdown, percent
-from text_sets import OF_CSV, OF_GLUE, OF_TREES
 from transformers.utils import logging as transformers_logging
 
-from capsule_heads.cli.options import OneLineParser, at_least, fail
+from capsule_heads.cli.options import OneLineParser, fail
 from capsule_heads.data.encodings import ENCODINGS
 from capsule_heads.files import read_json, write_json
 
@@ -67,18 +65,9 @@ def make_table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", required=True, choices=(*OF_CSV, *OF_TREES, *OF_GLUE))
-    parser.add_argument("--data", help="folder with a folder for each set of CSV files")
-    parser.add_argument("--trees", help="folder of the Stanford Sentiment Treebank")
-    parser.add_argument("--glue", help="folder of GLUE's SST-2")
-    parser.add_argument("--backbone", default=BACKBONE)
-    parser.add_argument("--max_texts", type=at_least(1), default=8_000, help="to train on")
-    parser.add_argument("--steps", type=at_least(1), default=600)
-    parser.add_argument("--seeds", type=at_least(1), default=5, help="number of seeds, from 0 on")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_options(parser, max_texts=8_000)
     parser.add_argument("--runs", default="runs/encodings", help="folder for what is measured")
-    parser.add_argument("--page", type=Path, help="page to write the table into, between its marks")
-    parser.add_argument("--machine", default=platform.machine(), help="what the page calls the machine")
+    add_page_options(parser)
     options = parser.parse_args()
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()

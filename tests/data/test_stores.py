@@ -25,7 +25,7 @@ def bucket():
 
 
 class Stores(MemoryFileSystem):
-    """An object store in memory that can be lost: after so many calls it is not reached any more."""
+    """An object store in memory that stops answering after a number of calls."""
 
     protocol = "lost"
     store: ClassVar[dict] = {}
@@ -44,6 +44,9 @@ class Stores(MemoryFileSystem):
 
     def pipe_file(self, *given, **fields):
         return self._call("pipe_file", *given, **fields)
+
+    def info(self, *given, **fields):
+        return self._call("info", *given, **fields)
 
     def ls(self, *given, **fields):
         return self._call("ls", *given, **fields)
@@ -179,6 +182,6 @@ def test_a_store_that_is_lost_ends_in_one_sentence(make_model, lose, n_calls, sm
     folder = state_keys.find_folder(*arguments, "float16")[1]
     kept = set(range(folder.n_shards)) - set(folder.missing())
     written = {shard: folder.store.read(f"shard-{shard:05d}.safetensors") for shard in kept}
-    HiddenStateCache(*arguments)  # goes on where it was lost
+    HiddenStateCache(*arguments)  # resumes where the store was lost
     assert folder.is_complete()
     assert all(folder.store.read(f"shard-{shard:05d}.safetensors") == x for shard, x in written.items())

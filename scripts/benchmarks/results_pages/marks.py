@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import platform
 from pathlib import Path
 
 from capsule_heads.files import write_text
+
+
+def add_page_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a script that writes its tables into a page."""
+    parser.add_argument("--page", type=Path, help="page to write the tables into, between their marks")
+    parser.add_argument("--machine", default=platform.machine(), help="what the page calls the machine")
 
 
 def put_between_marks(page: Path, name: str, text: str) -> None:
