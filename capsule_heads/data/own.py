@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +118,8 @@ def load_data(
     frames = name_splits(frames, source, split, {"validation": validation, "test": test}, config)
     columns = _choose_columns(frames, _as_list(text), _as_list(label), source)
     inputs, raw_labels = {}, {}
-    for name, frame in frames.items():
-        inputs[name], raw_labels[name] = _complete_rows(frame, columns, name)
+    for name in list(frames):  # of a million rows, lists and tables do not stay in memory together
+        inputs[name], raw_labels[name] = _complete_rows(frames.pop(name), columns, name)
     if not len(inputs["train"]):
         raise ValueError(f"{name_of(source)} has no complete row to train on; expected inputs with labels.")
     labels = read_labels(raw_labels, columns.labels, problem_type)
@@ -380,12 +380,17 @@ def _split_off(train: Dataset, seed: int) -> tuple[Dataset, Dataset]:
 def _say_duplicates(splits: Mapping[str, Dataset], modality: str) -> None:
     if modality != "text":
         return
-    seen = {
-        name: list(zip(*(rows.with_format(None)[x][:] for x in TEXTS if x in rows.column_names)))
-        for name, rows in splits.items()
-    }
-    trained = set(seen.pop("train"))
-    for name, texts in seen.items():
-        n_seen = sum(text in trained for text in texts)
+    for name, rows in splits.items():
+        if name == "train":
+            continue
+        texts = Counter(_texts(rows))  # in memory; those of train, of which there are more, pass by
+        in_train = {text for text in _texts(splits["train"]) if text in texts}
+        n_seen = sum(texts[text] for text in in_train)
         if n_seen:
-            logger.warning("%d of %d texts of %s are in train too.", n_seen, len(texts), name)
+            logger.warning("%d of %d texts of %s are in train too.", n_seen, len(rows), name)
+
+
+def _texts(rows: Dataset) -> Iterator[tuple[str, ...]]:
+    columns = [x for x in TEXTS if x in rows.column_names]
+    for batch in rows.with_format(None).select_columns(columns).iter(10_000):
+        yield from zip(*(batch[name] for name in columns))

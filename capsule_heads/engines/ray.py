@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+SECONDS_TO_ANSWER = 20.0  # for the address of a cluster
 NUMBER, CONTENT = "number", "content"  # columns of what goes to actors, and comes back
 
 
@@ -46,7 +48,7 @@ def run_on_ray(
 
     Raises:
         ImportError: If Ray is not installed.
-        ConnectionError: If there is no cluster at the address.
+        ConnectionError: If no cluster answers at the address.
         ValueError: If actors need GPUs that the cluster has not.
         Exception: What a worker raised.
     """
@@ -134,8 +136,20 @@ def _connect(ray: Any) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     try:
+        _check_reachable(address or "")
         ray.init(
             address=address, include_dashboard=None if address else False, logging_level="error", log_to_driver=False
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConnectionError(f"There is no Ray cluster at {address} (RAY_ADDRESS): {error}") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Check that something answers at HOST:PORT, for whose answer Ray waits many minutes.
+
+    Raises:
+        OSError: If nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()

@@ -49,6 +49,15 @@ def test_what_cannot_be():
         list(run_on_ray(int, [1], Actors(gpus=0.5)))
 
 
+@pytest.mark.parametrize("address", ["192.0.2.1:6379", "ray://192.0.2.1:10001"])  # kept for documentation: none answers
+def test_an_address_where_nothing_answers(address, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("capsule_heads.engines.ray.SECONDS_TO_ANSWER", 0.5)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConnectionError, match=rf"^There is no Ray cluster at {address} \(RAY_ADDRESS\): "):
+        list(run_on_ray(int, [1]))
+
+
 def killing(collator, marker):
     """Returns a collator that kills its process, once, at its fourth batch."""
 
