@@ -111,8 +111,13 @@ def describe_parts(model: CapsuleHeadClassifier, inputs: Any, processor: Any | N
         raise ValueError(f"A {type(model.head).__name__} has no parts to describe; expected a head with capsules.")
     if modality_of(model) != "text":
         raise ValueError(f"Parts are described by words, and the model takes {modality_of(model)}; expected texts.")
-    step = max(1, -(-len(inputs) // MOST_INPUTS))
-    return summarize_parts(explain(model, [inputs[n] for n in range(0, len(inputs), step)], processor, parts_only=True))
+    rows = sample_of(len(inputs))
+    return summarize_parts(explain(model, [inputs[row] for row in rows], processor, parts_only=True))
+
+
+def sample_of(n_inputs: int) -> range:
+    """Return which of some inputs `describe_parts` explains: `MOST_INPUTS` at most, evenly spaced."""
+    return range(0, n_inputs, max(1, -(-n_inputs // MOST_INPUTS)))
 
 
 def summarize_parts(explanations: Sequence[Explanation]) -> PartDescriptions:

@@ -35,7 +35,7 @@ from ..data.own import OwnData, load_data
 from ..data.own_labels import CLASSES
 from ..data.state_folder import gigabytes
 from ..data.tokenization import window_fields
-from ..explain.parts import PARTS_FILE, describe_parts
+from ..explain.parts import PARTS_FILE, describe_parts, sample_of
 from ..files import write_json
 from ..heads import DEFAULT_HEAD, get_head
 from ..metrics import compute_metrics_for, metric_names
@@ -401,7 +401,8 @@ class TrainingRun:
             return
         if self.model.config.problem_type == "regression" or "parts" not in self.model.head.explains:
             return
-        descriptions = describe_parts(self.model, self.task.data.inputs(self.own_texts, self.processor), self.processor)
+        texts = self.own_texts.select(sample_of(len(self.own_texts)))  # before they become strings in memory
+        descriptions = describe_parts(self.model, self.task.data.inputs(texts, self.processor), self.processor)
         descriptions.save(Path(self.output_dir, PARTS_FILE))
 
     def evaluate(self, seconds: float) -> dict[str, Any]:
