@@ -1,6 +1,6 @@
 """Kill what computes hidden states at random moments, and look at what it leaves and how it goes on.
 
-    python scripts/benchmarks/cache_faults.py --seed 1
+    python scripts/benchmarks/cache_faults.py --page docs/cache_measured.md
 
 The states are computed by one process, two or four, or by two actors of a Ray cluster on this machine, and shards are
 small. In a trial each process is killed (SIGKILL) at a moment of its own, or one actor at a batch of its own. A trial
@@ -12,6 +12,7 @@ wrong.
 from __future__ import annotations
 
 import argparse
+import datetime
 import logging
 import os
 import random
@@ -28,6 +29,8 @@ import datasets
 import torch
 import transformers
 from faults import Run, in_a_process
+from results_pages.marks import add_page_options, put_between_marks
+from results_pages.tables import markdown
 
 from capsule_heads.cli.options import OneLineParser, at_least
 from capsule_heads.data import computing_states, state_folder
@@ -151,6 +154,7 @@ def main() -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--trials", type=at_least(1), default=20, help="of each kind (default: %(default)s)")
     parser.add_argument("--without_ray", action="store_true", help="leave out the actors of Ray")
+    add_page_options(parser)
     options = parser.parse_args()
     state_folder.SHARD_BYTES = SHARD_BYTES
     torch.set_num_threads(1)
@@ -182,10 +186,13 @@ def main() -> None:
                 shutil.rmtree(folder)
                 if ended != RIGHT:
                     wrong.append(f"{kind}, trial {number}: {ended}")
-            lines.append(
-                f"| {kind} | {len(ends)} | {min(left)} to {max(left)} of {len(expected)} | {ends.count(RIGHT)} |"
-            )
-    print("| fault | trials | complete shards after it | right |\n| --- | --- | --- | --- |", *lines, *wrong, sep="\n")
+            there = f"{min(left)} to {max(left)} of {len(expected)}"
+            lines.append([kind, f"{len(ends)}", there, f"{ends.count(RIGHT)}"])
+    table = markdown(["fault", "trials", "complete shards after it", "right"], lines)
+    if options.page is not None:
+        about = f"Seed {options.seed}; {options.machine}, {datetime.date.today()}."
+        put_between_marks(options.page, "faults", f"{about}\n\n{table}")
+    print(table, *wrong, sep="\n")
     sys.exit(1 if wrong else 0)
 
 

@@ -14,7 +14,7 @@ def test_one_number_that_is_not_finite(encoding, wrong, token):
     kept = ENCODINGS[encoding].encode(states)
     assert ENCODINGS[encoding].decode(kept).shape == states.shape
     states[token, 1, token % 3] = wrong
-    with pytest.raises(ValueError, match="hidden states (are not finite|exceed half precision)"):
+    with pytest.raises(ValueError, match=r"hidden states (are not finite|exceed half precision)"):
         ENCODINGS[encoding].encode(states)
 
 
