@@ -30,6 +30,7 @@ FLOORS = (
     ("data", "metrics"),
     ("engines",),
     ("explain", "predicting"),
+    ("exporting",),
     ("paper",),
     ("tasks",),
     ("training",),

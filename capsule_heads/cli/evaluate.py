@@ -30,18 +30,9 @@ OF_DATA = ("text", "label")  # options without effect on a task
 
 def make_parser(prog: str) -> OneLineParser:
     """Return the parser of options."""
-    from ..tasks import registered_tasks, source_help
-
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("model", help="Directory or Hub name of the model.")
-    parser.add_argument("--data", help="Labelled data of your own: what --data of train takes.")
-    parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="Column of texts, or two for pairs.")
-    parser.add_argument("--label", metavar="COLUMN[,COLUMN]", help="Column of labels, or several of 0 and 1.")
-    parser.add_argument("--task", metavar="TASK", choices=registered_tasks(), help="Task to evaluate on.")
-    parser.add_argument("--source", help=source_help())
-    parser.add_argument(
-        "--split", help="validation or test (default: validation of a task; the only one of your data)."
-    )
+    add_data_options(parser)
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="Batch size (default: %(default)s).")
     add_hidden_states(parser)
     parser.add_argument(
@@ -50,14 +41,28 @@ def make_parser(prog: str) -> OneLineParser:
     return parser
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `load_splits`."""
+    from ..tasks import registered_tasks, source_help
+
+    parser.add_argument("--data", help="Labelled data of your own: what --data of train takes.")
+    parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="Column of texts, or two for pairs.")
+    parser.add_argument("--label", metavar="COLUMN[,COLUMN]", help="Column of labels, or several of 0 and 1.")
+    parser.add_argument("--task", metavar="TASK", choices=registered_tasks(), help="Task whose data to take.")
+    parser.add_argument("--source", help=source_help())
+    parser.add_argument(
+        "--split", help="validation or test (default: validation of a task; the only one of your data)."
+    )
+
+
 def run(options: argparse.Namespace) -> None:
     """Evaluate a model, print what was measured, and write it."""
     from ..tasks import get_task, load_classifier
 
     with one_line_errors(), without_data_bars():
-        _check_options(options)
+        check_data_options(options)
         model = load_classifier(options.model)
-        processor, splits = _load(options, model)
+        processor, splits = load_splits(options, model)
     metric = get_task(options.task).metric if options.task else None
     with one_line_errors(FloatingPointError, OSError, ValueError):
         for name, split in splits.items():
@@ -65,7 +70,13 @@ def run(options: argparse.Namespace) -> None:
             _write(found, _folder(options, name, len(splits)), f"{options.task or options.data}, {name}")
 
 
-def _check_options(options: argparse.Namespace) -> None:
+def check_data_options(options: argparse.Namespace) -> None:
+    """Check the options of data and of the folder to write to, before anything is loaded.
+
+    Raises:
+        ValueError: If there is no data, or an option has no effect.
+        OSError: If the folder is a file.
+    """
     if (options.data is None) is (options.task is None):
         raise ValueError("Expected either --data, with labelled data of your own, or --task.")
     if options.data is not None and options.source is not None:
@@ -79,8 +90,13 @@ def _check_options(options: argparse.Namespace) -> None:
         raise NotADirectoryError(f"--output_dir is {folder}, which is a file; expected a folder.")
 
 
-def _load(options: argparse.Namespace, model: CapsuleHeadClassifier) -> tuple[Any, dict[str, Dataset]]:
-    """Return the model's processor, and labelled splits with what the model takes."""
+def load_splits(options: argparse.Namespace, model: CapsuleHeadClassifier) -> tuple[Any, dict[str, Dataset]]:
+    """Return the model's processor, and labelled splits with what the model takes.
+
+    Raises:
+        ValueError: If the data does not fit the model, or has no such split.
+        OSError: If the data is not found.
+    """
     from datasets import DatasetDict
 
     from ..models.processors import processor_of

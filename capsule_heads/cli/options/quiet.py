@@ -61,3 +61,21 @@ def without_data_bars() -> Iterator[None]:
     finally:
         if was_shown:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def without_export_notes() -> Iterator[None]:
+    """Show no notes of torch on operators that no model here has, nor of ONNX Runtime on a step that harms them."""
+    torch_notes, root = logging.getLogger("torch.onnx._internal.exporter._registration"), logging.getLogger()
+    level = torch_notes.level
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Please consider to run pre-processing before quantization")
+
+    torch_notes.setLevel(logging.ERROR)
+    root.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        torch_notes.setLevel(level)
+        root.removeFilter(is_shown)
