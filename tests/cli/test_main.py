@@ -10,7 +10,7 @@ import pytest
 
 from capsule_heads import cli
 
-COMMANDS = ["cache", "convert", "demo", "evaluate", "explain", "predict", "push", "sweep", "train"]
+COMMANDS = ["cache", "convert", "demo", "evaluate", "explain", "export", "predict", "push", "sweep", "train"]
 
 
 def test_commands():
