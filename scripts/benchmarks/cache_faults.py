@@ -99,7 +99,9 @@ def kill_actor(computing: Computing, rng: random.Random) -> str | None:
     from capsule_heads.engines import Actors
     from capsule_heads.engines.states import compute_on_ray
 
-    collator, at, marker = computing.source.collator, rng.randint(1, 10), Path(f"{computing.folder.place}.killed")
+    # One of the two computes half of the shards or more, so it comes to that batch.
+    at, marker = rng.randint(1, computing.folder.n_shards // 2), Path(f"{computing.folder.place}.killed")
+    collator = computing.source.collator
     batches: list[int] = []  # of each actor its own
 
     def killing(features: list[dict[str, Any]]) -> Any:
