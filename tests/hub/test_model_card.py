@@ -49,7 +49,7 @@ def test_of_a_checkpoint_alone(make_checkpoint):
     }
     assert "on the hidden states of a bert model that was not pretrained, frozen in training." in card
     assert "No results were given" in card and "No licence was given" in card
-    assert "With the Python package capsule_heads, version" in card
+    assert "It needs the Python package capsule_heads, version" in card
     for unknown in ("## Results", "## Training", "Its classes", "None", "nan", "{{", "holds the head alone"):
         assert unknown not in card
     assert 'CapsuleHeadForSequenceClassification.from_pretrained("me/x")' in card
