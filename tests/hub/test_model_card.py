@@ -55,6 +55,16 @@ def test_of_a_checkpoint_alone(make_checkpoint):
     assert 'CapsuleHeadForSequenceClassification.from_pretrained("me/x")' in card
 
 
+def test_the_calibration_of_a_run(make_checkpoint):
+    found = {name: {"expected_calibration_error": error} for name, error in (("before", 0.125), ("after", 0.03125))}
+    card = str(model_card(make_checkpoint(), "me/x", {"calibration": {"rows": 539, "temperature": 2.0, **found}}))
+    assert "fitted on 539 validation examples. It took their expected calibration\nerror from 0.125 to\n0.031." in card
+    assert "was not measured" not in card
+    assert "was not measured" in str(model_card(make_checkpoint(), "me/x"))
+    number = str(model_card(make_checkpoint(num_labels=1), "me/x"))
+    assert "was not measured" not in number and "logits" not in number.partition("## Limits")[2]
+
+
 @pytest.mark.parametrize(
     "fields, said",
     [
