@@ -145,7 +145,7 @@ def test_what_other_processes_hold_is_said(call, given, monkeypatch):
     monkeypatch.setattr(state_folder.StateFolder, "claim", claim)
     status, out, err = call("cache", *given, "--part", "2/2")
     assert status == 0, err
-    assert all("; 1 of " in line and line.endswith("missing, which other parts compute") for line in out.splitlines())
+    assert all("; 1 of " in line and line.endswith("missing, left to other parts") for line in out.splitlines())
 
 
 PROGRAM = """

@@ -295,7 +295,7 @@ def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path)
     error = fails("evaluate", reviews_model, "--task", "reviews", "--split", "")
     assert error == "error: reviews has no labelled split ''; it has train, validation, test."
     error = fails("evaluate", reviews_model, "--task", "reviews", "--batch_size", "0")
-    assert error == "error: command line: argument --batch_size: 0 is no whole number, 1 or more"
+    assert error == "error: command line: argument --batch_size: 0 is not a whole number of at least 1"
     assert f"{tmp_path}/none" in fails("evaluate", tmp_path / "none", "--task", "reviews")
     assert "bert model, not of a capsule-head model" in fails("evaluate", backbone, "--task", "reviews")
     error = fails("evaluate", reviews_model, "--task", "toy_norb")

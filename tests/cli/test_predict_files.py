@@ -138,7 +138,7 @@ def test_an_interrupted_prediction_resumes(call, classifier, tmp_path, monkeypat
     status, _, err = call(*arguments)
     assert status == 130 and not output.exists()
     line = err.splitlines()[-1]
-    assert line == f"error: interrupted; 2 rows are done, and kept in {output}.part: the same command resumes there."
+    assert line == f"error: interrupted; 2 rows are done and kept in {output}.part, where the same command resumes."
     # The same command: the first chunk is not scored again.
     scored, stops = [], False
     status, _, err = call(*arguments)
@@ -258,9 +258,14 @@ def wrong(tmp_path):
         ("right.csv", "right.csv", (), "The output is the input, {}/right.csv; expected another file."),
         ("right.csv", "out.xlsx", (), "{}/out.xlsx is no table by its name; expected .csv, .jsonl, .parquet."),
         ("right.csv", "none/out.csv", (), "{}/none/out.csv cannot be written; expected a file in a folder that exists"),
-        ("right.csv", "out.csv", ("--top_k", 0), "command line: argument --top_k: 0 is no whole number, 1 or more"),
+        (
+            "right.csv",
+            "out.csv",
+            ("--top_k", 0),
+            "command line: argument --top_k: 0 is not a whole number of at least 1",
+        ),
         ("right.csv", "out.csv", ("--top_k", 3), "top_k is 3, and the model has 2 classes; expected 2 or less."),
-        ("right.csv", "out.csv", ("--abstain_below", 1.5), "argument --abstain_below: 1.5 is no probability"),
+        ("right.csv", "out.csv", ("--abstain_below", 1.5), "argument --abstain_below: 1.5 is not a probability"),
     ],
 )
 def test_mistakes_are_one_sentence(fails, classifier, wrong, source, output, options, message):
