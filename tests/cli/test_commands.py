@@ -418,7 +418,7 @@ def test_an_interrupted_training_says_what_is_saved(call, small_run, tmp_path, m
     assert status == 130
     said = {
         1: "there is no checkpoint yet, and nothing is saved.",
-        4: f"{tmp_path}/run/checkpoint-2 is saved: --resume_from_checkpoint last goes on from there.",
+        4: f"{tmp_path}/run/checkpoint-2 is saved, and --resume_from_checkpoint last continues from there.",
     }
     assert err.split("\n")[-2] == f"error: interrupted; {said[step]}"
 
