@@ -107,7 +107,7 @@ def test_answers_with_options(call, classifier, expected, tmp_path):
     assert all(row["top_1_label"] for row in rows)
     # Once more, beside the answers that are there.
     status, _, err = call("predict", classifier, "--data", first, "--output", tmp_path / "second.csv")
-    assert status == 0 and "which are called predicted_label_2, probability_2, probability_negative_2" in err
+    assert status == 0 and "so new ones are called predicted_label_2, probability_2, probability_negative_2" in err
     again = read(tmp_path / "second.csv")
     assert [{name: row[name] for name in rows[0]} for row in again] == rows
     # The same options for lines.
@@ -164,7 +164,7 @@ def test_the_place_of_what_is_done_is_taken(fails, classifier, tmp_path, monkeyp
         assert fails(*arguments).startswith(f"error: Another process writes to {folder}; wait until it has ended")
     (folder / files.LOCK).unlink(missing_ok=True)
     (folder / "diary.txt").write_text("dear diary")
-    assert fails(*arguments).startswith(f"error: {folder} is there and not of a prediction")
+    assert fails(*arguments).startswith(f"error: {folder} holds other files")
     assert (folder / "diary.txt").read_text() == "dear diary"
 
 
@@ -251,7 +251,7 @@ def wrong(tmp_path):
         ("damaged.parquet", "out.csv", (), "{}/damaged.parquet is not a Parquet file that can be read"),
         ("numbers.jsonl", "out.csv", (), "text of row 2 of {}/numbers.jsonl is 5, a int; expected a text"),
         ("half.jsonl", "out.csv", (), "text of row 1 of {}/half.jsonl has half of a character"),
-        ("other.csv", "out.csv", (), "{}/other.csv has the columns a, b, none with a usual name for texts"),
+        ("other.csv", "out.csv", (), "{}/other.csv has the columns a, b, and none has a usual name for texts"),
         ("other.csv", "out.csv", ("--text", "c"), "{}/other.csv has the columns a, b, and text is c; expected"),
         ("other.csv", "out.csv", ("--text", "a,b,a"), "text is a,b,a; expected one column, or two for pairs"),
         ("folder", "out.csv", (), "{}/folder is a folder, and the model classifies texts; expected a table"),
