@@ -110,7 +110,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: If the numbers of texts and classes differ, there are fewer than two classes, an option is
-                unknown or does not fit, or an entry of X is no text.
+                unknown or does not fit, or an entry of X is not a text.
             OSError: If the backbone is not found.
         """
         from transformers import PrinterCallback
@@ -159,7 +159,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             NotFittedError: If the classifier was not trained.
-            ValueError: If an entry of X is no text.
+            ValueError: If an entry of X is not a text.
         """
         from .predicting import Scorer
 
@@ -178,7 +178,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             NotFittedError: If the classifier was not trained.
-            ValueError: If an entry of X is no text.
+            ValueError: If an entry of X is not a text.
         """
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]
@@ -205,7 +205,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         """Load a classifier that `save` wrote.
 
         Raises:
-            OSError: If the folder holds no classifier.
+            OSError: If the folder does not hold a classifier.
             ValueError: If its files are damaged.
         """
         from .models.processors import processor_of

@@ -108,7 +108,7 @@ def build_demo(model: str) -> gradio.Blocks:
         gradio.Examples(_examples(name), inputs, label="Examples" if name == "text" else "Example")
         boxes = inputs if name == "text" else []
         gradio.on([button.click, *(box.submit for box in boxes)], explain_input, inputs, result, api_name="explain")
-        gradio.on([given.change for given in inputs], None, None, result, js="() => ''")  # in the browser, at each key
+        gradio.on([given.change for given in inputs], None, None, result, js="() => ''")  # clears it in the browser
     return page
 
 

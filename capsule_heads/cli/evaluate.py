@@ -1,4 +1,4 @@
-"""`capsule-heads evaluate`: measure a trained model on labelled data."""
+"""`capsule-heads evaluate`: evaluate a trained model on labelled data."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def load_own(options: argparse.Namespace, model: CapsuleHeadClassifier) -> OwnDa
 def _measure(
     model: CapsuleHeadClassifier, processor: Any, split: Any, options: argparse.Namespace, metric: str | None
 ) -> dict[str, Any]:
-    """Return everything that is measured on a split, with a task's own metrics."""
+    """Return the measures of a model on a split, with a task's own metrics."""
     import numpy as np
     from transformers import EvalPrediction
 
@@ -196,4 +196,4 @@ def _write(found: Mapping[str, Any], folder: Path, title: str) -> None:
     print(folder / FIGURES)
 
 
-COMMAND = Command("Measure a trained model on labelled data.", make_parser, run)
+COMMAND = Command("Evaluate a trained model on labelled data.", make_parser, run)

@@ -32,7 +32,7 @@ class TableRows:
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If the file is no table, has no rows, or lacks the columns.
+        ValueError: If the file is not a table, has no rows, or lacks the columns.
     """
 
     noun, lacks = "row", "which have no text"
@@ -76,7 +76,7 @@ class TableRows:
         """Yield rows by column, and their inputs: a text, a tuple of two, or None for an empty row.
 
         Raises:
-            ValueError: If a value is no text.
+            ValueError: If a value is not a text.
         """
         assert self.table is not None
         start = 0
@@ -133,7 +133,7 @@ class FolderRows:
         self.n, self.n_left = len(self.files), len(files) - len(self.files)
         if not self.files:
             raise ValueError(
-                f"{folder} has {self.n_left} files, none of which is {modality} by its name; expected a folder of "
+                f"{folder} has {self.n_left} files, and no {modality} file among them by name; expected a folder of "
                 f"{modality} files, which may be in subfolders."
             )
 

@@ -79,7 +79,7 @@ class Scorer:
     def __call__(self, inputs: Sequence[Any]) -> Scored:
         """Score inputs: texts and tuples of two, or what `as_image` or `as_audio` reads.
 
-        An input that cannot be read, or of which no token is left, has no scores; `faults` says why.
+        An input that cannot be read, or a text without tokens, has no scores; `faults` says why.
         """
         found = Scored(torch.full((len(inputs), self.model.config.num_labels or 0), torch.nan))
         run = {"text": self._score_texts, "image": self._score_images, "audio": self._score_audio}[self.modality]
@@ -184,7 +184,7 @@ def score_inputs(
 
     Raises:
         OSError: If a file is not found.
-        ValueError: If an input cannot be read, or no token of it is left.
+        ValueError: If an input cannot be read, or a text has no tokens.
     """
     scorer = Scorer(model, processor, batch_size)
     found = scorer(inputs)

@@ -46,7 +46,7 @@ class Batches:
     caches: Mapping[str, HiddenStateCache]
 
     def of_training(self, step: int) -> Iterator[tuple[bool, dict[str, Any]]]:
-        """Yield training batches from a step on, epoch after epoch, each with whether it begins an epoch."""
+        """Yield whether a training batch begins an epoch, and the batch, from a step on and without end."""
         while True:
             epoch, done = divmod(step, self.steps_in_epoch)
             self.loader.set_epoch(epoch)
@@ -233,7 +233,7 @@ class _Worker:
             self._process.join()
             raise ChildProcessError(
                 f"A process of the sweep ended with exit code {self._process.exitcode} (-9: killed, or out of memory); "
-                "expected it to run to the end: go on from the last checkpoint with --resume."
+                "expected it to run to the end: resume from the last checkpoint with --resume."
             ) from None
         if isinstance(reply, Exception):
             raise reply

@@ -126,7 +126,7 @@ class GraphedSteps:
             except RuntimeError as error:
                 self._works = False
                 reason = str(error).splitlines()[0]
-                logger.warning(f"Heads take their steps one by one, as CUDA cannot record them as a graph: {reason}")
+                logger.warning(f"Heads take their steps one by one, as a CUDA graph cannot record them: {reason}")
                 self.step(members, batch)
                 return
         graph = self._graphs[shape]

@@ -114,7 +114,7 @@ def _write(term: LinearTerm, solution: Solution) -> None:
 
 
 def _draw_rows(trainer: CapsuleTrainer, model: CapsuleHeadClassifier) -> Sequence[int] | None:
-    """Return all training rows, or some drawn by the seed of their order; None if too few or a stream."""
+    """Return all training rows, or some drawn by the order's seed; None for a stream, or if too few can be taken."""
     dataset: Any = trainer.train_dataset
     if not hasattr(dataset, "__len__"):  # a stream
         return None
@@ -129,7 +129,7 @@ def _draw_rows(trainer: CapsuleTrainer, model: CapsuleHeadClassifier) -> Sequenc
 
 
 def _starts_at_zero(trainer: CapsuleTrainer, model: CapsuleHeadClassifier, rows: Sequence[int]) -> bool:
-    """Return whether a head's scores are 0, so that it is not trained yet."""
+    """Return whether a head's scores are 0: it is not trained yet, and its initial scores are 0."""
     for states, masks, _ in _compute(trainer, model, rows[: trainer.args.eval_batch_size]):
         with torch.no_grad(), trainer.compute_loss_context_manager():
             return not model.head(states, masks).a_out.count_nonzero()

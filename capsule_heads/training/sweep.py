@@ -71,8 +71,8 @@ class SweepArguments:
     halving: bool = field(
         default=False,
         metadata={
-            "help": "Stop the worse half of the combinations after a quarter of the steps, and the worse half of the "
-            "others after half of them (successive halving). Not for published results: it favours fast learners."
+            "help": "Stop the worse half of the combinations after a quarter of the steps, and half of the rest after "
+            "half of the steps (successive halving). Not for published results: it favours heads that learn fast."
         },
     )
     ensemble: int | None = field(
@@ -97,7 +97,7 @@ def combine(plan: SweepArguments, head_type: str, options: Mapping[str, Any]) ->
     """Return every combination of a sweep: for each head, all values of the settings and of the options that it has.
 
     Args:
-        plan: what is tried.
+        plan: what to try.
         head_type: the head, if the plan names no heads.
         options: options of heads for all combinations whose head has them.
 
@@ -133,13 +133,13 @@ class Sweep:
     sum is checked before training.
 
     Args:
-        plan: what is tried.
+        plan: what to try.
         data: options of the data.
         model: options of the model.
         head_options: options of heads, for each head that has them.
         arguments: transformers' training arguments, for all heads.
         task: of data that is loaded already, as in `TrainingRun`.
-        combinations: what is tried, instead of the plan's heads and grid.
+        combinations: what to try, instead of the plan's heads and grid.
 
     Attributes:
         members: the heads, in order of combination and seed.
@@ -425,7 +425,7 @@ class Sweep:
         tell(Crew.evaluate)
 
     def score(self, member: Member) -> float:
-        """Return a member's score, by which the best is chosen: the metric on the (first) validation split."""
+        """Return a member's score, the metric on the (first) validation split, as it was last measured."""
         return float(member.found[self.split][self.metric])
 
     def ranked(self) -> list[Member]:

@@ -156,7 +156,7 @@ def draw(found: dict[str, Any]) -> Figure:
     axes = figure.add_subplot()
     for place, (name, points) in enumerate(lines.items()):
         rates = sorted(points)
-        x = [rate * 1.03 ** (place - len(lines) / 2) for rate in rates]  # moved apart, so that none is hidden
+        x = [rate * 1.03 ** (place - len(lines) / 2) for rate in rates]  # moved apart, so that all points are seen
         spreads = [statistics.stdev(points[rate]) if len(points[rate]) > 1 else 0.0 for rate in rates]
         container = axes.errorbar(
             x, [statistics.fmean(points[rate]) for rate in rates], spreads, marker="o", label=name

@@ -428,7 +428,7 @@ class CapsuleTrainer(Trainer):
 
 
 def _one_cycle(args: CapsuleTrainingArguments, optimizer: Optimizer, n_steps: int) -> OneCycle:
-    peak = args.learning_rate  # of groups without their own learning rate; the ends of other groups are in proportion
+    peak = args.learning_rate  # for groups without their own learning rate; other groups' ends are in proportion
     return OneCycle(
         optimizer,
         n_steps=n_steps,

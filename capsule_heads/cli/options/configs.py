@@ -35,7 +35,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag not in PLAIN_TAGS:
-            raise yaml.MarkedYAMLError(problem=f"{node.tag} is no plain value", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"{node.tag} is not a plain value", problem_mark=node.start_mark)
         return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
