@@ -1,7 +1,7 @@
 """Routing-capsule heads (Heinsen, 2019) on the hidden states of transformers.
 
 Names are imported when they are first used, so that `import capsule_heads` is fast. transformers' auto classes know
-the models as soon as both packages are imported, in whichever order.
+the models as soon as both packages are imported, in either order.
 """
 
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ __getattr__, __dir__ = lazy_names(
     },
 )
 
-# A module of transformers, and the one of this package that registers classes there when it is imported.
+# Pairs: a module of transformers, and a module of this package that registers classes in it when it is imported.
 for _auto, _own in (
     ("configuration_auto", "models.configuration_capsule_head"),
     ("modeling_auto", "models.modeling_capsule_head"),

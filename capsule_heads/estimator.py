@@ -37,8 +37,8 @@ NOT_OPTIONS = (
 class HeadClassifier(ClassifierMixin, BaseEstimator):
     """Classify texts by a capsule head on a backbone, with the interface of scikit-learn.
 
-    It goes where estimators go: in a `Pipeline`, `cross_val_score` and `GridSearchCV`. Texts are strings, or tuples of
-    two for pairs. Classes may be words, numbers or truth values, and come back as they went in.
+    It works in a `Pipeline`, in `cross_val_score` and in `GridSearchCV`. Texts are strings, or tuples of two for pairs.
+    Classes may be words, numbers or truth values, and predictions have the same type.
 
     Args:
         backbone: as for `capsule-heads train`: a model on the Hub, a directory, or package:NAME/FOLDER.
@@ -72,8 +72,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self.__dict__.update(options)  # as if they stood in the signature
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return all arguments by name, of the options those that are set."""
-        # A name that ends with "_" is of what was fitted, one that begins with it of scikit-learn's own.
+        """Return all arguments by name, and all options that are set."""
+        # A name that ends with "_" belongs to a fitted attribute, and one that begins with it to scikit-learn.
         return {name: value for name, value in vars(self).items() if not name.startswith("_") and name[-1] != "_"}
 
     @property
@@ -91,7 +91,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def __sklearn_tags__(self) -> Tags:
-        """Return what scikit-learn should know: inputs are texts, and labels are needed."""
+        """Return scikit-learn's tags: inputs are texts, and labels are needed."""
         tags = super().__sklearn_tags__()
         tags.input_tags.string = True
         tags.input_tags.two_d_array = False
@@ -109,8 +109,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             The classifier itself.
 
         Raises:
-            ValueError: If texts and classes are not as many, there are fewer than two classes, an option is unknown or
-                does not fit, or an entry of X is no text.
+            ValueError: If the numbers of texts and classes differ, there are fewer than two classes, an option is
+                unknown or does not fit, or an entry of X is not a text.
             OSError: If the backbone is not found.
         """
         from transformers import PrinterCallback
@@ -125,7 +125,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         _check_names(set(self._options))
         texts, classes = _check_texts(X), _check_classes(y)
         if len(texts) != len(classes):
-            raise ValueError(f"X has {len(texts)} texts and y {len(classes)} classes; expected as many of both.")
+            raise ValueError(f"X has {len(texts)} texts and y {len(classes)} classes; expected a class for each text.")
         self.classes_, numbers = np.unique(classes, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y has {len(self.classes_)} class; expected two classes or more.")
@@ -146,7 +146,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
                 ),
                 own_task(_as_data(texts, numbers, self.classes_)),
             )
-            run.trainer.remove_callback(PrinterCallback)  # there, where there is no progress bar
+            run.trainer.remove_callback(PrinterCallback)  # it is added if there is no progress bar
             run.trainer.train()
         self.model_, self.tokenizer_ = run.model.cpu().eval(), run.processor
         return self
@@ -159,7 +159,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             NotFittedError: If the classifier was not trained.
-            ValueError: If an entry of X is no text.
+            ValueError: If an entry of X is not a text.
         """
         from .predicting import Scorer
 
@@ -171,27 +171,27 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         return found.scores.double().numpy()
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the likeliest class of each text, `[n]`.
+        """Return the most probable class of each text, `[n]`.
 
         Args:
             X: `[n]` texts, or tuples of two.
 
         Raises:
             NotFittedError: If the classifier was not trained.
-            ValueError: If an entry of X is no text.
+            ValueError: If an entry of X is not a text.
         """
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]
 
     def save(self, folder: str | Path) -> None:
-        """Save the classifier: a run that `from_pretrained`, `capsule-heads predict` and `load` take.
+        """Save the classifier as a run that `from_pretrained`, `capsule-heads predict` and `load` can read.
 
         Args:
-            folder: to write to; made if it is not there.
+            folder: folder to write to; created if it does not exist.
 
         Raises:
             NotFittedError: If the classifier was not trained.
-            OSError: If it cannot be written.
+            OSError: If files cannot be written.
             TypeError: If an option cannot be written as JSON.
         """
         check_is_fitted(self, "model_")
@@ -205,7 +205,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         """Load a classifier that `save` wrote.
 
         Raises:
-            OSError: If the folder holds no classifier.
+            OSError: If the folder does not hold a classifier.
             ValueError: If its files are damaged.
         """
         from .models.processors import processor_of
@@ -244,7 +244,7 @@ def _options_of(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_texts(given: Any) -> list[Any]:
-    """Return texts, and tuples of two, from what a user has them in."""
+    """Return a user's texts, and tuples of two texts, as a list."""
     if isinstance(given, str):
         raise ValueError("X is one text; expected a list of texts.")
     texts = [_as_text(x) for x in list_inputs(given, "text")]
@@ -272,17 +272,18 @@ def _check_classes(given: Any) -> np.ndarray:
         classes = classes[:, 0]
     if classes.ndim != 1:
         raise ValueError(
-            f"y has the shape {list(classes.shape)}; expected one class for each text: capsule-heads train has several."
+            f"y has the shape {list(classes.shape)}; expected one class for each text: capsule-heads train accepts "
+            "several."
         )
     if classes.dtype.kind == "f" and not (np.isfinite(classes).all() and (classes == np.floor(classes)).all()):
         raise ValueError("Unknown label type: y holds numbers that are not whole; expected classes, not a regression.")
     if classes.dtype.kind == "O" and any(x is None or x != x for x in classes):
-        raise ValueError("y has a row without a class; expected one in every row.")
+        raise ValueError("y has a row without a class; expected a class in every row.")
     return classes
 
 
 def _as_data(texts: list[Any], numbers: np.ndarray, classes: np.ndarray) -> OwnData:
-    """Return training data, whose classes have names by their numbers' order."""
+    """Return training data, with names of classes in the order of their numbers."""
     from datasets import ClassLabel, Dataset, Features, Value
 
     from .data import OwnData

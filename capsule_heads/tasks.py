@@ -1,6 +1,6 @@
-"""Tasks: what is trained and evaluated by name, one record each, and what texts, images and audio need for it.
+"""Tasks: data to train and evaluate on by name, one record each, and the handling of texts, images and audio.
 
-Data, models and the paper's wing are imported when a task is used, so that names and help texts are there at once.
+Data, models and the paper's code are imported when a task is used, so that names and help texts are there at once.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from .data import OwnData
     from .models import CapsuleHeadClassifier
 
-# Of files of texts. What looks like the name of one was not meant as a text.
+# Suffixes of files of texts. An input that looks like such a file's name was not meant as a text.
 DATA_SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".xlsx", ".gz", ".zip")
 
 
 logger = logging.getLogger(__name__)
 
 OWN_DATA = "own_data"  # in results.json, where a registered task has its name
-LONG_CHECK = 10  # seconds from which on a check of files is mentioned
+LONG_CHECK = 10  # seconds after which a check of files is logged
 
 
 class Modality(abc.ABC):
-    """What texts, images or audio need to be classified.
+    """The handling of texts, of images or of audio.
 
     Attributes:
-        noun: a plural.
+        noun: noun for the inputs, in the plural.
         columns: the columns of a task's splits that hold an input.
     """
 
@@ -52,21 +52,21 @@ class Modality(abc.ABC):
     def prepare(
         self, splits: DatasetDict, processor: Any, max_length: int | None = None, in_windows: bool = False
     ) -> DatasetDict:
-        """Return splits with what the model takes, and `labels`; see `Task.prepare`."""
+        """Return splits with the model's inputs and `labels`; see `Task.prepare`."""
 
     def check_files(self, splits: Mapping[str, Dataset], processor: Any, model: CapsuleHeadClassifier) -> None:
         """Read all files of a user's own data; see `Task.check_files`."""
         return  # texts are read already
 
     def collator(self, processor: Any) -> Callable[[list], Mapping[str, Any]] | None:
-        """Return what makes batches of prepared rows; None for what a Trainer has by default."""
+        """Return a function that makes batches of prepared rows; None for a Trainer's default."""
         return None
 
     def check_arguments(self, given: Sequence[str]) -> None:
-        """Check inputs as they stand on a command line.
+        """Check the inputs of a command line.
 
         Raises:
-            ValueError: If one is something else than this modality reads.
+            ValueError: If an input is not of this modality.
         """
         return  # `read` says what is wrong with a file
 
@@ -200,23 +200,23 @@ MODALITIES: Mapping[str, Modality] = MappingProxyType({"text": _Texts(), "image"
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its data, how that is prepared, and how predictions are measured.
+    """A task: its data, how the data is prepared, and how predictions are measured.
 
     Attributes:
         name: the name on the command line and in results.json.
-        title: a noun phrase for the data, as a model card has it.
+        title: a noun phrase for the data, for model cards.
         modality: one of `MODALITIES`.
         loader: returns the splits `train`, `validation` and perhaps `test`, with the columns of the modality and
-            `label`, given a source (None: none was given) and the options named in `loader_options`.
+            `label`. It takes a source, or None if no source was given, and the options named in `loader_options`.
         source_help: what `source` is, for `--help`; None for data that comes with the package.
-        needs_source: whether there is no data without a source.
-        loader_options: options of the data that the loader takes beside the source: `phrases`.
-        metric: what `capsule_heads.metrics.compute_metrics_for` is asked for.
-        repository: where the data is on the Hub, if it is there.
-        config: its configuration there, if there are several.
+        needs_source: whether the task needs a source.
+        loader_options: options of the data that the loader takes besides the source: `phrases`.
+        metric: name of the metrics, as `capsule_heads.metrics.compute_metrics_for` takes it.
+        repository: repository of the data on the Hub, if it is there.
+        config: configuration of the data on the Hub, if there are several.
         is_own_data: whether the data is the user's own, so that a model card cannot name it.
-        processor: returns the processor, where that is not the backbone's own.
-        preparation: returns prepared splits, where that is not the modality's own way.
+        processor: returns the processor, if it is not the backbone's own.
+        preparation: returns prepared splits, if the modality's own preparation is not used.
     """
 
     name: str
@@ -235,7 +235,7 @@ class Task:
 
     @property
     def data(self) -> Modality:
-        """What the task's texts, images or audio need."""
+        """The handling of the task's texts, images or audio."""
         return MODALITIES[self.modality]
 
     @property
@@ -249,12 +249,12 @@ class Task:
         """Load the splits, with the columns of the modality and `label`.
 
         Args:
-            source: where the data is; None for the task's own place.
+            source: where the data is; None for the task's default.
             **options: `phrases`, for the tasks that have them; False to train on whole sentences only.
 
         Raises:
-            ValueError: If a source is given to a task that has none, or none to a task that needs it.
-            OSError: If the data is not there.
+            ValueError: If a source is given to a task that takes none, or missing for a task that needs it.
+            OSError: If the data is not found.
         """
         if source is not None and self.source_help is None:
             raise ValueError(f"source is {source}, but {self.name} comes with the package; leave it out.")
@@ -263,7 +263,7 @@ class Task:
         return self.loader(source, **{name: options[name] for name in self.loader_options if name in options})
 
     def load_processor(self, backbone: str, revision: str | None = None, pad_token: str | None = None) -> Any:
-        """Load what prepares the data for a backbone: a tokenizer, image processor or feature extractor.
+        """Load the tokenizer, image processor or feature extractor that prepares the data for a backbone.
 
         Args:
             backbone: name or path of the backbone, or of a model that was saved with its processor.
@@ -271,7 +271,7 @@ class Task:
             pad_token: the padding token, for a tokenizer that has none.
 
         Raises:
-            OSError: If it is not found, or cannot be read.
+            OSError: If the processor is not found, or cannot be read.
             ValueError: If the padding token is not in the vocabulary, or there is no tokenizer.
         """
         if self.processor is not None:
@@ -281,7 +281,7 @@ class Task:
         return load_processor(backbone, self.modality, revision, pad_token)
 
     def check_files(self, splits: Mapping[str, Dataset], processor: Any, model: CapsuleHeadClassifier) -> None:
-        """Read each file of the user's own data once, so that a damaged one is found before anything long begins.
+        """Read each file of the user's own data once, so that a damaged file is found before training begins.
 
         Args:
             splits: as `load` returns them.
@@ -302,12 +302,12 @@ class Task:
     def prepare(
         self, splits: DatasetDict, processor: Any, max_length: int | None = None, in_windows: bool = False
     ) -> DatasetDict:
-        """Return the splits with what a model takes, and `labels`.
+        """Return the splits with a model's inputs, and `labels`.
 
         Args:
             splits: as `load` returns them.
             processor: as `load_processor` returns it.
-            max_length: tokens to cut texts to; None for as many as the backbone takes.
+            max_length: number of tokens to cut texts to; None for the most that the backbone takes.
             in_windows: whether the model takes texts of any length.
 
         Raises:
@@ -338,7 +338,7 @@ def register_task(task: Task) -> Task:
     known = _TASKS.get(task.name)
     # A notebook cell that is run again defines its task again.
     if known is not None and _origin(known) != _origin(task):
-        raise ValueError(f"task {task.name!r} is there already, loaded by {_origin(known)}; choose another name.")
+        raise ValueError(f"task {task.name!r} is registered already, loaded by {_origin(known)}; choose another name.")
     _TASKS[task.name] = task
     return task
 
@@ -376,10 +376,10 @@ def own_task(data: OwnData) -> Task:
 
 
 def check_task_fits(task: Task, model: CapsuleHeadClassifier) -> None:
-    """Check that a model classifies what a task holds.
+    """Check that a model classifies a task's kind of data.
 
     Raises:
-        ValueError: If the task is of texts, say, and the model classifies images.
+        ValueError: If, for example, the task is of texts and the model classifies images.
     """
     from .models.processors import modality_of
 
@@ -400,11 +400,11 @@ def source_help() -> str:
 
 
 def load_classifier(name_or_path: str) -> CapsuleHeadClassifier:
-    """Load a saved classifier of texts, images or audio, whichever it is.
+    """Load a saved classifier of texts, images or audio, by the class that its configuration names.
 
     Raises:
-        ValueError: If it is none of them, or its weights do not fit its configuration.
-        OSError: If it is not found.
+        ValueError: If it is a model of another class, or its weights do not fit its configuration.
+        OSError: If the model is not found.
     """
     from .models import CapsuleHeadConfig
     from .models.checkpoint import MismatchedShapes
@@ -418,7 +418,8 @@ def load_classifier(name_or_path: str) -> CapsuleHeadClassifier:
             except MismatchedShapes as error:
                 raise ValueError(str(error)) from error
     raise ValueError(
-        f"{name_or_path} is of {config.architectures}; expected {' or '.join(cls.__name__ for cls in classes)}."
+        f"{name_or_path} has the architecture {config.architectures}; expected "
+        f"{' or '.join(cls.__name__ for cls in classes)}."
     )
 
 

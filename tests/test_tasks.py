@@ -198,7 +198,7 @@ def test_a_task_of_ones_own(own_tasks):
 
 
 def test_tasks_that_cannot_be_registered(own_tasks):
-    with pytest.raises(ValueError, match="task 'reviews' is there already, loaded by capsule_heads"):
+    with pytest.raises(ValueError, match="task 'reviews' is registered already, loaded by capsule_heads"):
         register_task(Task("reviews", "mine", "text", load_tickets))
     with pytest.raises(ValueError, match="modality is 'smell'; expected one of text, image, audio"):
         register_task(Task("perfumes", "perfumes", "smell", load_tickets))

@@ -1,6 +1,6 @@
 """The command line, `capsule-heads` and `python -m capsule_heads`.
 
-Each module here that has a `COMMAND` is a command, under the module's name; `options` is what commands share.
+Each module here that has a `COMMAND` is a command with the module's name. `options` holds what the commands share.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        argv: the command and its options. Default: those of this process.
+        argv: the command and its options. Default: the arguments of this process.
 
     Raises:
-        SystemExit: After help, and after a mistake, of which one line says what it is; its status is then 2.
+        SystemExit: After help; and with status 2 after a mistake, which one line describes.
     """
     with ended_in_one_line(), quiet():
         _run(argv)

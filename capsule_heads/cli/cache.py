@@ -33,11 +33,11 @@ def run(options: argparse.Namespace) -> None:
                 options.import_states,
             )
     except KeyboardInterrupt:
-        fail("interrupted; the shards that are complete are kept: the same command resumes there.", INTERRUPTED)
+        fail("interrupted; complete shards are kept, and the same command resumes there.", INTERRUPTED)
     if options.arguments.process_index:
         return
     for name, folder, missing in found:
-        rest = f"; {missing} of {folder.n_shards} shards are missing, which other parts compute" if missing else ""
+        rest = f"; {missing} of {folder.n_shards} shards are missing, left to other parts" if missing else ""
         print(f"{name}: {len(folder.lengths):,} texts, {gigabytes(folder.n_bytes)}, {folder.place}{rest}")
 
 

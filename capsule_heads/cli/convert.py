@@ -17,14 +17,14 @@ def make_parser(prog: str) -> OneLineParser:
     from ..paper.checkpoints import NETWORKS
 
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
-    parser.add_argument("state_dict", help="File of the original project.")
-    parser.add_argument("network", choices=NETWORKS, help="Network that the file is of.")
+    parser.add_argument("state_dict", help="File with a state dict of the original project.")
+    parser.add_argument("network", choices=NETWORKS, help="Network whose weights the file holds.")
     parser.add_argument("output", help="Directory to write.")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert a state dict, and print where to."""
+    """Convert a state dict, and print the directory that was written."""
     from ..paper.checkpoints import convert_checkpoint
 
     with one_line_errors(OSError, ValueError):

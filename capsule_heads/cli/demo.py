@@ -1,4 +1,4 @@
-"""`capsule-heads demo`: a page to look at a classifier. It needs Gradio: pip install "capsule-heads[demo]"."""
+"""`capsule-heads demo`: a page that explains scores. It needs Gradio: pip install "capsule-heads[demo]"."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DESCRIPTION = (
 )
 PORT = 7860
 NOUNS = {"text": "a text", "image": "an image", "audio": "audio"}
-MOST_CLASSES, MOST_CHARACTERS = 4, 60  # that the title names, of their names
+MOST_CLASSES, MOST_CHARACTERS = 4, 60  # the most that the title shows
 # An error's sentence, shown instead of a result. gradio.Error would cover it with a badge.
 ALERT = '<p role="alert" style="border-left: 4px solid #b2182b; padding-left: 0.7rem; overflow-wrap: anywhere">{}</p>'
 EXAMPLES = (
@@ -38,8 +38,8 @@ def make_parser(prog: str) -> OneLineParser:
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("model", help="Directory or Hub name of a classifier.")
     parser.add_argument("--port", type=at_least(1), help=f"Port to serve at (default: {PORT}).")
-    parser.add_argument("--write_space", metavar="FOLDER", help="Write the files of a Space here, instead of serving.")
-    parser.add_argument("--push_space", metavar="NAME", help="Push the page as a Space, instead of serving it.")
+    parser.add_argument("--write_space", metavar="FOLDER", help="Folder to write the Space to, instead of serving.")
+    parser.add_argument("--push_space", metavar="NAME", help="Name of a Space to push the page to, instead of serving.")
     return parser
 
 
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
 def build_demo(model: str) -> gradio.Blocks:
     """Build the page: scores of a text, an image or audio, and where they come from.
 
-    Of a model whose scores have no credits, such as a regression or a linear head, it shows the scores alone, and why.
+    If the scores have no credits, as for a regression or a linear head, the page shows only the scores, and why.
 
     Args:
         model: directory or Hub name of a classifier.
@@ -76,11 +76,11 @@ def build_demo(model: str) -> gradio.Blocks:
     Raises:
         ImportError: If Gradio or matplotlib is not installed.
         OSError: If the model, or its processor, is not found.
-        ValueError: If the model is no classifier.
+        ValueError: If the model is not a classifier.
     """
     try:
         import gradio
-        import matplotlib  # noqa: F401  # a page that draws nothing would say so at each click
+        import matplotlib  # noqa: F401  # else each click would report that it is missing
     except ImportError as error:
         raise ImportError('The page needs Gradio and matplotlib: pip install "capsule-heads[demo]".') from error
     from ..models.processors import modality_of
@@ -90,12 +90,12 @@ def build_demo(model: str) -> gradio.Blocks:
     name, show = modality_of(classifier), _make_show(classifier)
 
     def explain_input(*given: str | None) -> Iterator[str]:
-        yield ""  # what is there now is of another input, whatever comes of this one
+        yield ""  # clears the result of the previous input first
         try:
             yield show(*given)
         except (ImportError, OSError, TypeError, ValueError) as error:
             sentence = str(error)
-            if name != "text" and given[0]:  # the path is that of a copy
+            if name != "text" and given[0]:  # the path is that of Gradio's copy
                 sentence = sentence.replace(given[0], Path(given[0]).name)
             yield ALERT.format(html.escape(sentence))
 
@@ -108,12 +108,12 @@ def build_demo(model: str) -> gradio.Blocks:
         gradio.Examples(_examples(name), inputs, label="Examples" if name == "text" else "Example")
         boxes = inputs if name == "text" else []
         gradio.on([button.click, *(box.submit for box in boxes)], explain_input, inputs, result, api_name="explain")
-        gradio.on([given.change for given in inputs], None, None, result, js="() => ''")  # in the browser, at each key
+        gradio.on([given.change for given in inputs], None, None, result, js="() => ''")  # clears it in the browser
     return page
 
 
 def _make_show(model: CapsuleHeadClassifier) -> Callable[..., str]:
-    """Return what makes HTML of what the input components hold."""
+    """Return a function that turns the values of the input components into HTML."""
     from ..explain import explain
     from ..explain.credits import check_explained
     from ..explain.parts import load_parts
@@ -147,7 +147,7 @@ def _make_show(model: CapsuleHeadClassifier) -> Callable[..., str]:
 
 
 def title_of(model: CapsuleHeadClassifier) -> str:
-    """Return a question of the classes, such as "negative or positive?", that names as many as there is room for."""
+    """Return a question, such as "negative or positive?", that names as many classes as fit."""
     names = model.config.class_names
     if model.config.problem_type == "regression":
         return f"{', '.join(names)}: how much?"
@@ -162,12 +162,12 @@ def title_of(model: CapsuleHeadClassifier) -> str:
 
 
 def _inputs(name: str) -> list[Any]:
-    """Return the components that take an input; files as they are, without a change of size, colours or rate."""
+    """Return the input components. They pass files on unchanged, with their size, colours and sampling rate."""
     import gradio
 
     if name == "image":
         image: Any = gradio.Image(type="filepath", image_mode=None, label="Image")
-        # Gradio would open the file, and has no sentence for a text. No subclass: Gradio would write a .pyi file here.
+        # Gradio would open the file, without a clear error for a text. A subclass would make it write a .pyi file here.
         image.preprocess = lambda given: given and given.path
         return [image]
     if name == "audio":
@@ -181,7 +181,7 @@ def _inputs(name: str) -> list[Any]:
 
 
 def _examples(name: str) -> list[list[str]]:
-    """Return examples for the components, of no model in particular: texts and a pair, or an image or a tone."""
+    """Return examples for the components that suit any model: texts and a pair of texts, an image, or a tone."""
     if name == "text":
         return [[*texts] for texts in EXAMPLES]
     path = Path(tempfile.mkdtemp(prefix="capsule-heads-")) / ("discs.png" if name == "image" else "tone.wav")
@@ -190,7 +190,7 @@ def _examples(name: str) -> list[list[str]]:
 
 
 def _draw_discs(path: Path) -> None:
-    """Write an image of two discs, which is a stereo pair too."""
+    """Write an image of two discs, which can also be read as a stereo pair."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (448, 224), (70, 90, 110))
@@ -201,7 +201,7 @@ def _draw_discs(path: Path) -> None:
 
 
 def _play_tone(path: Path, rate: int = 16000) -> None:
-    """Write a second of a tone of 440 Hz."""
+    """Write one second of a 440 Hz tone."""
     import array
     import wave
 
@@ -210,4 +210,4 @@ def _play_tone(path: Path, rate: int = 16000) -> None:
         file.writeframes(array.array("h", (int(8000 * math.sin(2 * math.pi * 440 * n / rate)) for n in range(rate))))
 
 
-COMMAND = Command("Serve a page to look at a classifier.", make_parser, run)
+COMMAND = Command("Serve a page that explains a classifier's scores.", make_parser, run)

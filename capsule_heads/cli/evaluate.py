@@ -1,4 +1,4 @@
-"""`capsule-heads evaluate`: measure a trained model on labelled data."""
+"""`capsule-heads evaluate`: evaluate a trained model on labelled data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="Batch size (default: %(default)s).")
     add_hidden_states(parser)
     parser.add_argument(
-        "--output_dir", help="Folder to write to (default: evaluation-NAME in the model's, or here for one of the Hub)."
+        "--output_dir",
+        help="Folder to write to (default: evaluation-NAME in the model's folder; here if the model is on the Hub).",
     )
     return parser
 
@@ -45,18 +46,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `load_splits`."""
     from ..tasks import registered_tasks, source_help
 
-    parser.add_argument("--data", help="Labelled data of your own: what --data of train takes.")
+    parser.add_argument("--data", help="Labelled data of your own, in any form that train --data takes.")
     parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="Column of texts, or two for pairs.")
-    parser.add_argument("--label", metavar="COLUMN[,COLUMN]", help="Column of labels, or several of 0 and 1.")
-    parser.add_argument("--task", metavar="TASK", choices=registered_tasks(), help="Task whose data to take.")
+    parser.add_argument("--label", metavar="COLUMN[,COLUMN]", help="Column of labels, or columns of 0 and 1.")
+    parser.add_argument("--task", metavar="TASK", choices=registered_tasks(), help="Task whose data to use.")
     parser.add_argument("--source", help=source_help())
     parser.add_argument(
-        "--split", help="validation or test (default: validation of a task; the only one of your data)."
+        "--split", help="Split, such as test (default: validation for a task, the only split for your own data)."
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate a model, print what was measured, and write it."""
+    """Evaluate a model, and print and write the results."""
     from ..tasks import get_task, load_classifier
 
     with one_line_errors(), without_data_bars():
@@ -91,7 +92,7 @@ def check_data_options(options: argparse.Namespace) -> None:
 
 
 def load_splits(options: argparse.Namespace, model: CapsuleHeadClassifier) -> tuple[Any, dict[str, Dataset]]:
-    """Return the model's processor, and labelled splits with what the model takes.
+    """Return the model's processor, and labelled splits that are prepared for the model.
 
     Raises:
         ValueError: If the data does not fit the model, or has no such split.
@@ -123,7 +124,7 @@ def load_splits(options: argparse.Namespace, model: CapsuleHeadClassifier) -> tu
 
 
 def load_own(options: argparse.Namespace, model: CapsuleHeadClassifier) -> OwnData:
-    """Return a user's own examples, of the columns that were named, those of training, or the usual ones."""
+    """Return a user's own examples, from the columns that are named, those of training, or those with usual names."""
     from ..data import load_examples
     from ..hub.results import columns_of_training
     from ..models.processors import modality_of
@@ -136,7 +137,7 @@ def load_own(options: argparse.Namespace, model: CapsuleHeadClassifier) -> OwnDa
 def _measure(
     model: CapsuleHeadClassifier, processor: Any, split: Any, options: argparse.Namespace, metric: str | None
 ) -> dict[str, Any]:
-    """Return all that is measured on a split, and a task's own metrics."""
+    """Return the measures of a model on a split, with a task's own metrics."""
     import numpy as np
     from transformers import EvalPrediction
 
@@ -191,8 +192,8 @@ def _write(found: Mapping[str, Any], folder: Path, title: str) -> None:
             if name in found:
                 draw(found).savefig(folder / f"{name}.png")
     except ImportError:
-        logger.warning('There are no pictures: they need matplotlib: pip install "capsule-heads[pictures]".')
+        logger.warning('There are no pictures, which need matplotlib: pip install "capsule-heads[pictures]".')
     print(folder / FIGURES)
 
 
-COMMAND = Command("Measure a trained model on labelled data.", make_parser, run)
+COMMAND = Command("Evaluate a trained model on labelled data.", make_parser, run)

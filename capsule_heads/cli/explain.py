@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..models import CapsuleHeadClassifier
 
 DESCRIPTION = (
-    "Write report.html, one page that needs no network; a picture of each input: tokens by layers, or patches over the "
-    "image; and explanations.json, with all numbers. Without inputs a sample of labelled data is explained, and wrong "
+    "Write report.html (one page that works offline), a picture of each input (tokens by layers, or patches over the "
+    "image) and explanations.json (all numbers). Without inputs, a sample of labelled data is explained, and its wrong "
     "predictions come first."
 )
 MAX_INPUTS = 50
@@ -34,18 +34,20 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument(
         "inputs", nargs="*", help="Texts (a tab separates those of a pair), or files of images or audio."
     )
-    parser.add_argument("--data", help="Labelled data of your own to explain a sample of: what --data of train takes.")
+    parser.add_argument(
+        "--data", help="Labelled data of your own to draw a sample from, in any form that train --data takes."
+    )
     parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="Column of texts, or two for pairs.")
-    parser.add_argument("--label", metavar="COLUMN[,COLUMN]", help="Column of labels, or several of 0 and 1.")
+    parser.add_argument("--label", metavar="COLUMN[,COLUMN]", help="Column of labels, or columns of 0 and 1.")
     parser.add_argument("--split", help="Split of the data (default: the only one).")
     parser.add_argument(
-        "--task", metavar="TASK", choices=registered_tasks(), help="Task of whose test split a sample is explained."
+        "--task", metavar="TASK", choices=registered_tasks(), help="Task whose test split the sample is drawn from."
     )
     parser.add_argument("--source", help=source_help())
     parser.add_argument(
         "--max_inputs",
         type=at_least(0),
-        help=f"Number of inputs of the sample, drawn at random; 0 for all (default: {MAX_INPUTS}).",
+        help=f"Number of inputs in the random sample; 0 for all (default: {MAX_INPUTS}).",
     )
     parser.add_argument("--seed", type=at_least(0), help="Random seed of the sample (default: 0).")
     parser.add_argument(
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Check what can be checked before anything is loaded or written.
+    """Check the options, before anything is loaded or written.
 
     Raises:
         ValueError: If there is nothing to explain, an option has no effect, or the model's scores have no credits.
@@ -120,10 +122,10 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _load_sample(model: CapsuleHeadClassifier, options: argparse.Namespace) -> Dataset:
-    """Load a sample of labelled data, a user's own or a task's test split.
+    """Load a sample of labelled data, from a user's own data or from a task's test split.
 
     Raises:
-        ValueError: If it does not fit the model, or the task has no test split.
+        ValueError: If the data does not fit the model, or the task has no test split.
     """
     from ..tasks import check_task_fits, get_task, own_task
     from ..training.run import check_labels_match

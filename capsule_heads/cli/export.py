@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Export a trained model to ONNX, with its processor and labels, and compare it with the model on labelled data: "
-    "labels have to be equal. A model of texts gets a script beside it that serves it without torch."
+    "labels have to be equal. For a model of texts, write a script too that serves the model without torch."
 )
 
 
@@ -26,18 +26,21 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument("model", help="Directory or Hub name of the model.")
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="Format to write (default: %(default)s).")
     parser.add_argument(
-        "--quantize", choices=QUANTIZATIONS, help="Keep weights as whole numbers of 8 bits, a quarter of the size."
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="Format to quantize weights to: 8-bit integers, a quarter of the size.",
     )
     add_data_options(parser)
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="Batch size (default: %(default)s).")
     parser.add_argument(
-        "--output_dir", help="Folder to write to (default: onnx in the model's, or here for one of the Hub)."
+        "--output_dir",
+        help="Folder to write to (default: onnx in the model's folder; here if the model is on the Hub).",
     )
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export a model, and print its size, what the comparison found, and its path."""
+    """Export a model, and print its size, the result of the comparison, and its path."""
     import numpy as np
     from datasets import concatenate_datasets
 
@@ -51,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         check_data_options(options)
         model = load_classifier(options.model)
         processor, splits = load_splits(options, model)
-        examples = concatenate_datasets(list(splits.values()))  # of some tasks there are two for validation
+        examples = concatenate_datasets(list(splits.values()))  # some tasks have two validation splits
         parent = Path(options.model) if Path(options.model).is_dir() else Path()
         folder = Path(options.output_dir or parent / "onnx")
         collator = MODALITIES[modality_of(model)].collator(processor)

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from ..predicting import Prediction
 
 DESCRIPTION = (
-    "Classify the rows of a file, or the files of a folder of images or audio, with --data and --output: all rows and "
-    "columns stay as they are, and the answers are new columns. Or classify texts, or files of images or audio, and "
-    "print one JSON object per input: its label and score; the labels whose score is above their threshold, and the "
-    "scores of all, where a model gives several; the value of a regression. Without inputs, standard input is read: "
-    "UTF-8, one input a line, of which a blank one is an empty text. A tab in a text separates the two texts of a pair."
+    "With --data and --output, classify the rows of a file, or a folder of images or audio: all rows and columns stay "
+    "as they are, and the answers are new columns. Without --data, classify texts, or files of images or audio, and "
+    "print one JSON object per input. It holds the label and its score; from a model that gives several labels, those "
+    "above their thresholds and all scores; from a regression, the value. Without inputs, standard input is read as "
+    "UTF-8, one input a line, where a blank line is an empty text. A tab separates the two texts of a pair."
 )
-# A first line of nothing but names, one of them known, is the header of a table.
+# A first line that has only names, one of them known, is the header of a table.
 HEADER = re.compile(r"""["']?\w+["']?([,;\t]["']?\w+["']?)+""")
 NAMES_IN_HEADERS = {"text", "sentence", "sentence1", "label", "labels"}
 
@@ -52,7 +52,7 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument(
         "--text",
         metavar="COLUMN[,COLUMN]",
-        help="Column of texts, or two for pairs (default: those of training, or of a usual name).",
+        help="Column of texts, or two for pairs (default: the columns of training, or those with usual names).",
     )
     parser.add_argument("--top_k", type=at_least(1), help="Number of the most probable classes to give (default: all).")
     parser.add_argument(
@@ -65,7 +65,7 @@ def make_parser(prog: str) -> OneLineParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Classify the rows of a file; or the inputs, and print a line for each."""
+    """Classify the rows of a file; or classify the inputs, and print a line for each."""
     if options.data is not None:
         _predict_file(options)
         return
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         MODALITIES[name].check_arguments(options.inputs)
         inputs = options.inputs or read_lines(sys.stdin.buffer.read(), is_text=name == "text")
         if not inputs:
-            raise ValueError("There is nothing to classify; expected texts or files, or lines to read.")
+            raise ValueError("There is nothing to classify; expected texts or files, or lines on standard input.")
         where, processor = "input" if options.inputs else "standard input, line", processor_of(model)
         values = [MODALITIES[name].read(x, processor) for x in inputs] if name == "text" else inputs
         scores = score_inputs(model, values, processor, options.batch_size, where)
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _predict_file(options: argparse.Namespace) -> None:
-    """Write the answers to the rows of a file, and print the name of what is written."""
+    """Write the rows of a file with their answers, and print the name of the new file."""
     from ..data.downloads import local_copy
     from ..predicting import Prediction, predict_file
     from ..tasks import load_classifier
@@ -118,13 +118,13 @@ def _predict_file(options: argparse.Namespace) -> None:
 
 
 def _what_is_kept(prediction: Prediction | None) -> str:
-    """Return a clause about what a prediction that was interrupted has left."""
+    """Return a clause about what an interrupted prediction has kept."""
     from ..predicting import unfinished_rows
 
     n_rows = 0 if prediction is None else unfinished_rows(prediction)
     if not n_rows or prediction is None:
         return "no rows are done yet"
-    return f"{n_rows} rows are done, and kept in {prediction.unfinished}: the same command resumes there"
+    return f"{n_rows} rows are done and kept in {prediction.unfinished}, where the same command resumes"
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -147,7 +147,7 @@ def _check_arguments(inputs: Sequence[str]) -> None:
             given.encode("utf-8")
         except UnicodeEncodeError:  # Python keeps other bytes as surrogates
             raise ValueError(
-                f"Input {number} is not UTF-8 text: {given!r}; expected UTF-8, which iconv -t UTF-8 makes of others."
+                f"Input {number} is not UTF-8 text: {given!r}; expected UTF-8, to which iconv -t UTF-8 converts."
             ) from None
 
 
@@ -155,11 +155,11 @@ def read_lines(content: bytes, is_text: bool) -> list[str]:
     """Return the lines of standard input, without their ends.
 
     Args:
-        content: all of it.
-        is_text: whether a line is a text, and not the name of a file.
+        content: all bytes of standard input.
+        is_text: whether a line is a text, rather than the name of a file.
 
     Raises:
-        ValueError: If a line is not UTF-8, or blank where a file is expected, or the first is that of a table.
+        ValueError: If a line is not UTF-8, or is blank where a file is expected, or if the first is JSON or a header.
     """
     lines = []
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n"), start=1):
@@ -167,8 +167,8 @@ def read_lines(content: bytes, is_text: bool) -> list[str]:
             lines.append(line.removesuffix(b"\r").decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"Standard input, line {number}, is not UTF-8 text ({error}); expected UTF-8, which iconv -t UTF-8 "
-                "makes of others."
+                f"Standard input, line {number}, is not UTF-8 text ({error}); expected UTF-8, to which iconv -t UTF-8 "
+                "converts."
             ) from None
         if not is_text and not lines[-1].strip():
             raise ValueError(f"Standard input, line {number}, is blank; expected the name of a file.")
@@ -182,18 +182,17 @@ def read_lines(content: bytes, is_text: bool) -> list[str]:
 def _check_first_line(line: str) -> None:
     if _is_json(line):
         raise ValueError(
-            "Standard input begins with JSON; expected one text a line, and nothing else in the line, or the file with "
-            "--data."
+            "Standard input begins with JSON; expected one text a line and nothing else, or the file with --data."
         )
     if HEADER.fullmatch(line) and NAMES_IN_HEADERS & set(re.findall(r"\w+", line.lower())):
         raise ValueError(
             f"Standard input begins with the header of a table, {line!r}; expected one text a line, without a header "
-            "and other columns, or the file with --data."
+            "or other columns, or the file with --data."
         )
 
 
 def _is_json(line: str) -> bool:
-    """Return whether a line is an object or a list of JSON, or begins one."""
+    """Return whether a line is a JSON object or list, or begins one."""
     try:
         return line in ("{", "[") or isinstance(json.loads(line), dict | list)
     except (ValueError, RecursionError):

@@ -22,12 +22,12 @@ def make_parser(prog: str) -> OneLineParser:
     parser.add_argument(
         "--head_only",
         choices=("true", "false"),
-        help="Whether to leave out the weights of the backbone, which the head then names (default: as it is saved).",
+        help="Whether to push the name of the backbone without its weights (default: as the model is saved).",
     )
     parser.add_argument(
         "--include_code", action="store_true", help="Push code too, so that the model runs without this package."
     )
-    parser.add_argument("--private", action="store_true", help="Make the repository a private one, if it is made.")
+    parser.add_argument("--private", action="store_true", help="Make the repository private, if this creates it.")
     parser.add_argument("--license", help="Identifier of the model's licence, such as mit.")
     parser.add_argument("--language", help="ISO 639 code of the language of the model's texts, such as en.")
     parser.add_argument("--commit_message", default="Upload model", help="Message of the commit.")
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _save_again(directory: Path, folder: Path, head_only: bool) -> None:
-    """Put the files of a run into an empty folder, the model with the weights of its backbone or without."""
+    """Link a run's files into an empty folder, and save the model there with or without its backbone's weights."""
     from ..tasks import load_classifier
 
     for path in directory.iterdir():

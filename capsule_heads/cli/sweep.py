@@ -16,7 +16,7 @@ def make_parser(prog: str) -> OneLineParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train all heads, write what was found, and print it."""
+    """Train all heads, and write and print the results."""
     from ..training.sweep import Sweep
     from ..training.sweep_results import render
 
@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> None:
             sweep = Sweep(options.plan, options.data, options.model, options.head, options.arguments)
             found = sweep.execute()
     except KeyboardInterrupt:
-        fail(f"interrupted; --resume goes on from the last checkpoint in {options.arguments.output_dir}.", INTERRUPTED)
+        fail(
+            f"interrupted; --resume continues from the last checkpoint in {options.arguments.output_dir}.", INTERRUPTED
+        )
     print(render(found))
 
 

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         with one_line_errors():
             this = TrainingRun(options.data, options.model, options.head, options.arguments)
-        with one_line_errors(FloatingPointError, ImportError, OSError, ValueError):  # not finite, no place, inputs
+        with one_line_errors(FloatingPointError, ImportError, OSError, ValueError):  # NaN, a full disk, bad inputs
             seconds = this.train()
         is_trained = True
         prefix = f"The trained model is saved in {folder}, but its evaluation failed: "

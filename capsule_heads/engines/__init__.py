@@ -1,4 +1,4 @@
-"""Where work on many texts is done beside the process that was called: a module for each kind of cluster."""
+"""Engines that do the work on many texts outside this process: a module for each kind of cluster."""
 
 from .ray import Actors, run_on_ray
 

@@ -1,4 +1,4 @@
-"""Work by the actors of a Ray cluster: Ray Data hands pieces to them, and starts those again that die."""
+"""Work by the actors of a Ray cluster. Ray Data hands pieces of work to them, and restarts actors that die."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 SECONDS_TO_ANSWER = 20.0  # for the address of a cluster
-NUMBER, CONTENT = "number", "content"  # columns of what goes to actors, and comes back
+NUMBER, CONTENT = "number", "content"  # columns of the tables that go to actors and come back
 
 
 @dataclass(frozen=True)
 class Actors:
-    """How many actors there are, and what each takes.
+    """The number of actors, and the GPUs of each.
 
     Attributes:
         least: number of actors to begin with.
-        most: number of actors that there are at most, as there is work; None for as many as the cluster has room for.
-        gpus: GPUs of each, which may be a part of one; None for 1 if the cluster has any, and 0 otherwise.
+        most: largest number of actors, if there is work for them; None for the number that the cluster has room for.
+        gpus: GPUs of each actor, which may be a fraction; None for 1 if the cluster has any GPUs, and 0 otherwise.
     """
 
     least: int = 1
@@ -36,21 +36,21 @@ class Actors:
 def run_on_ray(
     make_worker: Callable[[], Callable[[Any], Any]], pieces: Iterable[Any], actors: Actors | None = None
 ) -> Iterator[Any]:
-    """Yield what workers make of pieces, in the order of the pieces.
+    """Yield the results of workers on pieces, in the order of the pieces.
 
-    The cluster is that of RAY_ADDRESS, or one of this machine alone, which ends with the process. An actor makes a
-    worker when it starts, and takes one piece after another. A piece in the hands of an actor that dies is done again.
+    The cluster is the one at RAY_ADDRESS, or one on this machine alone, which ends with the process. An actor makes a
+    worker when it starts, and takes one piece after another. If an actor dies, its piece is done again.
 
     Args:
-        make_worker: makes a worker, in an actor. It is pickled once, with all it holds: a model, say.
-        pieces: what a worker takes, pickled. They are all in Ray's object store, which puts on disk what memory lacks.
-        actors: how many, and of what kind.
+        make_worker: makes a worker, in an actor. It is pickled once, with all that it holds, such as a model.
+        pieces: the pieces of work. All are pickled into Ray's object store, which writes to disk when memory is full.
+        actors: the number of actors, and their GPUs.
 
     Raises:
         ImportError: If Ray is not installed.
         ConnectionError: If no cluster answers at the address.
-        ValueError: If actors need GPUs that the cluster has not.
-        Exception: What a worker raised.
+        ValueError: If an actor needs more GPUs than the cluster has.
+        Exception: Any error that a worker raised.
     """
     ray = _import_ray()
     _connect(ray)
@@ -92,7 +92,7 @@ def run_on_ray(
 
 @dataclass(frozen=True)
 class _Fault:
-    """What a worker raised: it is raised again where the work was asked for, and not tried once more."""
+    """An error that a worker raised. It is raised again in the calling process, and the piece is not tried again."""
 
     error: Exception
 
@@ -120,14 +120,14 @@ class _Actor:
 
 
 def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send figures of use
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it says of each actor with a model that it holds one
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send usage statistics
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray would warn of each actor that holds a model
     try:
         import ray
         import ray.data
     except ImportError:
         raise ImportError('The engine ray needs Ray: pip install "capsule-heads[ray]".') from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # lines about each run
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it prints lines about each run
     return ray
 
 
@@ -145,10 +145,10 @@ def _connect(ray: Any) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Check that something answers at HOST:PORT, for whose answer Ray waits many minutes.
+    """Check that something answers at HOST:PORT, because Ray would wait many minutes for an answer.
 
     Raises:
-        OSError: If nothing does.
+        OSError: If nothing answers.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():

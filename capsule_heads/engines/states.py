@@ -1,4 +1,4 @@
-"""Hidden states by a Ray cluster: actors hold the backbone, and write shards themselves."""
+"""Hidden states by a Ray cluster, whose actors hold the backbone and write shards themselves."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """What an actor says of a shard that is written: the states themselves stay where they are.
+    """An actor's report of a shard that it has written. The states themselves are not sent back.
 
     Attributes:
-        shard: its number.
-        texts: how many it has.
-        tokens: how many they have.
+        shard: number of the shard.
+        texts: number of its texts.
+        tokens: number of its tokens.
     """
 
     shard: int
@@ -35,21 +35,21 @@ def compute_on_ray(
     batch_tokens: int,
     actors: Actors,
 ) -> None:
-    """Compute the shards of a folder that are not there yet, by the actors of a Ray cluster.
+    """Compute the missing shards of a folder, by the actors of a Ray cluster.
 
-    Shards hold the same bits as those of one process. An actor that dies is started again, with the shard it had. A run
-    that was stopped goes on with the shards that are missing.
+    Shards hold the same bits as those of one process. An actor that dies is restarted with its shard. A run that was
+    stopped resumes with the missing shards.
 
     Args:
-        folder: of the states, in a place that all actors reach under the same name.
-        texts: the folder's, in its order.
+        folder: the folder of the states, in a place that all actors reach under the same name.
+        texts: the folder's texts, in its order.
         source: the backbone, which is sent to each actor.
-        batch_tokens: tokens, with padding, to run the backbone on at once.
-        actors: how many, and of what kind.
+        batch_tokens: number of tokens, with padding, in one forward pass of the backbone.
+        actors: the number of actors, and their GPUs.
 
     Raises:
         ImportError: If Ray is not installed.
-        OSError: If there is no cluster, not enough disk, or actors write elsewhere.
+        OSError: If there is no cluster or not enough disk space, or actors write elsewhere.
         ValueError: If states exceed the encoding.
     """
     folder.begin()
@@ -65,14 +65,14 @@ def compute_on_ray(
     lost = folder.missing()
     if lost:
         raise OSError(
-            f"{len(lost)} of {folder.n_shards} shards are not in {folder.place}, though actors have written them: they "
-            "do not share that folder; expected a cache_dir that all machines reach, such as s3://bucket/folder."
+            f"{len(lost)} of {folder.n_shards} shards are not in {folder.place}, though actors have written them, so "
+            "they do not share that folder; expected a cache_dir that all machines reach, such as s3://bucket/folder."
         )
 
 
 @dataclass(frozen=True)
 class _MakeWorker:
-    """Makes what an actor does with the texts of a shard."""
+    """Makes the function by which an actor computes a shard from its texts."""
 
     folder: StateFolder
     source: BackboneStates

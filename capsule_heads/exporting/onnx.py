@@ -1,4 +1,4 @@
-"""Export to ONNX: one file with backbone and head, which is compared with the model before it gets its name."""
+"""Export to ONNX: one file with backbone and head, which is compared with the model before it is kept."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ..predicting.scoring import tokens_at_most
 MODEL, LABELS, SERVE = "model.onnx", "labels.json", "serve.py"
 INT8 = "int8"
 QUANTIZATIONS = (INT8,)
-MOST_BYTES = 2**31 - 2**20  # of weights in one file: protocol buffers end at 2 GiB, and the graph needs some too
+MOST_BYTES = 2**31 - 2**20  # of weights in one file: protocol buffers hold 2 GiB, and the graph needs some of them
 TOLERANCE = 1e-3  # of a regression's value, in standard deviations of the training labels
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Check:
-    """An exported model beside the model itself, on some examples.
+    """A comparison of an exported model with the model itself, on some examples.
 
     Attributes:
         expected: `[n, num_labels]`, the model's logits, or the values of a regression.
-        found: `[n, num_labels]`, those of the exported model.
+        found: `[n, num_labels]`, the same of the exported model.
         n_equal: number of examples with the same predicted labels, or values that differ by less than `TOLERANCE`.
     """
 
@@ -45,7 +45,7 @@ class Check:
 
     @property
     def largest(self) -> float:
-        """The largest difference of two logits, or of two values."""
+        """The largest difference between two logits, or between two values."""
         return float(np.abs(self.found - self.expected).max())
 
 
@@ -60,20 +60,20 @@ def export_onnx(
 ) -> Check:
     """Write a classifier as `model.onnx`, with its processor, its labels, and for texts a script that serves it.
 
-    The program takes any batch size, and texts of any length. It has one output, `logits`, `[batch, num_labels]`, which
-    are the values of a regression. Weights beyond 2 GiB are in a second file, `model.onnx.data`.
+    The program takes any batch size, and texts of any length. Its one output, `logits`, `[batch, num_labels]`, holds
+    the values if the model is a regression. Weights beyond 2 GiB are in a second file, `model.onnx.data`.
 
     Args:
         model: the classifier. It is put in evaluation mode, and moved to the CPU, in float32.
-        processor: the model's.
-        examples: what the model takes, two rows or more, as `Task.prepare` returns them. All are compared.
-        folder: to write to. Files of an earlier export are replaced.
-        collator: of batches; None for transformers' default.
-        quantize: "int8" to keep weights, embeddings too, as whole numbers of 8 bits with a scale for each channel.
+        processor: the model's processor.
+        examples: two rows or more, prepared for the model by `Task.prepare`. All are compared.
+        folder: folder to write to. Files of an earlier export are replaced.
+        collator: makes batches; None for transformers' default.
+        quantize: "int8" to keep weights, also of embeddings, as 8-bit integers with a scale for each channel.
         batch_size: number of examples that are compared at once.
 
     Returns:
-        What the comparison found.
+        The comparison.
 
     Raises:
         ImportError: If a package of the extra `onnx` is not installed.
@@ -179,7 +179,7 @@ def _are_equal(model: CapsuleHeadClassifier, ours: np.ndarray, theirs: np.ndarra
 
 
 def _write_beside(model: CapsuleHeadClassifier, processor: Any, folder: Path) -> None:
-    """Write the labels, the processor, and what serves texts without torch."""
+    """Write the labels, the processor, and the files that serve texts without torch."""
     config = model.config
     is_multi_label = config.problem_type == "multi_label_classification"
     labels = {"problem_type": config.problem_type, "labels": config.class_names}

@@ -1,6 +1,6 @@
 """Classify texts with the model in this folder: python serve.py TEXT ... (a tab separates the two texts of a pair).
 
-It needs numpy, onnxruntime and tokenizers: neither torch nor transformers.
+It needs numpy, onnxruntime and tokenizers, but neither torch nor transformers.
 """
 
 import json

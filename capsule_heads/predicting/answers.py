@@ -1,4 +1,4 @@
-"""What a prediction says: columns beside those of a file, or the keys of a line."""
+"""Answers from a model's scores: columns beside those of a file, or the keys of a line of JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ TEXT, NUMBER, TEXTS = "text", "number", "texts"  # kinds of columns
 
 
 class Answer(NamedTuple):
-    """What is predicted for an input.
+    """The prediction for an input.
 
     Attributes:
-        labels: the predicted classes: one, or none where the model is to abstain; of a multi-label model any number.
-        best: all classes and their probabilities, the most probable first; of a regression its values, in order.
+        labels: the predicted classes: one, or an empty list if the model abstains. A multi-label model predicts any
+            number of them.
+        best: all classes and their probabilities, the most probable first; for a regression its values, in order.
     """
 
     labels: list[str]
@@ -25,20 +26,20 @@ class Answer(NamedTuple):
 
 
 class Answers:
-    """Makes answers of scores.
+    """Makes answers from scores.
 
     Args:
         config: the model's configuration.
         top_k: number of the most probable classes to give, instead of all.
-        abstain_below: no label is given where the best probability is below this one.
-        taken: names of columns that are there already.
+        abstain_below: no label is given if the best probability is below this number.
+        taken: names of columns that the file has already.
 
     Attributes:
-        columns: the kind of each column, by its name. Where one of the names is taken, all have a number at their end.
-        is_renamed: whether they have.
+        columns: the kind of each column, by its name. If one of the names is taken, all get a number at their end.
+        is_renamed: whether the names have got a number.
 
     Raises:
-        ValueError: If `top_k` is more than there are classes, or an option has no effect on the kind of model.
+        ValueError: If `top_k` exceeds the number of classes, or an option has no effect on this kind of model.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Answers:
         names = self.config.class_names
         for name, value in (("top_k", self.top_k), ("abstain_below", self.abstain_below)):
             if value is not None and self.is_regression:
-                raise ValueError(f"{name} is {value}, and the model is a regression, without classes; leave it out.")
+                raise ValueError(f"{name} is {value}, and the model is a regression without classes; leave it out.")
         if self.top_k is not None and self.top_k > len(names):
             raise ValueError(
                 f"top_k is {self.top_k}, and the model has {len(names)} classes; expected {len(names)} or less."
@@ -86,7 +87,7 @@ class Answers:
         return found
 
     def answer(self, scores: Tensor) -> Answer:
-        """Return what is predicted, from the scores of one input, `[num_labels]`."""
+        """Return the prediction from the scores of one input, `[num_labels]`."""
         pairs = list(zip(self.config.class_names, scores.tolist()))
         if self.is_regression:
             return Answer([], pairs)

@@ -36,7 +36,7 @@ ON_A_FULL_DISK = "make room, and the same command resumes"
 
 @dataclass
 class Tally:
-    """What is counted over all rows."""
+    """Counts over all rows."""
 
     rows: int = 0
     chunks: int = 0
@@ -44,7 +44,7 @@ class Tally:
     abstained: int = 0
     texts: int = 0
     cut: int = 0
-    longest: int = 0  # text, in tokens
+    longest: int = 0  # number of tokens in the longest text
     scaled: int = 0
     first_fault: str = ""  # why a file cannot be read
 
@@ -56,12 +56,12 @@ class Prediction:
     Attributes:
         source: a table of texts, or a folder of images or audio.
         output: the file to write: .csv, .jsonl or .parquet.
-        text: names of the columns of texts; None for those of training, or of the usual names.
+        text: names of the columns of texts; None for the columns of training, or those with usual names.
         top_k: number of the most probable classes to give, instead of all.
-        abstain_below: no label is given where the best probability is below this one.
+        abstain_below: no label is given if the best probability is below this number.
         batch_size: number of inputs that are scored at once.
         hidden_states: folders to read the hidden states of texts from, instead of computing them.
-        actors: of a Ray cluster that are to score; None for this process.
+        actors: actors of a Ray cluster that score the inputs; None to score them in this process.
     """
 
     source: Path
@@ -74,10 +74,10 @@ class Prediction:
     actors: Actors | None = None
 
     def check(self) -> None:
-        """Check what can be checked before a model is loaded.
+        """Check source and output, before a model is loaded.
 
         Raises:
-            OSError: If there is no such source, or no place for the output.
+            OSError: If the source does not exist, or the output cannot be written.
             ValueError: If the output has another suffix, or is the source.
         """
         writer_for(self.output)
@@ -90,12 +90,12 @@ class Prediction:
 
     @property
     def unfinished(self) -> Path:
-        """The folder of what is done, until all is."""
+        """The folder of the parts that are done, until all are."""
         return self.output.with_name(f"{self.output.name}.part")
 
 
 def unfinished_rows(prediction: Prediction) -> int:
-    """Return the number of rows that are done of a prediction that was stopped."""
+    """Return the number of rows that an interrupted prediction has done."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return int(read_json(prediction.unfinished / STATE)["tally"]["rows"])
     return 0
@@ -104,18 +104,18 @@ def unfinished_rows(prediction: Prediction) -> int:
 def predict_file(model: CapsuleHeadClassifier, prediction: Prediction, processor: Any = None) -> None:
     """Write a file with all rows and columns of another, in order, and the model's answers beside them.
 
-    What is done stays in a folder beside the output, `OUTPUT.part`, until all is: then the output gets its name. The
-    same call resumes there, if source, model and options are the same, and begins again otherwise. Memory does not grow
-    with the number of rows. What is unanswered, cut or scaled is counted in one line each.
+    Parts that are done stay in a folder beside the output, `OUTPUT.part`. When all are done, the output gets its name.
+    The same call resumes there if source, model and options are the same, and restarts otherwise. Memory does not grow
+    with the number of rows. The log counts inputs without an answer, texts that are cut, and images that are scaled.
 
     Args:
         model: the classifier.
         prediction: what to predict.
-        processor: the model's; None to load it.
+        processor: the model's processor; None to load it.
 
     Raises:
-        OSError: If something cannot be read or written.
-        ValueError: If source, output and model do not fit each other, or a row is not what is expected.
+        OSError: If a file cannot be read or written.
+        ValueError: If source, output and model do not fit each other, or a row is not as expected.
     """
     prediction.check()
     run = _Run(model, prediction)
@@ -127,7 +127,7 @@ def predict_file(model: CapsuleHeadClassifier, prediction: Prediction, processor
 
 
 class _Run:
-    """A prediction under way."""
+    """A prediction that is running."""
 
     def __init__(self, model: CapsuleHeadClassifier, prediction: Prediction) -> None:
         self.model, self.prediction, self.folder = model, prediction, prediction.unfinished
@@ -139,10 +139,10 @@ class _Run:
         self.most_tokens: int | None = None
         if self.answers.is_renamed:
             new = ", ".join(self.answers.columns)
-            logger.warning("%s has columns with names of new ones, which are called %s.", self.rows.path, new)
+            logger.warning("%s has columns named like answers, so new ones are called %s.", self.rows.path, new)
 
     def resume(self) -> None:
-        """Find what is done of this prediction, and take away what is of another."""
+        """Find the parts that are done of this prediction, and delete those of another."""
         self.identity = self._identify()
         if (self.folder / STATE).exists():
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -159,7 +159,7 @@ class _Run:
         self._save()
 
     def _identify(self) -> dict[str, Any]:
-        """Return what is the same where a prediction is resumed."""
+        """Return what has to be the same for a prediction to be resumed."""
         return {
             "source": self.rows.digest(),
             "config": hashlib.sha256(self.model.config.to_json_string().encode()).hexdigest(),
@@ -203,7 +203,7 @@ class _Run:
     def _chunks(
         self, processor: Any, show: Callable[[int], object]
     ) -> Iterator[tuple[Mapping[str, list], list[Any], Scored]]:
-        """Yield the rows of each chunk that is not done, their inputs, and the scores of those that are there."""
+        """Yield the rows of each chunk that is not done, their inputs, and the scores of inputs that are not None."""
         given, done = self.prediction, self.tally.chunks
         make_scorer = functools.partial(
             Scorer, self.model, processor, given.batch_size, hidden_states=given.hidden_states
@@ -220,7 +220,7 @@ class _Run:
                 show(len(inputs) - len(known) + len(scored.faults))
                 yield columns, inputs, scored
             return
-        # Actors are handed all inputs; the columns beside them are read again when answers come back.
+        # Actors get all inputs. The columns beside them are read again when answers come back.
         of_actors = run_on_ray(make_scorer, (_known(inputs) for _, inputs in chunks()), given.actors)
         for (columns, inputs), scored in zip(chunks(), of_actors, strict=True):
             show(len(inputs))
@@ -240,7 +240,7 @@ class _Run:
         tally.first_fault = tally.first_fault or next(map(str, scored.faults.values()), "")
 
     def finish(self) -> None:
-        """Join all parts under the output's name, and say what was counted."""
+        """Join all parts under the output's name, and log the counts."""
         tally, rows = self.tally, self.rows
         complete = self.folder / f"complete{self.prediction.output.suffix}"
         with writing(complete, ON_A_FULL_DISK):
@@ -272,7 +272,7 @@ class _Run:
 
 
 def _known(inputs: Sequence[Any]) -> list[Any]:
-    """Return the inputs that are there."""
+    """Return the inputs that are not None."""
     return [value for value in inputs if value is not None]
 
 
@@ -291,15 +291,15 @@ def _open_rows(model: CapsuleHeadClassifier, prediction: Prediction) -> TableRow
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a folder, which is made if it is not there.
+    """Keep other processes from writing to a folder, which is created if it does not exist.
 
     Raises:
-        OSError: If another process does, something else is there, or nothing can be written there.
+        OSError: If another process writes to the folder, it holds other files, or it cannot be written to.
     """
     is_ours = any((folder / name).exists() for name in (STATE, LOCK))
     if folder.exists() and not is_ours and any(folder.iterdir()):
         raise FileExistsError(
-            f"{folder} is there and not of a prediction, which keeps there what is done; move it, or choose another "
+            f"{folder} holds other files, and a prediction keeps its finished parts there; move it, or choose another "
             "output."
         )
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where the inputs of a prediction are: in the columns of a table, or in the files of a folder."""
+"""The inputs of a prediction: in the columns of a table, or in the files of a folder."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class TableRows:
 
     Args:
         path: the file.
-        text: names of the columns of texts; None for those of training, or of the usual names.
+        text: names of the columns of texts; None for the columns of training, or those with usual names.
         trained: names of the columns that the model was trained on; None if they are not known.
 
     Attributes:
-        noun: what a message calls a row.
-        lacks: why some may have no answer.
+        noun: word for a row in messages.
+        lacks: why some rows may have no answer.
         table: the table.
         columns: names of its columns.
-        texts: those that are read.
+        texts: names of the columns that are read.
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If it is no table, has no rows, or lacks the columns.
+        ValueError: If the file is not a table, has no rows, or lacks the columns.
     """
 
     noun, lacks = "row", "which have no text"
@@ -43,7 +43,7 @@ class TableRows:
         self.texts = self._choose(text, trained)
         self.n = self.table.count_rows()
         if not self.n:
-            raise ValueError(f"{path} has a header and no rows; expected one for each text.")
+            raise ValueError(f"{path} has a header and no rows; expected one row for each text.")
 
     def _choose(self, given: Sequence[str] | None, trained: Sequence[str] | None) -> list[str]:
         columns = ", ".join(self.columns)
@@ -60,7 +60,7 @@ class TableRows:
         found = usual_texts(self.columns) or (self.columns if len(self.columns) == 1 else None)
         if found is None:
             raise ValueError(
-                f"{self.path} has the columns {columns}, none with a usual name for texts; expected --text COLUMN."
+                f"{self.path} has the columns {columns}, and none has a usual name for texts; expected --text COLUMN."
             )
         return list(found)
 
@@ -76,7 +76,7 @@ class TableRows:
         """Yield rows by column, and their inputs: a text, a tuple of two, or None for an empty row.
 
         Raises:
-            ValueError: If a value is no text.
+            ValueError: If a value is not a text.
         """
         assert self.table is not None
         start = 0
@@ -107,19 +107,19 @@ class TableRows:
 
 
 class FolderRows:
-    """The files of images or audio in a folder, with their paths in it, sorted.
+    """The files of images or audio in a folder, sorted, with their paths in the folder.
 
     Args:
         folder: the folder. Hidden files are left out, and so are those of other kinds.
         modality: "image" or "audio".
 
     Attributes:
-        noun: what a message calls a row.
-        lacks: why some may have no answer.
+        noun: word for a row in messages.
+        lacks: why some files may have no answer.
         n_left: number of files of other kinds.
 
     Raises:
-        ValueError: If there is no such file.
+        ValueError: If there is no file of the modality.
     """
 
     noun, lacks = "file", "which cannot be read"
@@ -133,8 +133,8 @@ class FolderRows:
         self.n, self.n_left = len(self.files), len(files) - len(self.files)
         if not self.files:
             raise ValueError(
-                f"{folder} has {self.n_left} files, none of which is {modality} by its name; expected a folder of "
-                f"{modality} files, which may be in folders of their own."
+                f"{folder} has {self.n_left} files, and no {modality} file among them by name; expected a folder of "
+                f"{modality} files, which may be in subfolders."
             )
 
     def digest(self) -> str:
@@ -143,7 +143,7 @@ class FolderRows:
         return hashlib.sha256(repr(list(found)).encode(errors="surrogateescape")).hexdigest()
 
     def batches(self, size: int) -> Iterator[tuple[Batch, list[Any]]]:
-        """Yield paths in the folder, and complete ones."""
+        """Yield paths relative to the folder, and complete paths."""
         for start in range(0, self.n, size):
             paths = self.files[start : start + size]
             yield {FILE: [path.relative_to(self.path).as_posix() for path in paths]}, [str(path) for path in paths]

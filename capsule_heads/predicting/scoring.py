@@ -1,4 +1,4 @@
-"""The scores of texts, images and audio: those that transformers' pipelines give for the same inputs."""
+"""The scores of texts, images and audio, the same as transformers' pipelines give for the same inputs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Scored:
     """Scores of inputs.
 
     Attributes:
-        scores: `[inputs, num_labels]`, probabilities, or the values of a regression; NaN for an input without.
+        scores: `[inputs, num_labels]`, probabilities, or the values of a regression; NaN for an input without scores.
         faults: why an input has no scores, by its index.
-        lengths: tokens of each text, before it is cut.
+        lengths: number of tokens of each text, before it is cut.
         n_scaled: number of images that were scaled to 8 bits.
     """
 
@@ -45,9 +45,9 @@ class Scorer:
 
     Args:
         model: the classifier. It is put in evaluation mode.
-        processor: the model's; None to load it.
+        processor: the model's processor; None to load it.
         batch_size: number of inputs that are scored at once.
-        show: called with a number of inputs as soon as they are scored.
+        show: function that is called with the number of inputs of each batch when it is scored.
         hidden_states: folders to read the hidden states of all texts from, instead of computing them; see
             `HiddenStateCache`.
 
@@ -56,7 +56,7 @@ class Scorer:
         most_tokens: number of tokens that texts are cut to; None if they are not.
 
     Raises:
-        ValueError: If folders of hidden states are of another backbone, or the model takes none.
+        ValueError: If folders of hidden states are of another backbone, or the model does not classify texts.
         OSError: If a folder cannot be read.
     """
 
@@ -79,7 +79,7 @@ class Scorer:
     def __call__(self, inputs: Sequence[Any]) -> Scored:
         """Score inputs: texts and tuples of two, or what `as_image` or `as_audio` reads.
 
-        An input that cannot be read, or of which nothing is left, has no scores; `faults` says why.
+        An input that cannot be read, or a text without tokens, has no scores; `faults` says why.
         """
         found = Scored(torch.full((len(inputs), self.model.config.num_labels or 0), torch.nan))
         run = {"text": self._score_texts, "image": self._score_images, "audio": self._score_audio}[self.modality]
@@ -96,7 +96,7 @@ class Scorer:
         return StateSources(folders, key_of_model(self.model, self.processor, self._names))
 
     def _run(self, batch: Mapping[str, Any], rows: Sequence[int], found: Scored) -> None:
-        """Score a batch, whose inputs are those of some rows."""
+        """Score a batch, and write its scores to some rows."""
         config, device = self.model.config, self.model.device
         with torch.no_grad():
             logits = self.model(**{k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}).logits
@@ -126,7 +126,7 @@ class Scorer:
         return {name: torch.tensor([values]) for name, values in features[0].items()}
 
     def _read(self, inputs: Sequence[Any], read: Callable[[Any], Any], found: Scored) -> Iterator[tuple[int, Any]]:
-        """Yield what is read, with its row; one after another, as files may be large."""
+        """Yield rows and their inputs, reading one input after another, as files may be large."""
         for row, given in enumerate(inputs):
             try:
                 yield row, read(given)
@@ -173,18 +173,18 @@ def score_inputs(
 ) -> Tensor:
     """Return the scores of inputs, `[inputs, num_labels]`: probabilities, or the values of a regression.
 
-    Texts that are cut, and images that are scaled, are counted in one line each.
+    The log counts texts that are cut, and images that are scaled.
 
     Args:
         model: the classifier.
         inputs: texts, and tuples of two; or what `as_image` or `as_audio` reads.
-        processor: the model's.
+        processor: the model's processor.
         batch_size: number of inputs that are scored at once.
-        where: what a message calls an input, before its number.
+        where: words for an input in messages, before its number.
 
     Raises:
         OSError: If a file is not found.
-        ValueError: If an input cannot be read, or nothing is left of it.
+        ValueError: If an input cannot be read, or a text has no tokens.
     """
     scorer = Scorer(model, processor, batch_size)
     found = scorer(inputs)
@@ -192,7 +192,7 @@ def score_inputs(
         if scorer.modality != "text":
             raise fault
         raise ValueError(
-            f"The text of {where} {row + 1} is {inputs[row]!r}, of which the tokenizer makes no token; leave it out."
+            f"The text of {where} {row + 1} is {inputs[row]!r}, and the tokenizer makes no token of it; leave it out."
         )
     cut = describe_cuts({"": found.lengths}, scorer.most_tokens)
     if cut:

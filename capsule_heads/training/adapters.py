@@ -1,8 +1,8 @@
-"""`adapt`: adapters (LoRA) that are trained in a backbone which does not know a task, before the head is trained.
+"""`adapt`: train adapters (LoRA) in a backbone that does not know a task, before the head is trained.
 
-They are trained by the supervised contrastive loss (Khosla et al., 2020) of the means of the tokens' hidden states:
-examples of one class become alike, and unlike all others. They are then added to the backbone's weights, and the head
-is trained on a frozen backbone as any other is.
+The loss is the supervised contrastive loss (Khosla et al., 2020) of the means of the tokens' hidden states: examples
+of one class become alike, and unlike all others. The adapters are then added to the backbone's weights, and the head is
+trained on the frozen backbone as usual.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ METHODS = (LORA,)
 
 # Chosen on all-MiniLM-L6-v2 with 8 and 64 examples of each class; scripts/benchmarks/own_data.py measures them.
 RANK = 16
-LEARNING_RATE = 2e-3  # of `LEAST_STEPS`; of more, less, as the root of their number
-WARMUP = 0.1  # of the steps
+LEARNING_RATE = 2e-3  # for `LEAST_STEPS`; for n steps, times the root of `LEAST_STEPS / n`
+WARMUP = 0.1  # fraction of the steps
 MAX_NORM = 1.0  # of the gradients
 TEMPERATURE = 0.1
-CHUNK = 16  # examples that the backbone runs on at once: those of like length, so that little is padding
-LEAST, MOST = CHUNK, 64  # examples of a step, which are compared with each other
-MOST_TOKENS = 8192  # of a step, about: memory is for all of them at once
-LEAST_STEPS, STEPS, MOST_STEPS = 12, 2.0, 400  # between the two, this many by the root of the number of examples
+CHUNK = 16  # examples in a forward pass; their lengths are similar, so there is little padding
+LEAST, MOST = CHUNK, 64  # examples in a step, which are compared with each other
+MOST_TOKENS = 8192  # about, in a step: all of them are in memory at once
+LEAST_STEPS, STEPS, MOST_STEPS = 12, 2.0, 400  # `STEPS` times the root of the number of examples, within two limits
 
 logger = logging.getLogger(__name__)
 
 
 class Examples(NamedTuple):
-    """What a backbone is adapted to.
+    """The examples that a backbone is adapted to.
 
     Attributes:
         size: number of examples in a step.
         rows: a dataset with a model's inputs and labels.
         collate: makes a batch of its rows.
         groups: indices of the rows by class; all in one group where a row may have several labels.
-        lengths: of the rows, by which those of a step are put together; 0 for each where all are alike.
+        lengths: length of each row, by which the rows of a step are sorted; all 0 if the dataset has no lengths.
     """
 
     size: int
@@ -78,7 +78,7 @@ class Examples(NamedTuple):
             yield sorted(itertools.islice(drawn, self.size), key=self.lengths.__getitem__)
 
     def _draw(self, rng: random.Random) -> Iterator[int]:
-        """Yield rows without an end, two of a class after two of another: those of a rare class come again sooner."""
+        """Yield rows without end, two of each class in turn, so that rows of a rare class come again sooner."""
         left: list[list[int]] = [[] for _ in self.groups]
         while True:
             for index in rng.sample(range(len(left)), len(left)):
@@ -95,18 +95,18 @@ def adapt(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Adapt a model's frozen backbone to labelled examples: the head is trained afterwards, on what it then yields.
+    """Adapt a model's frozen backbone to labelled examples, before the head is trained.
 
-    Adapters of rank `RANK` are trained in all linear layers of the backbone, and added to their weights. What is saved
-    is the head and the adapters, a few megabytes, where the backbone is one with a name; `from_pretrained` adds them
-    again. One line says what was done.
+    Adapters of rank `RANK` are trained in all linear layers of the backbone, and added to their weights. If the
+    backbone has a name, the saved model is the head and the adapters, a few megabytes; `from_pretrained` adds the
+    adapters again. The log says in one line what was done.
 
     Args:
         model: the model, on the device to train on; its head is untouched.
-        dataset: what a `CapsuleTrainer` takes to train on: prepared, with `labels`.
+        dataset: training data as a `CapsuleTrainer` takes it: prepared, with `labels`.
         collator: makes batches, as in a Trainer.
-        seed: of the order of the examples and of the random matrices that adapters start from.
-        checkpoint: of a run that is resumed: its adapters are taken, and nothing is trained.
+        seed: random seed of the order of the examples and of the adapters' initial matrices.
+        checkpoint: checkpoint of a run that is resumed. Its adapters are loaded, and nothing is trained.
 
     Raises:
         ValueError: If the model has no backbone, or one that is trained, quantised or without linear layers; if the
@@ -124,7 +124,7 @@ def adapt(
     start = time.perf_counter()
     examples = _examples(model, dataset, collator)
     adapters = _train(model, examples, seed).to(model.device)
-    if dist.is_available() and dist.is_initialized():  # processes train alike, up to the order of sums on a GPU
+    if dist.is_available() and dist.is_initialized():  # they train alike, up to the order of sums on a GPU
         for x in adapters.buffers():
             dist.broadcast(x, 0)
     model.add_adapters(adapters)
@@ -162,7 +162,7 @@ def _check(model: CapsuleHeadClassifier) -> None:
 def _none_to_adapt(model: CapsuleHeadClassifier) -> str:
     return (
         f"The {model.config.backbone.config.model_type} backbone has no linear layers on the way to its hidden states, "
-        "to which adapters are added; leave adapt out, or train the backbone (freeze_backbone: false)."
+        "where adapters would be added; leave adapt out, or train the backbone (freeze_backbone: false)."
     )
 
 
@@ -183,7 +183,7 @@ def _examples(model: CapsuleHeadClassifier, dataset: Any, collator: Callable[[li
 
 
 def _take_adapters(model: CapsuleHeadClassifier, checkpoint: str | os.PathLike[str]) -> None:
-    """Adapt a backbone as that of a checkpoint is; a complete one has the backbone itself, which Trainer loads."""
+    """Add a checkpoint's adapters to a model. A complete checkpoint has none: Trainer loads its backbone."""
     saved = type(model).from_pretrained(checkpoint, load_backbone=False)
     if saved.adapters is not None:
         model.add_adapters(saved.adapters)
@@ -192,7 +192,7 @@ def _take_adapters(model: CapsuleHeadClassifier, checkpoint: str | os.PathLike[s
 
 
 def _train(model: CapsuleHeadClassifier, examples: Examples, seed: int) -> Adapters:
-    """Return adapters that were trained on examples."""
+    """Train adapters on examples, and return them."""
     n_steps = examples.n_steps
     assert model.backbone is not None  # `_check` refuses others
     model.eval()
@@ -211,7 +211,7 @@ def _train(model: CapsuleHeadClassifier, examples: Examples, seed: int) -> Adapt
             norm = nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             if not math.isfinite(norm):
                 raise FloatingPointError(
-                    f"The loss is {loss.item():.3g}, with gradients of {norm:.3g}: leave adapt out."
+                    f"The loss is {loss.item():.3g}, and its gradients have the norm {norm:.3g}; leave adapt out."
                 )
             optimizer.step()
             optimizer.zero_grad()
@@ -221,7 +221,7 @@ def _train(model: CapsuleHeadClassifier, examples: Examples, seed: int) -> Adapt
 
 
 def _means(model: CapsuleHeadClassifier, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the means of the tokens at the layers in use, each of length 1, and the targets, by example."""
+    """Return for each example the means of its tokens at the layers in use, scaled to length 1, and its targets."""
     labels = batch["labels"].to(model.device)
     means = [F.normalize(pool_tokens(x.float(), mask, "mean"), dim=-1) for x, mask in zip(*_run(model, batch))]
     return torch.cat(means, -1), problem_targets(model.config, infer_problem_type(model.config, labels), labels)
@@ -233,11 +233,11 @@ def _run(model: CapsuleHeadClassifier, batch: Mapping[str, Any]) -> tuple[list[T
 
 
 def contrastive_loss(x: Tensor, targets: Tensor) -> Tensor:
-    """Return the supervised contrastive loss of examples: `-log` of the share that those alike have in similarities.
+    """Return the supervised contrastive loss: `-log` of the softmax over similarities, averaged over alike examples.
 
     Args:
         x: `[examples, features]`.
-        targets: `[examples, labels]`, 0 or 1. Of several labels, examples are alike by the cosine of these.
+        targets: `[examples, labels]`, 0 or 1. Two examples are as alike as the cosine of their targets.
     """
     x, targets = F.normalize(x, dim=-1), F.normalize(targets, dim=-1)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)

@@ -13,15 +13,15 @@ from transformers import TrainingArguments
 
 from ..checks import plain
 
-# Names of ours for two of transformers' fields, which only admit the names it knows.
+# Our own names in two fields of transformers, which accept only the names that it knows.
 RADAM = "radam"
 ONE_CYCLE = "one_cycle"
 
 AUTO, PAPER = "auto", "paper"  # recipes
-# What the paper's recipe sets, where an argument is not set; by default `training.recipe` chooses them.
+# The paper's recipe sets these arguments where a user did not. By default, `training.recipe` chooses them.
 PAPER_SETTINGS = {"learning_rate": 5e-4, "num_train_epochs": 3.0, "warmup_steps": 0.1, "max_grad_norm": 0.0}
 
-# The least value of a number, and the value that it is below. A field that is None is not set.
+# The least value of an argument, and the value that it must be below. None means that the argument is not set.
 LIMITS: dict[str, tuple[float, float]] = {
     "learning_rate": (0, math.inf),
     "min_learning_rate": (0, math.inf),
@@ -70,10 +70,10 @@ DESCRIBED = (
 class CapsuleTrainingArguments(TrainingArguments):
     """`TrainingArguments` with optimizer and schedule of Heinsen (2019): RAdam, one cycle, batches of 20.
 
-    Four arguments are None by default, which is "not set". With `recipe="auto"`, `CapsuleTrainer` chooses them when
-    training begins, by the number of examples and steps, and says in one line what it chose (see
-    `capsule_heads.training.recipe`). With `recipe="paper"` they are the paper's at once: `learning_rate=5e-4`,
-    `num_train_epochs=3`, `warmup_steps=0.1`, `max_grad_norm=0`. What is set is kept.
+    Four arguments are None by default, which means "not set". With `recipe="auto"`, `CapsuleTrainer` chooses them when
+    training begins, by the number of examples and steps, and logs its choice in one line (see
+    `capsule_heads.training.recipe`). With `recipe="paper"` they get the paper's values at once: `learning_rate=5e-4`,
+    `num_train_epochs=3`, `warmup_steps=0.1`, `max_grad_norm=0`. Arguments that are set keep their values.
 
     Defaults that differ from those of `TrainingArguments`:
 
@@ -94,11 +94,11 @@ class CapsuleTrainingArguments(TrainingArguments):
     | `train_sampling_strategy`     | "group_by_length" | "random"            |
     | `on_nonfinite`                | "stop"            | (none)              |
 
-    Batches are copied to a GPU while it computes: there `accelerator_config` has `non_blocking=True`, unless it says
-    otherwise or `dataloader_pin_memory` is False. Without a GPU no memory is pinned.
+    Batches are copied to a GPU while it computes: `accelerator_config` gets `non_blocking=True` there, unless it has
+    another value or `dataloader_pin_memory` is False. Without a GPU no memory is pinned.
 
-    Where `load_best_model_at_end` is set and `metric_for_best_model` is not, the best model is the one of least loss;
-    of classes whose numbers differ by a factor of 5 or more, the one of highest macro F1.
+    If `load_best_model_at_end` is set and `metric_for_best_model` is not, the best model is the one with the lowest
+    loss. If the numbers of examples per class differ by a factor of 5 or more, it is the one with the highest macro F1.
 
     Any optimizer and schedule of transformers may be named instead. The paper has a batch of 20 on one device: with N
     devices, or when accumulating over N steps, divide `per_device_train_batch_size` by N. The paper's mixup is a
@@ -108,8 +108,9 @@ class CapsuleTrainingArguments(TrainingArguments):
     recipe: str = field(
         default=AUTO,
         metadata={
-            "help": 'Source of learning rate, epochs, warm-up and clipping that are not given: "auto" for what fits '
-            'the number of examples, with a linear term solved for before training; "paper" for Heinsen (2019).',
+            "help": "Source of learning rate, epochs, warm-up and clipping that are not given. "
+            '"auto" fits them to the number of examples, and solves for a linear term before training. '
+            '"paper" takes those of Heinsen (2019).',
             "choices": [AUTO, PAPER],
         },
     )
@@ -152,7 +153,7 @@ class CapsuleTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": 'Order of examples: "group_by_length" for batches of texts of like length (images and audio in '
+            "help": 'Order of examples: "group_by_length" for batches of texts of similar length (images and audio in '
             "random order), or a strategy of transformers.",
             "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
         },
@@ -173,23 +174,23 @@ class CapsuleTrainingArguments(TrainingArguments):
             raise ValueError(f'recipe is {self.recipe!r}; expected "{AUTO}" or "{PAPER}".')
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f'on_nonfinite is {self.on_nonfinite!r}; expected "stop" or "skip".')
-        for name, value in vars(self).items():  # max_grad_norm, for one, would carry it into the weights
+        for name, value in vars(self).items():  # max_grad_norm, for example, would carry NaN into the weights
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} is NaN; expected a number.")
         if self.use_cpu or not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # there is nothing to copy to: torch would warn of it
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
         elif self.accelerator_config is None or isinstance(self.accelerator_config, dict):
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory, **(self.accelerator_config or {})}
-        # transformers checks these two against its own names: show it names it knows, and put ours back.
+        # transformers checks these two against its own names. It gets names it knows, and ours are put back afterwards.
         ours = {}
         for name, own_value, stand_in in (("optim", RADAM, "adamw_torch"), ("lr_scheduler_type", ONE_CYCLE, "linear")):
             if getattr(self, name) == own_value:
                 ours[name] = own_value
                 setattr(self, name, stand_in)
-        if self.recipe == PAPER or self.max_steps > 0:  # max_steps makes epochs void
+        if self.recipe == PAPER or self.max_steps > 0:  # max_steps overrides epochs
             own_settings = PAPER_SETTINGS if self.recipe == PAPER else {"num_train_epochs": 3.0}
             self.fill(own_settings)
-        # transformers would put "loss" for a metric that is not set.
+        # transformers would set a metric that is not set to "loss".
         self.metric_is_open = self.load_best_model_at_end and self.metric_for_best_model is None
         unset = self.unset()
         self.fill(PAPER_SETTINGS)  # transformers compares them with numbers
@@ -208,17 +209,17 @@ class CapsuleTrainingArguments(TrainingArguments):
         self.check_effects()
 
     def unset(self) -> list[str]:
-        """Return the names of the arguments that a recipe chooses and that are not set."""
+        """Return the names of arguments that are not set and that a recipe chooses."""
         return [name for name in PAPER_SETTINGS if getattr(self, name) is None]
 
     def fill(self, settings: Mapping[str, float]) -> None:
-        """Set those of some arguments that are not set."""
+        """Set the given arguments, except those that are set already."""
         for name, value in settings.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
     def check_effects(self) -> None:
-        """Refuse what would have no effect, or turn the cycle upside down."""
+        """Refuse arguments without effect, and a peak learning rate below the ends of its cycle."""
         schedule = word_of(self.lr_scheduler_type)
         void: dict[str, tuple[str, Any]] = {}
         if self.optim == RADAM and self.optim_args:
@@ -238,19 +239,19 @@ class CapsuleTrainingArguments(TrainingArguments):
         if schedule == ONE_CYCLE and 0 < peak < self.min_learning_rate:
             raise ValueError(
                 f"learning_rate is {self.learning_rate}, the peak of the cycle, and min_learning_rate, its ends, is "
-                f"{self.min_learning_rate}; expected a lower one."
+                f"{self.min_learning_rate}; expected a lower min_learning_rate."
             )
 
 
 def word_of(value: Any) -> Any:
-    """Return an option's value as a word, where transformers made an Enum of it."""
+    """Return an option's value, as a word if transformers made it an Enum."""
     return value.value if isinstance(value, Enum) else value
 
 
 def describe_arguments(arguments: TrainingArguments) -> dict[str, int | float | str | bool]:
-    """Return the training arguments that a model card shows, those that are set."""
+    """Return the training arguments that are set and that a model card shows."""
     values: dict[str, Any] = {name: getattr(arguments, name, None) for name in DESCRIBED}
-    # An argument that another one makes void is not set.
+    # Arguments that others make void are not shown.
     del values["num_train_epochs" if values["max_steps"] > 0 else "max_steps"]
     if values["lr_scheduler_type"] != ONE_CYCLE:
         del values["min_learning_rate"], values["min_adam_beta1"]

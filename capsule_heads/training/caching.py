@@ -1,4 +1,4 @@
-"""Hidden states of all splits of some data, computed by one process or several, before anything is trained."""
+"""Hidden states of all splits of a dataset, computed by one process or several, before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class CachedSplit(NamedTuple):
     """A split whose hidden states are cached.
 
     Attributes:
-        name: the split's.
-        folder: with the states.
-        missing: number of shards that other processes still compute, or are to.
+        name: the split's name.
+        folder: the folder with its states.
+        missing: number of shards that are left to other processes.
     """
 
     name: str
@@ -41,34 +41,36 @@ def cache_states(
     actors: Actors | None = None,
     import_states: str | None = None,
 ) -> list[CachedSplit]:
-    """Compute the hidden states of all splits that a training with the same options has.
+    """Compute the hidden states of all splits, for training with the same options.
 
     Args:
-        data: options of the data; they say where the states are kept, and how.
+        data: options of the data, and of where and how the states are kept.
         model: options of the model.
-        head_options: of the head.
+        head_options: options of the head.
         arguments: transformers' training arguments. Under `accelerate launch` each process takes its part.
-        part: number of this process, from 0 on, and of all; others than those that were launched together. It does not
-            wait for them.
-        batch_tokens: tokens, with padding, to run the backbone on at once.
-        actors: of a Ray cluster that are to compute; None for this process.
-        import_states: folder of hidden states that something else has computed, to keep instead of computing any; see
+        part: number of this process, from 0 on, and number of all processes, if they are not launched together. This
+            process does not wait for the others.
+        batch_tokens: number of tokens, with padding, in one forward pass of the backbone.
+        actors: actors of a Ray cluster that compute the states; None to compute them in this process.
+        import_states: folder of hidden states that another program has computed, to keep instead of computing any; see
             `ImportedStates`.
 
     Raises:
         ValueError: If options do not fit the data, or the states cannot be cached.
         TypeError: If the head has no such option.
-        OSError: If data or backbone is not found, or there is not enough disk.
-        ImportError: If a package is not installed that the backbone needs.
+        OSError: If data or backbone is not found, or the disk has too little space.
+        ImportError: If a package that the backbone needs is not installed.
     """
     if model.adapt is not None:
         raise ValueError(
-            f"adapt is {model.adapt}, which trains the backbone: each run has states of its own; leave it out."
+            f"adapt is {model.adapt}, which trains the backbone, so that each run has its own states; leave it out."
         )
     run = TrainingRun(data.without_cache(), model, head_options, arguments)
     if run.task.modality != "text":
-        raise ValueError(f"{run.task.name} is of {run.task.data.noun}; expected texts: only their states are cached.")
-    # PreTrainedModel.to has no type. What is sent to actors is theirs to put on a device.
+        raise ValueError(
+            f"{run.task.name} is of {run.task.data.noun}; expected texts, as only their states are cached."
+        )
+    # PreTrainedModel.to has no type. Actors put the model on a device themselves.
     nn.Module.to(run.model, arguments.device if actors is None else "cpu")
     mine = part or (arguments.process_index, arguments.world_size)
     found = []

@@ -1,7 +1,7 @@
-"""Calibration: a temperature, and thresholds of labels, that make a trained classifier's probabilities ones to trust.
+"""Calibration: a temperature and label thresholds that make a trained classifier's probabilities trustworthy.
 
-A temperature divides the logits. It changes no prediction of a class, only how sure the model says it is (Guo et al.,
-2017, arXiv 1706.04599). docs/calibration.md has what it gains.
+A temperature divides the logits. It changes no predicted class, only how sure the model says it is (Guo et al., 2017,
+arXiv 1706.04599). docs/calibration.md shows what calibration gains.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEAST_ROWS = 50  # of validation, for a temperature
-LEAST_EXAMPLES = 20  # of a label, and without it, for a threshold of its own
+LEAST_ROWS = 50  # validation rows that a temperature needs
+LEAST_EXAMPLES = 20  # rows with a label, and rows without it, that its own threshold needs
 MOST_TEMPERATURE = 20.0
 OF_PROBABILITIES = ("negative_log_likelihood", "expected_calibration_error")
 
 
 def calibrate(trainer: CapsuleTrainer, split: Dataset) -> dict[str, Any] | None:
-    """Fit the temperature of a trained classifier, and thresholds of labels, and set them in its configuration.
+    """Fit the temperature and the label thresholds of a trained classifier, and set them in its configuration.
 
-    One line says what was found, or why nothing is set. Call it after training and before the model is saved.
+    The log says in one line what was found, or why nothing is set. Call this after training, before the model is saved.
 
     Args:
-        trainer: of the model; it has trained.
+        trainer: the model's trainer, after training.
         split: prepared validation data, which the model was not trained on.
 
     Returns:
-        `rows`; `temperature`, and `thresholds` of a multi-label model; and `before` and `after`, each with
-        `negative_log_likelihood` and `expected_calibration_error` of these rows, and `f1_macro` of labels. None where
-        there are too few rows, or nothing to calibrate: a regression has no probabilities.
+        A dictionary with `rows`, `temperature`, and `thresholds` for a multi-label model. Its `before` and `after` each
+        have `negative_log_likelihood` and `expected_calibration_error` of these rows, and `f1_macro` for a multi-label
+        model. None if there are too few rows, or no probabilities to calibrate, as in a regression.
     """
     model = trainer.capsule_model
     config = model.config
@@ -49,7 +49,7 @@ def calibrate(trainer: CapsuleTrainer, split: Dataset) -> dict[str, Any] | None:
     if len(split) < LEAST_ROWS:
         if trainer.is_world_process_zero():
             logger.warning(
-                "Probabilities are not calibrated: there are %d validation rows, and it takes %d.",
+                "Probabilities are not calibrated: there are %d validation rows, and calibration needs %d.",
                 len(split),
                 LEAST_ROWS,
             )
@@ -74,9 +74,9 @@ def calibrate(trainer: CapsuleTrainer, split: Dataset) -> dict[str, Any] | None:
 
 
 def choose_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that was fitted, or 1 where it gains no more likelihood than chance would.
+    """Return the fitted temperature, or 1 if its gain in likelihood may be chance.
 
-    That is where the mean gain over the rows is below its standard error.
+    The gain may be chance if its mean over the rows is no greater than its standard error.
 
     Args:
         logits: as in `fit_temperature`.
@@ -92,8 +92,8 @@ def choose_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature of least negative log-likelihood, from 1/20 to 20.
 
-    The likelihood is that of labels which are smoothed as in Platt (1999): by one in `n + 2`. Otherwise a model that is
-    right on all rows would have the lowest temperature there is, and be as sure as can be.
+    Labels are smoothed by one in `n + 2`, as in Platt (1999). Otherwise a model that is right on all rows would get the
+    lowest possible temperature, and be as sure as possible.
 
     Args:
         logits: `[n, n_classes]`, without a temperature.
@@ -118,12 +118,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _losses(logits: np.ndarray, targets: np.ndarray, is_multi_label: bool) -> np.ndarray:
-    """Return the negative log-likelihood of each row, of a multi-label model the mean over its labels.
+    """Return the negative log-likelihood of each row; for a multi-label model, the mean over its labels.
 
     Args:
         logits: `[n, n_classes]`.
         targets: `[n, n_classes]`, the probability of each class.
-        is_multi_label: whether each class has a probability of its own.
+        is_multi_label: whether each class has its own probability.
     """
     from scipy.special import log_softmax
 
@@ -133,9 +133,9 @@ def _losses(logits: np.ndarray, targets: np.ndarray, is_multi_label: bool) -> np
 
 
 def fit_thresholds(logits: np.ndarray, labels: np.ndarray) -> list[float] | None:
-    """Return for each label the probability above which predicting it has the highest F1; None where all are 0.5.
+    """Return for each label the probability threshold with the highest F1; None if all thresholds are 0.5.
 
-    A label that fewer than `LEAST_EXAMPLES` rows have, or do not have, keeps 0.5.
+    A label keeps 0.5 if fewer than `LEAST_EXAMPLES` rows have it, or if fewer do not have it.
 
     Args:
         logits: `[n, n_labels]`, with the temperature.
@@ -154,7 +154,7 @@ def _best_threshold(probabilities: np.ndarray, is_there: np.ndarray) -> float:
         return 0.5
     order = np.argsort(-probabilities, kind="stable")
     sorted_p, hits = probabilities[order], np.cumsum(is_there[order])
-    f1 = 2 * hits / (np.arange(1, len(order) + 1) + n)  # where the first 1, 2, ... are predicted
+    f1 = 2 * hits / (np.arange(1, len(order) + 1) + n)  # if the first 1, 2, ... rows are predicted
     ends = np.append(sorted_p[:-1] > sorted_p[1:], True)  # between equal probabilities there is no threshold
     f1_now = 2 * (is_there & (probabilities > 0.5)).sum() / ((probabilities > 0.5).sum() + n)
     best = int(np.where(ends, f1, -1.0).argmax())
@@ -165,10 +165,10 @@ def _best_threshold(probabilities: np.ndarray, is_there: np.ndarray) -> float:
 
 
 def _describe(found: dict[str, Any]) -> str:
-    """Return one line on what was fitted, and what it changed."""
+    """Return one line about what was fitted, and what it changed."""
     before, after, name = found["before"], found["after"], "expected_calibration_error"
     if found["temperature"] == 1:
-        line = f"Probabilities stay as they are: a temperature gains nothing sure on {found['rows']} validation rows"
+        line = f"Probabilities stay as they are: no temperature is surely better on {found['rows']} validation rows"
     else:
         line = (
             f"Probabilities are calibrated on {found['rows']} validation rows, with a temperature of "

@@ -1,4 +1,4 @@
-"""The capsule-head model in a model that may be wrapped, and the problem type that its first labels settle."""
+"""The capsule-head model inside a model that may be wrapped: finding it, and checking and completing its settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def find_capsule_model(model: nn.Module | None) -> CapsuleHeadPreTrainedModel:
-    """Return the capsule-head model that a model is or wraps, as PEFT's and DistributedDataParallel do.
+    """Return the capsule-head model that a model is or wraps, as PEFT's models and DistributedDataParallel do.
 
     Raises:
         TypeError: If the model neither is nor wraps a capsule-head model.
@@ -30,12 +30,12 @@ def find_capsule_model(model: nn.Module | None) -> CapsuleHeadPreTrainedModel:
 
 
 def check_trains(model: CapsuleHeadPreTrainedModel, args: TrainingArguments, compute_loss_func: object) -> None:
-    """Check that the head trains, and that what a user set of its training has an effect.
+    """Check that the head trains, and that a user's settings of its training have an effect.
 
     Raises:
-        ValueError: If the head is not one to train; if it is frozen, as PEFT leaves it without `modules_to_save`; if a
-            loss of the user's own would leave out class weights, mixup or label smoothing; if noise is for a frozen
-            backbone's embeddings.
+        ValueError: If the head cannot be trained, or is frozen, as PEFT leaves it without `modules_to_save`; if a
+            user's own loss would ignore class weights, mixup or label smoothing; if noise is set for the embeddings
+            of a frozen backbone.
     """
     check_trainable(get_head(model.config.head_type))
     if not any(x.requires_grad for x in model.head.parameters()):
@@ -50,22 +50,22 @@ def check_trains(model: CapsuleHeadPreTrainedModel, args: TrainingArguments, com
     unused = [name for name, is_set in own.items() if is_set]
     if compute_loss_func is not None and unused:
         raise ValueError(
-            f"compute_loss_func replaces the model's loss, which {' and '.join(unused)} would change; leave "
+            f"compute_loss_func replaces the model's loss, and {' and '.join(unused)} would have no effect; leave "
             f"{'it' if len(unused) == 1 else 'them'} out."
         )
     if args.neftune_noise_alpha and not model.backbone_trains:
         raise ValueError(
-            f"neftune_noise_alpha is {args.neftune_noise_alpha}, and the backbone is frozen: its embeddings get no "
-            "noise; leave it out, or train the backbone (freeze_backbone=False)."
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}, and the embeddings of a frozen backbone get no noise; "
+            "leave neftune_noise_alpha out, or train the backbone (freeze_backbone=False)."
         )
 
 
 def settle_problem_type(model: CapsuleHeadPreTrainedModel, labels: object) -> None:
-    """Write the problem type of the first labels to a model's configuration, where it has none.
+    """Set a model's problem type by its first labels, if its configuration has none.
 
-    Their dtype decides, so no value is read from a device. The model and the data loader then refuse labels of another
-    kind.
+    The dtype of the labels decides, so no value is read from a device. The model and the data loader then refuse labels
+    of another kind.
     """
     if model.config.problem_type is None and isinstance(labels, Tensor):
         settled = infer_problem_type(model.config, labels)
-        model.config.problem_type = settled  # type: ignore[assignment]  # one of the words, which a str does not show
+        model.config.problem_type = settled  # type: ignore[assignment]  # typed as a str, not as one of the words

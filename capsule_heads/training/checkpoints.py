@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written under another name and renamed when they are complete, found again, and deleted."""
+"""Checkpoints on disk: writing them under another name until they are complete, finding them, and deleting them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..data.state_folder import gigabytes
 from ..files import holding, read_json
 from ..hub.push import RUN_LOCK
 
-UNFINISHED = "unfinished"  # the folder, in a run's, of what is being written or deleted
+UNFINISHED = "unfinished"  # folder in a run's folder, for checkpoints that are being written or deleted
 FILES = "files.json"  # in a checkpoint: its files, and the size and SHA-256 of each
 LAST = "last"
-SECONDS_TO_LOCK = 10  # the worker processes of a killed run's data loader have its lock for some seconds more
+SECONDS_TO_LOCK = 10  # worker processes of a killed run's data loader hold its lock for some more seconds
 
 logger = logging.getLogger(__name__)
 
@@ -30,34 +30,34 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir
     """Return the checkpoint to resume from.
 
     Args:
-        checkpoint: a checkpoint's folder; "last" for the run's last complete one, if there is one yet; True for the
-            same, where there has to be one; None or False to start from the beginning.
+        checkpoint: a checkpoint's folder; "last" for the run's last complete checkpoint, if it has one; True for the
+            last complete checkpoint, which must exist; None or False to start from the beginning.
         run_dir: the run's output_dir.
 
     Returns:
         The folder, or None to start from the beginning.
 
     Raises:
-        ValueError: If the folder does not exist, or its files are not those that were written; if there is no complete
-            checkpoint for True.
+        ValueError: If the folder does not exist, or its files differ from those that were written; if `checkpoint` is
+            True and there is no complete checkpoint.
     """
     if not checkpoint:
         return None
     if checkpoint is not True and checkpoint != LAST:
         if not Path(checkpoint).is_dir():
             raise ValueError(
-                f"resume_from_checkpoint is {checkpoint}, which is not a directory; expected a checkpoint's, or "
-                f'"{LAST}" for the last in output_dir.'
+                f"resume_from_checkpoint is {checkpoint}, which is not a directory; expected the directory of a "
+                f'checkpoint, or "{LAST}" for the last in output_dir.'
             )
         fault = _fault(Path(checkpoint))
-        if fault and Path(checkpoint, FILES).exists():  # the checkpoints of transformers' own Trainer have no list
+        if fault and Path(checkpoint, FILES).exists():  # checkpoints of transformers' own Trainer have no list of files
             raise ValueError(f'{checkpoint} is not complete: {fault}. Resume from another, or from "{LAST}".')
         return str(checkpoint)
     for candidate in reversed(_checkpoints(Path(run_dir))):
         fault = _fault(candidate)
         if fault is None:
             return str(candidate)
-        logger.warning("%s is not complete, and passed over: %s.", candidate, fault)
+        logger.warning("%s is not complete, and is skipped: %s.", candidate, fault)
     if checkpoint is True:
         raise ValueError(f'There is no complete checkpoint in {run_dir} to resume from; "{LAST}" starts a new run.')
     return None
@@ -65,10 +65,10 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str] | bool | None, run_dir
 
 @contextlib.contextmanager
 def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes from training in a run's folder; a process that ends, however it ends, does so no more.
+    """Keep other processes from training in a run's folder, until this process releases the lock or ends.
 
     Raises:
-        OSError: If another process trains there, or nothing can be written there.
+        OSError: If another process trains in the folder, or it cannot be written to.
     """
     otherwise = (
         f"output_dir is {run_dir}, in which another process is training; expected one run at a time: wait until it has "
@@ -80,7 +80,7 @@ def locked(run_dir: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn any failure to write to a folder, whatever a library raises, into an `OSError` that names it."""
+    """Turn any failure to write to a folder, whatever a library raises, into an `OSError` that names the folder."""
     try:
         yield
     except Exception as error:
@@ -91,7 +91,7 @@ def writing(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             free = f" {gigabytes(shutil.disk_usage(folder.parent).free)} are free there."
         cause = error.__cause__ if isinstance(error.__cause__, SafetensorError) else error
-        reason = " ".join(str(cause).split()).rstrip(".")  # torch's has several lines
+        reason = " ".join(str(cause).split()).rstrip(".")  # torch's message has several lines
         raise OSError(
             f"{folder} could not be written: {reason}.{free} Earlier checkpoints are as they "
             f'were: make room, or correct output_dir, and resume from "{LAST}".'
@@ -99,19 +99,19 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def finish(unfinished: Path, checkpoint: Path) -> None:
-    """Give a checkpoint that is written its list of files, and its name."""
+    """Add the list of files to a checkpoint that is written, and give it its final name."""
     files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
     records = {path.relative_to(unfinished).as_posix(): _record(path) for path in files}
     (unfinished / FILES).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     for path in (*files, unfinished / FILES):
         with open(path, "rb") as file:
-            os.fsync(file.fileno())  # some disks say only here that they are full
-    delete(checkpoint)  # of another run, at the same step
+            os.fsync(file.fileno())  # some disks report only here that they are full
+    delete(checkpoint)  # one of another run, at the same step
     unfinished.rename(checkpoint)
 
 
 def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, if it exists; a process that is killed meanwhile leaves no incomplete one."""
+    """Delete a checkpoint, if it exists. A process that is killed meanwhile leaves no incomplete checkpoint."""
     if checkpoint.exists():
         deleted = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
         deleted.parent.mkdir(exist_ok=True)
@@ -120,7 +120,7 @@ def delete(checkpoint: Path) -> None:
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Delete a run's earliest checkpoints beyond a number, but not the newest and the best."""
+    """Delete a run's earliest checkpoints beyond a limit, but never the newest and the best."""
     checkpoints = _checkpoints(newest.parent)
     protected = {newest} if best is None else {newest, Path(best)}
     n_excess = len(checkpoints) - max(limit, len(protected)) if limit else 0
@@ -155,5 +155,5 @@ def _fault(checkpoint: Path) -> str | None:
         if found != record["bytes"]:
             return f"{name} has {found:,} bytes, expected {record['bytes']:,} bytes"
         if _record(file) != record:
-            return f"{name} has changed since it was written (its SHA-256 is another than in {FILES})"
+            return f"{name} has changed since it was written (its SHA-256 differs from the one in {FILES})"
     return None

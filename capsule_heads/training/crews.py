@@ -1,6 +1,6 @@
-"""The members of a sweep at work, in this process or in several.
+"""Training the members of a sweep, in this process or in several.
 
-A head's step is many small operations, for which Python's threads wait for each other: processes share the cores.
+A head's step is many small operations, in which Python's threads wait for each other. Processes share the cores better.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .trainer import CapsuleTrainer, set_epoch
 
 @dataclass
 class Batches:
-    """What the crews of a sweep read.
+    """The data that the crews of a sweep read.
 
     Attributes:
-        lead: a trainer of the data, which makes the batches.
-        loader: of the training data.
-        steps_in_epoch: number of its batches.
-        caches: hidden states of the splits that members are measured on.
+        lead: a trainer on the sweep's data, which makes the batches.
+        loader: data loader of the training data.
+        steps_in_epoch: number of batches in the training data.
+        caches: hidden states of the splits that members are evaluated on.
     """
 
     lead: CapsuleTrainer
@@ -46,7 +46,7 @@ class Batches:
     caches: Mapping[str, HiddenStateCache]
 
     def of_training(self, step: int) -> Iterator[tuple[bool, dict[str, Any]]]:
-        """Yield batches from a step on, epoch after epoch, and whether each begins one."""
+        """Yield whether a training batch begins an epoch, and the batch, from a step on and without end."""
         while True:
             epoch, done = divmod(step, self.steps_in_epoch)
             self.loader.set_epoch(epoch)
@@ -57,12 +57,12 @@ class Batches:
                 step += 1
 
     def of_split(self, name: str) -> Iterator[dict[str, Any]]:
-        """Yield the batches of a split that members are measured on."""
+        """Yield the batches of a split that members are evaluated on."""
         for batch in self.lead.get_eval_dataloader(self.caches[name]):
             yield self._prepare(batch)
 
     def _prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a batch on the device, its hidden states as every head would make them, so that none has to."""
+        """Return a batch on the device, with hidden states in float32, so that no head has to convert them."""
         prepared = self.lead._prepare_inputs(dict(batch))
         return {**prepared, "hidden_states": prepared["hidden_states"].float()}
 
@@ -71,28 +71,28 @@ class Crew:
     """Members of a sweep that take their steps in one process.
 
     Args:
-        members: by their place in the sweep.
-        batches: what they read.
-        step: the one that they have taken last.
+        members: the members, by their place in the sweep.
+        batches: the data that they read.
+        step: the last step that they have taken.
     """
 
     def __init__(self, members: Mapping[int, Member], batches: Batches, step: int) -> None:
         self.members, self.batches, self.step = members, batches, step
         self._training = batches.of_training(step)
         args: Any = batches.lead.args
-        # A step that is left out for its numbers has to be known before the next one begins.
+        # A step that is skipped for its numbers has to be known before the next one begins.
         has_graphs = args.device.type == "cuda" and args.on_nonfinite == "stop"
         self._graphs = GraphedSteps(CudaGraphs()) if has_graphs else None
 
     def living(self) -> list[Member]:
-        """Return the members that train."""
+        """Return the members that still train."""
         return [member for member in self.members.values() if member.fault is None]
 
     def advance(self, until: int) -> None:
         """Train all members until a step.
 
         Args:
-            until: the last that is taken.
+            until: the last step that is taken.
         """
         while self.step < until and self.living():
             begins_epoch, batch = next(self._training)
@@ -109,7 +109,7 @@ class Crew:
             self._graphs.check()
 
     def evaluate(self) -> None:
-        """Measure all members on the splits whose hidden states are cached; see `Member.found`."""
+        """Evaluate all members on the splits whose hidden states are cached; see `Member.found`."""
         members = self.living()
         for name in self.batches.caches:
             for member in members:
@@ -123,10 +123,10 @@ class Crew:
                 member.found[name] = member.measure(np.concatenate(labels))
 
     def stop(self, why: Mapping[int, str]) -> None:
-        """Let members train no more.
+        """Stop the training of some members.
 
         Args:
-            why: of some members, in words, by place.
+            why: the reason in words, by each member's place.
         """
         for place in self.members.keys() & why.keys():
             self.members[place].fault = why[place]
@@ -137,7 +137,7 @@ class Crew:
             torch.save(member.state_dict(), file_of(folder, place))
 
     def report(self) -> dict[int, dict[str, Any]]:
-        """Return how each member stands, by place."""
+        """Return the progress and results of each member, by place."""
         names = ("steps", "seconds", "fault", "found")
         return {place: {name: getattr(member, name) for name in names} for place, member in self.members.items()}
 
@@ -148,16 +148,16 @@ def file_of(folder: Path, place: int) -> Path:
 
 
 class Tell(Protocol):
-    """Tells all crews the same, at once."""
+    """Calls a method of all crews at once."""
 
     def __call__(self, method: Callable[..., None], *args: Any) -> None:
-        """Call a method of each crew, and return when all calls have and the members stand as there."""
+        """Call a method of each crew, and return when all calls are done and the members here are up to date."""
 
 
 def number_of_processes(n_members: int, device: torch.device) -> int:
-    """Return how many processes share the members of a sweep: as many as torch uses threads.
+    """Return the number of processes that share the members of a sweep: one for each thread that torch uses.
 
-    A process has to be a copy of this one. Linux alone makes it safely, and CUDA does not work in a copy.
+    Each process is forked from this one. Only Linux forks safely, and CUDA does not work in a forked process.
     """
     if device.type != "cpu" or sys.platform != "linux" or torch.cuda.is_initialized():
         return 1
@@ -166,16 +166,16 @@ def number_of_processes(n_members: int, device: torch.device) -> int:
 
 @contextmanager
 def crews(members: Sequence[Member], n_processes: int, batches: Batches, step: int) -> Iterator[Tell]:
-    """Share the members of a sweep among processes, and give what tells them all.
+    """Share the members of a sweep among processes, and yield a function that calls all crews.
 
-    In several processes a change of a member is seen here only in what `Crew.report` has. Weights come from
+    With several processes, the members here only get what `Crew.report` returns. Their weights are in the files of
     `Crew.save`.
 
     Args:
-        members: of the sweep.
-        n_processes: how many; with one it is this one.
-        batches: what they read.
-        step: the one that was taken last.
+        members: members of the sweep.
+        n_processes: number of processes; 1 for this process alone.
+        batches: the data that they read.
+        step: the last step that was taken.
     """
     placed = list(enumerate(members))
     of_processes = [Crew(dict(placed[first::n_processes]), batches, step) for first in range(n_processes)]
@@ -201,18 +201,18 @@ def crews(members: Sequence[Member], n_processes: int, batches: Batches, step: i
 
 
 class _Worker:
-    """A process with a crew, as this process sees it.
+    """A process that runs a crew, as seen from this process.
 
     Args:
-        crew: that it has.
-        others: connections to other workers, which the process is to close: they would outlive this one there.
+        crew: the crew that it runs.
+        others: connections to other workers. The process closes its copies, which would outlive this process.
     """
 
     def __init__(self, crew: Crew, others: Sequence[Connection]) -> None:
         fork = multiprocessing.get_context("fork")
         self.connection, theirs = fork.Pipe()
         self._process = fork.Process(target=_serve, args=(crew, theirs, [self.connection, *others]))
-        with warnings.catch_warnings():  # it has one thread, and needs nothing that another thread here may hold
+        with warnings.catch_warnings():  # it has one thread, and needs no lock that another thread here may hold
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             self._process.start()
         theirs.close()
@@ -222,10 +222,10 @@ class _Worker:
             self.connection.send((method, args))
 
     def receive(self) -> dict[int, dict[str, Any]]:
-        """Return a crew's report, or raise what was raised there.
+        """Return a crew's report, or raise the error that was raised in its process.
 
         Raises:
-            ChildProcessError: If the process is gone.
+            ChildProcessError: If the process has ended.
         """
         try:
             reply = pickle.loads(self.connection.recv_bytes())
@@ -233,23 +233,23 @@ class _Worker:
             self._process.join()
             raise ChildProcessError(
                 f"A process of the sweep ended with exit code {self._process.exitcode} (-9: killed, or out of memory); "
-                "expected it to stay: go on from the last checkpoint with --resume."
+                "expected it to run to the end: resume from the last checkpoint with --resume."
             ) from None
         if isinstance(reply, Exception):
             raise reply
         return reply
 
     def end(self) -> None:
-        self._process.terminate()  # all that is to be kept is in files
+        self._process.terminate()  # everything that has to be kept is in files
         self._process.join()
         self.connection.close()
 
 
 def _serve(crew: Crew, connection: Connection, others: Sequence[Connection]) -> None:
-    """Do what a crew is told, until nobody is there to tell it."""
+    """Run the calls that arrive for a crew, until the connection is closed."""
     for other in others:
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that tells it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that sends the calls ends this one
     torch.set_num_threads(1)
     while True:
         try:
@@ -260,6 +260,6 @@ def _serve(crew: Crew, connection: Connection, others: Sequence[Connection]) -> 
             getattr(crew, method)(*args)
             reply: Any = crew.report()
         except Exception as error:
-            error.add_note(traceback.format_exc())  # which pickle would leave behind
+            error.add_note(traceback.format_exc())  # pickle would drop the traceback
             reply = error
         connection.send_bytes(pickle.dumps(reply))

@@ -1,7 +1,7 @@
 """The forward and backward passes of all members of a sweep as one CUDA graph for each shape of batches.
 
 A member's passes are hundreds of small launches, which cost more than their arithmetic. A graph is one launch, and runs
-members beside each other. Optimizers stay outside: they have settings that change from step to step.
+members in parallel. Optimizers stay outside, as their settings change from step to step.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .members import Gradients, Member
 
 logger = logging.getLogger(__name__)
 
-MULTIPLE = 8  # of tokens in a batch: of each length there would be a graph
-BRANCHES = 8  # that run beside each other; each keeps what one member's passes need
+MULTIPLE = 8  # batches are padded to a multiple of it in tokens: each length would need its own graph
+BRANCHES = 8  # parallel branches of a graph; each keeps the memory of one member's passes
 OF_TOKENS = ("hidden_states", "attention_mask")
 
 Record = Callable[[Sequence[Callable[[], None]]], Callable[[], None]]
 
 
 class CudaGraphs:
-    """Records calls as the branches of a CUDA graph, and returns what runs them all again.
+    """Records calls as the branches of a CUDA graph, and returns a function that runs them all again.
 
-    All graphs share memory: one is replayed at a time, and what it wrote is read before the next.
+    All graphs share memory, as one is replayed at a time, and its results are read before the next.
     """
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class CudaGraphs:
         """Record a graph.
 
         Raises:
-            RuntimeError: If a call does what a graph cannot, such as read a number from the device.
+            RuntimeError: If a call does something that a graph cannot do, such as read a number from the device.
         """
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):  # kernels are compiled, and libraries make their workspaces, before
+        with torch.cuda.stream(aside):  # first compile kernels, and let libraries make workspaces
             self._run(calls)
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
@@ -70,10 +70,10 @@ class _Graph:
     """The passes of all members on batches of one shape.
 
     Attributes:
-        batch: what the passes read.
-        draws: of mixup, that they read, by member.
-        found: what they wrote, by member.
-        replay: runs them.
+        batch: the batch that the passes read.
+        draws: random numbers of mixup that they read, by member.
+        found: gradients that they wrote, by member.
+        replay: function that runs them.
     """
 
     batch: dict[str, Any]
@@ -83,14 +83,14 @@ class _Graph:
 
 
 class GraphedSteps:
-    """Steps of the members of a sweep by CUDA graphs; see the module.
+    """Takes the steps of a sweep's members by CUDA graphs; see the module.
 
-    A shape is recorded when it comes for the second time. Where a step cannot be recorded, all are taken one by one,
-    and the log says so. Numbers that are not finite are found by `check`, some steps late: the member's weights are
-    lost by then, but it trains no more anyway.
+    A graph is recorded when a shape occurs for the second time. If a step cannot be recorded, all members take their
+    steps one by one, and the log says so. `check` finds numbers that are not finite some steps late. The member's
+    weights are lost by then, but its training ends anyway.
 
     Args:
-        record: makes a graph, such as `CudaGraphs`.
+        record: records a graph, as `CudaGraphs` does.
     """
 
     def __init__(self, record: Record) -> None:
@@ -98,17 +98,17 @@ class GraphedSteps:
         self._members: list[Member] = []
         self._seen: set[tuple] = set()
         self._graphs: dict[tuple, _Graph] = {}
-        self._first_bad = torch.zeros(0)  # step at which each member's numbers were not finite; 0 for none
+        self._first_bad = torch.zeros(0)  # first step at which each member's numbers were not finite; 0 if finite
         self._works = True
 
     def step(self, members: Sequence[Member], batch: Mapping[str, Any]) -> None:
         """Take a step of training with all members.
 
         Args:
-            members: those that train.
+            members: the members that still train.
             batch: as `Member.step` takes it.
         """
-        if list(members) != self._members:  # some have left
+        if list(members) != self._members:  # some have stopped
             self.check()
             self._members = list(members)
             self._seen, self._graphs = set(), {}
@@ -126,7 +126,7 @@ class GraphedSteps:
             except RuntimeError as error:
                 self._works = False
                 reason = str(error).splitlines()[0]
-                logger.warning(f"Heads take their steps one by one, as they cannot be a CUDA graph: {reason}")
+                logger.warning(f"Heads take their steps one by one, as a CUDA graph cannot record them: {reason}")
                 self.step(members, batch)
                 return
         graph = self._graphs[shape]
@@ -138,7 +138,7 @@ class GraphedSteps:
                     into.copy_(drawn, non_blocking=True)
         graph.replay()
         is_fine = torch.stack([found.check for found in graph.found]).isfinite() | (self._first_bad > 0)
-        self._first_bad.masked_fill_(~is_fine, self._members[0].steps + 1)  # all have taken as many
+        self._first_bad.masked_fill_(~is_fine, self._members[0].steps + 1)  # the same for all members
         for member, found in zip(self._members, graph.found):
             member.update(found.gradients)
 
@@ -152,11 +152,11 @@ class GraphedSteps:
         """Record the passes of all members on a batch.
 
         Raises:
-            RuntimeError: If a member's cannot be recorded.
+            RuntimeError: If a member's passes cannot be recorded.
         """
         fixed = {name: x.clone() for name, x in batch.items()}
         n, device = len(batch["labels"]), batch["labels"].device
-        draws = [  # that mix nothing; each step writes its own into them
+        draws = [  # these mix nothing; each step writes its own draws into them
             (torch.ones(n, device=device), torch.arange(n, device=device)) if x.model.config.mixup_alpha else None
             for x in self._members
         ]

@@ -18,12 +18,12 @@ from ..models.losses import check_labels, infer_problem_type
 class CheckedCollator:
     """A collator whose batches are checked: labels, masks and tokens have values that the model takes.
 
-    It keeps what the checks need of the model, not the model: a data loader sends its collator to other processes.
+    It keeps only what the checks need, not the model, because a data loader sends its collator to other processes.
 
     Args:
         collator: makes the batches.
         config: the model's configuration.
-        n_embeddings: the number of tokens that the backbone has embeddings of; None if it has no table of them.
+        n_embeddings: number of tokens in the backbone's table of embeddings; None if it has no table.
     """
 
     collator: Callable[[list[Any]], Any]

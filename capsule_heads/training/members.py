@@ -1,4 +1,4 @@
-"""The heads of a sweep: all see the same batches, and each has its weights, optimizer, schedule and random numbers."""
+"""The heads of a sweep. All get the same batches, and each has its own weights, optimizer, schedule and draws."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Combination:
 
     Attributes:
         head_type: name of the head.
-        options: those of the head that were given.
+        options: options of the head that were given.
         settings: training arguments, and `mixup_alpha` and `layers` of the model, by name.
     """
 
@@ -43,11 +43,11 @@ class Combination:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a member's forward and backward pass found.
+    """The results of a member's forward and backward pass.
 
     Attributes:
-        gradients: of each parameter that trains, clipped; None where the loss does not depend on it.
-        check: a number that is finite where loss and gradients are.
+        gradients: clipped gradient of each trainable parameter; None where the loss does not depend on it.
+        check: a number that is finite if loss and gradients are.
     """
 
     gradients: Sequence[Tensor | None]
@@ -55,24 +55,24 @@ class Gradients:
 
 
 class Member:
-    """One head of a sweep, on its way through the training data.
+    """One head of a sweep, and the state of its training.
 
-    It ends with the weights that `CapsuleTrainer` gives with the same arguments: loss, optimizer, schedule and settings
-    are those of a `CapsuleTrainer` that is made for it, and its random numbers are drawn as there.
+    It ends with the weights that `CapsuleTrainer` gives with the same arguments. Its loss, optimizer, schedule and
+    settings are those of its own `CapsuleTrainer`, and it draws random numbers in the same way.
 
     Args:
-        combination: what it is.
+        combination: its head, options and settings.
         model: a classifier without a backbone, made with the member's seed.
-        trainer: of the model, just made.
-        places: of the hidden states that the model takes, among those that are cached; None for all of them.
+        trainer: trainer of the model, just made.
+        places: indices of the model's hidden states among the cached ones; None for all of them.
 
     Attributes:
-        seed: of its initial weights and of what it draws.
-        fault: why it trains no more, in words; None while it does.
-        steps: that it has taken.
-        seconds: that these took, where they were taken one by one.
-        found: its metrics by split, as they were last measured.
-        outputs: logits `[batch, num_labels]` and loss of each batch that was predicted since they were last cleared.
+        seed: random seed of its initial weights and of its draws.
+        fault: why its training has ended, in words; None while it trains.
+        steps: number of steps that it has taken.
+        seconds: seconds that its steps took, if they were taken one by one.
+        found: its metrics by split, as last measured.
+        outputs: logits `[batch, num_labels]` and loss of each batch that was predicted since the last clearing.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Member:
         self._parameters: list[nn.Parameter] = []
 
     def prepare(self, n_steps: int) -> None:
-        """Make optimizer and schedule.
+        """Make the optimizer and the schedule.
 
         Args:
-            n_steps: of the training.
+            n_steps: number of steps of the training.
         """
         self.trainer.create_optimizer_and_scheduler(n_steps)
         self._parameters = [x for x in self.model.parameters() if x.requires_grad]
@@ -133,11 +133,11 @@ class Member:
         self.seconds += time.perf_counter() - start
 
     def differentiate(self, batch: Mapping[str, Any], draws: tuple[Tensor, Tensor] | None = None) -> Gradients:
-        """Compute the gradients of a batch's loss; nothing waits for the device.
+        """Compute the gradients of a batch's loss, without waiting for the device.
 
         Args:
             batch: see `step`.
-            draws: of mixup, from `draw_mixup`; without them they are drawn.
+            draws: random numbers of mixup, from `draw_mixup`; None to draw them here.
         """
         trainer = self.trainer
         self.model.mixup_draws = draws
@@ -155,7 +155,7 @@ class Member:
         return Gradients(gradients, norm + loss.detach() * 0)
 
     def draw_mixup(self, n_samples: int) -> tuple[Tensor, Tensor]:
-        """Draw what mixup needs for a batch, as a step draws it."""
+        """Draw mixup's random numbers for a batch, as a step draws them."""
         with self._own_generator():
             return draw_mixup(n_samples, self.model.config.mixup_alpha, self.args.device)
 
@@ -163,7 +163,7 @@ class Member:
         """Let the optimizer and the schedule take a step.
 
         Args:
-            gradients: one for each parameter that trains, or None for one that stays.
+            gradients: one for each trainable parameter; None for a parameter that stays as it is.
         """
         optimizer, schedule = self.trainer.optimizer, self.trainer.lr_scheduler
         assert optimizer is not None and schedule is not None  # prepare has made them
@@ -179,14 +179,14 @@ class Member:
 
     @torch.no_grad()
     def predict(self, batch: Mapping[str, Any]) -> None:
-        """Keep what the model says of a batch, for `measure`."""
+        """Keep the model's logits and loss of a batch, for `measure`."""
         with self.trainer.compute_loss_context_manager():
             output = self.model.eval()(**self.select(batch))
         self.outputs.append((output.logits.float().cpu(), float(output.loss)))
         self.model.train()
 
     def measure(self, labels: np.ndarray) -> dict[str, float]:
-        """Return the loss and the metrics of what `predict` has kept."""
+        """Return the loss and the metrics of the batches that `predict` has kept."""
         sizes = [len(logits) for logits, _ in self.outputs]
         loss = float(np.average([loss for _, loss in self.outputs], weights=sizes))
         logits = torch.cat([logits for logits, _ in self.outputs]).numpy()
@@ -203,11 +203,11 @@ class Member:
         self._draws = self.steps == 0 or not torch.equal(before, self._generator_state)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights of the head, and of what else of the classifier is beside the backbone."""
+        """Return the weights of the classifier, which has no backbone."""
         return {name: x.detach().cpu() for name, x in self.model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a member has to have to go on from here."""
+        """Return the state from which a member can resume."""
         optimizer, schedule = self.trainer.optimizer, self.trainer.lr_scheduler
         assert optimizer is not None and schedule is not None
         return {
@@ -221,7 +221,7 @@ class Member:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the state of a member of the same sweep."""
+        """Resume from the state of a member of the same sweep."""
         optimizer, schedule = self.trainer.optimizer, self.trainer.lr_scheduler
         assert optimizer is not None and schedule is not None
         self.model.load_state_dict(state["model"])
@@ -236,11 +236,11 @@ def _take(batch: Mapping[str, Any], places: Sequence[int] | None) -> dict[str, A
 
 
 class CollatorOfLayers:
-    """Makes batches of some of the layers that are cached.
+    """Makes batches of some of the cached layers.
 
     Args:
-        collator: of batches of all of them.
-        places: of the layers, among those that are cached.
+        collator: makes batches of all cached layers.
+        places: indices of the layers among the cached ones.
     """
 
     def __init__(self, collator: Callable[[list], Mapping[str, Any]], places: Sequence[int]) -> None:
@@ -260,15 +260,15 @@ def make_member(
     data_collator: Callable[[list], Mapping[str, Any]],
     **of_trainer: Any,
 ) -> Member:
-    """Make a head of a sweep as a run of its own would.
+    """Make a member of a sweep, with the head that a separate run would make.
 
     Args:
-        combination: what it is.
-        seed: of its initial weights, and of what it draws.
-        arguments: of all members, which the combination and the seed change.
-        base: a classifier of the same data, whose head may be another, for all the hidden states that are cached.
-        layers: that were asked for; None for all, or for the last where a head takes one.
-        data_collator: of batches of all hidden states that are cached.
+        combination: its head, options and settings.
+        seed: random seed of its initial weights and of its draws.
+        arguments: training arguments of all members, before the settings and the seed of this one.
+        base: a classifier for the same data and all cached hidden states; its head may be another.
+        layers: the layers that were asked for; None for all layers, or for the last if the head takes one layer.
+        data_collator: makes batches of all cached hidden states.
         **of_trainer: other arguments of `CapsuleTrainer`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The metrics that a classifier is evaluated by where none are given."""
+"""The metrics of a classifier if a user gives none."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ UNEVEN = 5  # times as many examples of one class as of another
 
 
 def are_uneven(labels: Iterable[int]) -> bool:
-    """Return whether one class has many times the examples of another, so that accuracy says little of the rare one."""
+    """Return whether one class has `UNEVEN` times the examples of another, so that accuracy hides the rare one."""
     counts = Counter(labels).values()
     return max(counts, default=0) >= UNEVEN * min(counts, default=1)
 
 
 def default_metric(config: CapsuleHeadConfig) -> str | None:
-    """Return the name of a model's metrics, as in `load_metric`, by its problem type; None where it has none."""
+    """Return the name of the metrics, as in `load_metric`, of a model's problem type; None if it has no metrics."""
     metric = {"regression": "stsb", "multi_label_classification": "multilabel"}.get(
         config.problem_type or "", "classification"
     )
@@ -32,9 +32,9 @@ def default_metric(config: CapsuleHeadConfig) -> str | None:
 
 
 def default_metrics(config: CapsuleHeadConfig, prediction: EvalPrediction) -> dict[str, float]:
-    """Return the metrics of a model's problem type: of classes, of several labels, or the correlations of one number.
+    """Return the metrics of a model's problem type: for classes, for several labels, or correlations of one number.
 
-    A regression of several numbers has its loss alone.
+    A regression of several numbers has no metrics besides its loss.
 
     Args:
         config: the model's configuration.

@@ -18,8 +18,8 @@ from .capsule_model import find_capsule_model
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch normalisation
-COMPLETE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # a process has all gradients
-NOTHING = "nothing of the last batch in another run, without mixup"
+COMPLETE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each process has all gradients
+NOTHING = "nothing when the last batch was run again, without mixup"
 MOST = 4  # names, or samples, in a message
 
 
@@ -30,15 +30,16 @@ class StepCheck:
     Trainer's own filter of logged losses reads two per batch. `filter_loss` replaces that filter, and reads none.
 
     All processes come to the same decision. Gradients whose norm overflows count as not finite: Trainer divides by the
-    norm, and that gives NaN. Under a gradient scaler (fp16) gradients may overflow as long as its scale is above 1: it
-    skips such steps itself. DeepSpeed makes its step before gradients can be seen: there it is the loss alone that
-    is checked, after the step.
+    norm, and that gives NaN. With a gradient scaler (fp16), gradients may overflow as long as its scale is above 1,
+    because it skips such steps itself. DeepSpeed takes its step before gradients can be read, so only the loss is
+    checked there, after the step.
 
     Args:
-        trainer: whose steps they are.
+        trainer: the trainer whose steps are checked.
 
     Attributes:
-        norm: the norm of the step's gradients, once they were found finite; None if parts of them are elsewhere.
+        norm: the norm of the step's gradients, once they are found finite; None if they are scaled, or spread over
+            processes.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -51,11 +52,11 @@ class StepCheck:
         self.norm: Tensor | None = None
 
     def _find_tensors(self) -> None:
-        """Find the model's parameters by name, and its batch statistics, with room for a copy of these."""
+        """Find the model's parameters and its batch statistics, and make copies of the statistics."""
         model = self._trainer.model
         assert model is not None  # CapsuleTrainer refuses to be made without one
         self._parameters = dict(model.named_parameters())
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # what one launch copies
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # one launch copies all tensors of a kind
         for name, buffer in model.named_buffers():
             if name.rpartition(".")[2] in STATISTICS:
                 by_kind.setdefault((buffer.device, buffer.dtype), []).append(buffer)
@@ -81,27 +82,27 @@ class StepCheck:
         self._batches.append((loss, inputs))
 
     def filter_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss or, where it is not finite, the last one that was: the log shows a mean of these."""
+        """Return the loss, or the last finite loss if this one is not finite. The log shows a mean of these."""
         last = torch.zeros_like(loss) if self._shown is None else self._shown
         self._shown = torch.where(loss.isfinite(), loss, last)
         return self._shown
 
     def after_last_batch(self, model: nn.Module) -> None:
-        """Check the losses and the gradients of a step, when these are complete.
+        """Check the losses and the gradients of a step, after its last batch.
 
         Args:
-            model: as it was called, with its wrappers.
+            model: the model with its wrappers.
 
         Raises:
             FloatingPointError: If something is not finite and steps are not to be skipped, or if weights are not
-                finite, which skipping steps does not mend.
+                finite, which skipping steps does not repair.
         """
         batches, parameters = self._batches, self._parameters
         self._batches = []
         gradients = {f"the gradient of {name}": x.grad for name, x in parameters.items() if x.grad is not None}
         losses = torch.stack([loss for loss, _ in batches])
         norm = torch.nn.utils.get_total_norm([_local(x) for x in gradients.values()])
-        # NaN unless all losses are finite. Processes' norms are put together by their squares.
+        # NaN unless all losses are finite. Squares of norms can be summed over processes.
         found = losses.mul(0).sum() + norm.to(losses.device).float().square()
         accelerator = self._trainer.accelerator
         if accelerator.reduce(found).isfinite():  # the one read of the step
@@ -112,7 +113,7 @@ class StepCheck:
             return
         for buffers, copies in self._statistics:
             torch._foreach_copy_(buffers, copies)
-        # All processes go the same way: the model may be spread over them.
+        # All processes take the same branch, as the model may be spread over them.
         broken = gather_object(_places(parameters))
         of_gradients = [] if bad_losses else _places(gradients)
         inputs = next((inputs for loss, inputs in batches if not loss.isfinite()), batches[-1][1])
@@ -125,14 +126,14 @@ class StepCheck:
         args = self._trainer.args
         if not (isinstance(args, CapsuleTrainingArguments) and args.on_nonfinite == "skip"):
             raise FloatingPointError(
-                f"{message} The weights are as before this step. Mend the data, or skip such steps with "
+                f"{message} The weights are as before this step. Correct the data, or skip such steps with "
                 'on_nonfinite="skip".'
             )
         logger.warning("%s The step is skipped.", message)
         self._drop(parameters.values())
 
     def _has_gradients(self, gradients: Iterable[Tensor]) -> bool:
-        """Return whether this process has all gradients, as they are: not spread over processes, and not scaled."""
+        """Return whether this process has all gradients, neither spread over processes nor scaled."""
         accelerator = self._trainer.accelerator
         has_all = accelerator.distributed_type in COMPLETE and not any(hasattr(x, "to_local") for x in gradients)
         return has_all and accelerator.scaler is None
@@ -155,9 +156,9 @@ class StepCheck:
     def _drop(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             if self._trainer.accelerator.scaler is None:
-                parameter.grad = None  # an optimizer leaves such a parameter, and what it keeps of it, as they are
+                parameter.grad = None  # an optimizer then leaves the parameter and its state as they are
             elif parameter.grad is not None:
-                parameter.grad.fill_(math.nan)  # the scaler asks for gradients, and leaves the step out for these
+                parameter.grad.fill_(math.nan)  # the scaler needs gradients, and skips the step for these
 
 
 @torch.no_grad()
@@ -166,13 +167,14 @@ def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence
 
     Args:
         model: the model, perhaps wrapped. It is left in evaluation mode.
-        inputs: of its forward pass.
-        layers: those in use.
+        inputs: inputs of its forward pass.
+        layers: the layers in use.
 
     Returns:
-        Inputs; if those are finite, hidden states by their layer; if those are too, logits, and the largest state.
+        The inputs that are not finite. If all are finite, the hidden states that are not, by layer. If those are finite
+        too, the logits, with the largest hidden state.
     """
-    outputs = model.eval()(**inputs, output_hidden_states=True)  # in all processes, whatever each finds
+    outputs = model.eval()(**inputs, output_hidden_states=True)  # in all processes, whatever each of them finds
     tensors = {f"the input {name}": x for name, x in inputs.items() if isinstance(x, Tensor)}
     tensors.pop("the input hidden_states", None)
     found = _places(tensors, of_samples=True)
@@ -190,7 +192,7 @@ def find_nonfinite(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence
 
 
 def _places(tensors: Mapping[str, Tensor], of_samples: bool = False) -> list[str]:
-    """Return which of some tensors are not finite, and how many of their numbers, or in which samples."""
+    """Return the names of tensors that are not finite, and in how many of their numbers, or in which samples."""
     places = []
     for name, tensor in tensors.items():
         bad = ~_local(tensor).isfinite()

@@ -1,4 +1,4 @@
-"""Settings that learn: what a run does where its arguments are not set, chosen by how much there is to learn from."""
+"""Recipes: settings for the arguments of a run that are not set, chosen by the number of training examples."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # Measured on sentences with a frozen all-MiniLM-L6-v2: scripts/benchmarks/own_data.py.
 HEAD_RATE = 8e-3  # peak learning rate of a head on a frozen backbone
-BACKBONE_RATE = 2e-5  # of a pretrained backbone that trains, or its adapters
-STEPS = 600  # that a head takes to learn
-EPOCHS = (3, 10)  # the least, and the most: beyond it a head of few examples learns them by heart
+BACKBONE_RATE = 2e-5  # peak learning rate of a pretrained backbone that trains, or of its adapters
+STEPS = 600  # number of steps that a head takes to learn
+EPOCHS = (3, 10)  # the least and the most: with more, a head learns few examples by heart
 WARMUP = 0.1
 CLIPPING = 1.0
 
@@ -34,19 +34,20 @@ def apply_recipe(
     checkpoint: str | None = None,
     solutions: Solutions | None = None,
 ) -> None:
-    """Give a model a linear term, and set the arguments of its run that are not set, as the recipe "auto" does.
+    """Give a model a linear term, and set the arguments of its run that are not set.
 
-    With another recipe a model has a linear term if its configuration says so.
+    The recipe "auto" gives a linear term to every classifier that can have one. With another recipe, the model's
+    configuration has to ask for it.
 
     Args:
-        trainer: of the run.
+        trainer: the run's trainer.
         model: the model that it trains.
-        checkpoint: the folder of a checkpoint that is about to be loaded, with the linear term's weights if it has one.
-        solutions: for a linear term, of other models on the same data; see `fit_linear_term`.
+        checkpoint: folder of a checkpoint that is about to be loaded, which may hold the weights of a linear term.
+        solutions: linear terms of other models on the same data; see `fit_linear_term`.
 
     Raises:
-        ValueError: If a linear term was asked for and cannot be solved for, or what was chosen does not fit what was
-            set.
+        ValueError: If a linear term was asked for and cannot be solved for, or a chosen setting does not fit the
+            arguments that are set.
     """
     args = trainer.args
     is_auto = isinstance(args, CapsuleTrainingArguments) and args.recipe == AUTO
@@ -72,16 +73,16 @@ def _has_linear_term(checkpoint: str) -> bool:
 
 
 def settle_arguments(trainer: CapsuleTrainer, model: CapsuleHeadPreTrainedModel) -> None:
-    """Set the arguments of a run that are not set, and say in one line what was chosen and why.
+    """Set the arguments of a run that are not set, and log in one line what was chosen and why.
 
     Raises:
-        ValueError: If what was chosen does not fit what was set.
+        ValueError: If a chosen setting does not fit the arguments that are set.
     """
     args = trainer.args
     if not isinstance(args, CapsuleTrainingArguments) or not args.unset():
         return
     settings, why = choose_settings(trainer, model)
-    if args.learning_rate is not None:  # which by default is that of the backbone too
+    if args.learning_rate is not None:  # by default it is the backbone's too
         settings = {name: value for name, value in settings.items() if name != "backbone_learning_rate"}
     chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items() if getattr(args, name) is None)
     args.fill(settings)
@@ -90,12 +91,12 @@ def settle_arguments(trainer: CapsuleTrainer, model: CapsuleHeadPreTrainedModel)
 
 
 def choose_settings(trainer: CapsuleTrainer, model: CapsuleHeadPreTrainedModel) -> tuple[dict[str, float], str]:
-    """Return the settings of a run, by name, and what they were chosen for, in words.
+    """Return the settings of a run by name, and the reason for them in words.
 
     A head on a frozen backbone trains at a learning rate of 8e-3 for some 600 steps, in 3 epochs at least and 10 at
-    most. Where a pretrained backbone trains, or adapters in it, the head has the paper's learning rate, and the
-    backbone one of its own, 2e-5, unless it is set. A backbone that starts from random weights, and an optimizer other
-    than "radam", have the paper's settings, as no others were measured.
+    most. If a pretrained backbone or its adapters train, the head gets the paper's learning rate, and the backbone gets
+    2e-5 unless its learning rate is set. A backbone with random weights, or an optimizer other than "radam", gets the
+    paper's settings, as no others were measured.
     """
     args = trainer.args
     if word_of(args.optim) != RADAM:

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from ..models.modeling_capsule_head import CapsuleHeadClassifier
     from .trainer import CapsuleTrainer
 
-# Features have a mean squared norm of 1. On cr and trec with 8, 64 and all rows of a class, this one was within 0.6
-# points of the best of those from 1 to 1,000, on validation.
+# Features have a mean squared norm of 1. On cr and trec with 8, 64 and all rows of a class, this value was within 0.6
+# points of the best value from 1 to 1,000, on validation.
 C = 10.0
 MOST_ITERATIONS = 100
 ALPHAS = tuple(10.0**power for power in range(-4, 3))  # strengths of a ridge regression's penalty, per example
-MOST_ROWS = 20_000  # more of them do not change the solution by what can be measured
+MOST_ROWS = 20_000  # more rows do not change the solution measurably
 MOST_NUMBERS = 2**27  # of pooled states, 512 MiB in float32
 MOST_PRODUCTS = 10**10  # of a pass over the rows: with more, solving would take minutes
-LEAST_PER_CLASS = 4  # rows, where not all can be taken: with fewer, there is no term
+LEAST_PER_CLASS = 4  # rows, if not all can be taken: with fewer, there is no linear term
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +43,20 @@ def lacks_linear_term(model: CapsuleHeadClassifier) -> bool:
 
 
 def can_have_linear_term(trainer: CapsuleTrainer, model: CapsuleHeadClassifier) -> bool:
-    """Return whether a model may start from a regression: it is not refused, and its backbone is frozen and whole."""
+    """Return whether a model may start from a regression: a user allows it, and the backbone is frozen and complete."""
     in_one_piece = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.model_init is not None)
     return in_one_piece and not model.backbone_trains and model.config.linear_term is not False
 
 
 class Solution(NamedTuple):
-    """Weights `[outputs, features]` and biases `[outputs]` of a linear term, and the number of rows they are from."""
+    """Weights `[outputs, features]` and biases `[outputs]` of a linear term, and the number of fitted rows."""
 
     weight: NDArray
     bias: NDArray
     n_rows: int
 
 
-# By layers and class weights, on one training set: the models of a sweep share them.
+# Solutions by layers and class weights, on one training set. The models of a sweep share them.
 Solutions = dict[tuple, Solution | None]
 
 
@@ -64,12 +64,12 @@ def fit_linear_term(trainer: CapsuleTrainer, model: CapsuleHeadClassifier, solut
     """Solve for a linear term on the training data, and give it to a model whose head has scores of 0.
 
     Args:
-        trainer: with the training data.
+        trainer: the trainer with the training data.
         model: the model that it trains.
-        solutions: those of other models on the same data, where this one is looked for first, and put.
+        solutions: solutions of other models on the same data. This one is looked up there, or added.
 
     Returns:
-        What was done, in words; "" where nothing was, as the head's scores are not 0 or the data allows none.
+        What was done, in words; "" if nothing was done, as the head's scores are not 0 or the data allows no term.
     """
     start = time.perf_counter()
     solutions = {} if solutions is None else solutions
@@ -84,9 +84,9 @@ def fit_linear_term(trainer: CapsuleTrainer, model: CapsuleHeadClassifier, solut
         return ""
     _write(model.add_linear_term(), solution)
     if model.regressor is not None:
-        torch.nn.init.zeros_(model.regressor.weight)  # it starts at 0 then, as scores of classes do
+        torch.nn.init.zeros_(model.regressor.weight)  # its values then start at 0, as scores of classes do
     return (
-        f"the model starts as a regression on the means of its tokens at {len(model.config.layers)} layers, of "
+        f"the model starts as a regression on the means of its tokens at {len(model.config.layers)} layers, fitted to "
         f"{solution.n_rows:,} examples ({time.perf_counter() - start:.1f} s)"
     )
 
@@ -114,7 +114,7 @@ def _write(term: LinearTerm, solution: Solution) -> None:
 
 
 def _draw_rows(trainer: CapsuleTrainer, model: CapsuleHeadClassifier) -> Sequence[int] | None:
-    """Return all training rows, or some drawn by the order's seed; None of a stream, or where few can be taken."""
+    """Return all training rows, or some drawn by the order's seed; None for a stream, or if too few can be taken."""
     dataset: Any = trainer.train_dataset
     if not hasattr(dataset, "__len__"):  # a stream
         return None
@@ -129,7 +129,7 @@ def _draw_rows(trainer: CapsuleTrainer, model: CapsuleHeadClassifier) -> Sequenc
 
 
 def _starts_at_zero(trainer: CapsuleTrainer, model: CapsuleHeadClassifier, rows: Sequence[int]) -> bool:
-    """Return whether a head's scores are 0: it is not trained yet, and does not start elsewhere."""
+    """Return whether a head's scores are 0: it is not trained yet, and its initial scores are 0."""
     for states, masks, _ in _compute(trainer, model, rows[: trainer.args.eval_batch_size]):
         with torch.no_grad(), trainer.compute_loss_context_manager():
             return not model.head(states, masks).a_out.count_nonzero()
@@ -139,7 +139,7 @@ def _starts_at_zero(trainer: CapsuleTrainer, model: CapsuleHeadClassifier, rows:
 def _gather(
     trainer: CapsuleTrainer, model: CapsuleHeadClassifier, rows: Sequence[int]
 ) -> tuple[NDArray, NDArray] | None:
-    """Return pooled states `[rows, features]` and labels; None where there are no labels, or they are not finite."""
+    """Return pooled states `[rows, features]` and labels; None if there are no labels, or a state is not finite."""
     pool = LinearTerm(model.head.hidden_sizes, 1).to(model.device).pool
     features: list[Tensor] = []
     labels: list[Tensor] = []
@@ -149,7 +149,7 @@ def _gather(
         features.append(pool(states, masks).float().cpu())
         labels.append(target.cpu())
     x, y = torch.cat(features), torch.cat(labels)
-    if not x.isfinite().all():  # training says where it is not
+    if not x.isfinite().all():  # training reports where it is not
         return None
     return x.numpy(), y.numpy()
 
@@ -172,7 +172,7 @@ def _compute(
 
 
 def _batches(trainer: CapsuleTrainer, dataset: Any, rows: Sequence[int]) -> DataLoader:
-    """Return batches of rows, those of like length together, without a draw from torch's global generator."""
+    """Return batches of rows, grouped by length, without a draw from torch's global generator."""
     import datasets
 
     args, collator = trainer.args, trainer.data_collator
@@ -193,7 +193,7 @@ def _batches(trainer: CapsuleTrainer, dataset: Any, rows: Sequence[int]) -> Data
 
 
 def _solve(model: CapsuleHeadClassifier, x: NDArray, y: NDArray) -> tuple[NDArray, NDArray] | None:
-    """Return weights `[classes, features]` and biases `[classes]`; None where labels do not differ."""
+    """Return weights `[classes, features]` and biases `[classes]`; None if all labels are of one class."""
     config = model.config
     n_out = config.num_labels or 2
     problem_type = infer_problem_type(config, torch.from_numpy(y))
@@ -210,13 +210,13 @@ def _solve(model: CapsuleHeadClassifier, x: NDArray, y: NDArray) -> tuple[NDArra
 def _solve_logistic(
     x: NDArray, y: NDArray, n_out: int, class_weights: Sequence[float] | None
 ) -> tuple[NDArray, NDArray]:
-    """Return the solution of a logistic regression; a class without rows has the score of a rare one."""
+    """Return the solution of a logistic regression; a class without rows gets the score of a rare class."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     weight, bias = np.zeros((n_out, x.shape[1])), np.full(n_out, -math.log(2 * len(y)))
     present = np.unique(y).astype(int)
-    if len(present) == 1:  # of a label that all rows have, or none
+    if len(present) == 1:  # a label that all rows have, or no row has
         bias[present] = 0.0
         return weight, bias
     by_class = None if class_weights is None else {label: class_weights[label] for label in present}
@@ -224,14 +224,14 @@ def _solve_logistic(
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = LogisticRegression(C=C, max_iter=MOST_ITERATIONS, class_weight=by_class).fit(x, y.astype(int))
     coefficients, intercepts = found.coef_, found.intercept_
-    if len(present) == 2:  # those of the second class against the first
+    if len(present) == 2:  # they are of the second class against the first
         coefficients, intercepts = np.outer([-0.5, 0.5], coefficients), np.outer([-0.5, 0.5], intercepts)[:, 0]
     weight[present], bias[present] = coefficients, intercepts
     return weight, bias
 
 
 def _solve_ridge(x: NDArray, y: NDArray) -> tuple[NDArray, NDArray]:
-    """Return the solution of a ridge regression, its penalty the best of `ALPHAS` by leaving out one row at a time."""
+    """Return the solution of a ridge regression, with the best penalty of `ALPHAS` by leave-one-out validation."""
     from sklearn.linear_model import RidgeCV
 
     found = RidgeCV(alphas=[alpha * len(x) for alpha in ALPHAS]).fit(x.astype(np.float64), y)

@@ -1,4 +1,4 @@
-"""What a run that is resumed shares with the run that wrote the checkpoint, and what it may change."""
+"""Resuming a run: the settings that must be as in the run that wrote the checkpoint, and those that may change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ADAPTIVE = "of a schedule that goes by results"
 
 
 def describe_run(trainer: Trainer, model: CapsuleHeadPreTrainedModel) -> dict[str, Any]:
-    """Return what a run has in common with every run that resumes it, by the names that a user knows."""
+    """Return the settings that a run shares with every run that resumes it, by the names that a user knows."""
     config, args = model.config, trainer.args
     options = config.head_options
     assert trainer.model is not None  # CapsuleTrainer refuses to be made without one
@@ -41,7 +41,7 @@ def describe_run(trainer: Trainer, model: CapsuleHeadPreTrainedModel) -> dict[st
         "classes": config.class_names,
         "windows": None if config.windowing is None else list(config.windowing),
         "backbone": _digest_of_backbone(model),
-        "linear_term": config.linear_term or None,  # None, too, in checkpoints of versions that had none
+        "linear_term": config.linear_term or None,  # None also in checkpoints of versions without linear terms
         "trainable parameters": f"{len(trained)} tensors, {_digest(trained)}",
         "training data": _describe_data(trainer.train_dataset, args.length_column_name),
         "examples in a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -55,18 +55,18 @@ def describe_run(trainer: Trainer, model: CapsuleHeadPreTrainedModel) -> dict[st
 
 
 def check_resumable(checkpoint: str, described: Mapping[str, Any], args: TrainingArguments) -> None:
-    """Check that a run can go on from a checkpoint.
+    """Check that a run can resume from a checkpoint.
 
-    Epochs, learning rates and the like may be others than before: the schedule then covers the new number of steps.
+    Epochs, learning rates and the like may differ from before. The schedule then covers the new number of steps.
 
     Args:
-        checkpoint: its folder. One of transformers' own Trainer has no description, and is taken as it is.
+        checkpoint: its folder. A checkpoint of transformers' own Trainer has no description, and is not checked.
         described: what `describe_run` returns for this run.
-        args: of this run.
+        args: training arguments of this run.
 
     Raises:
-        ValueError: If the run that wrote the checkpoint was another one, the checkpoint has no optimizer state, or it
-            is beyond the end of this run.
+        ValueError: If the checkpoint was written with other settings, has no optimizer state, or is beyond the end of
+            this run.
     """
     folder = Path(checkpoint)
     if not (folder / RUN).is_file():
@@ -75,7 +75,7 @@ def check_resumable(checkpoint: str, described: Mapping[str, Any], args: Trainin
     for name in (name for name in {**before, **described} if before.get(name) != described.get(name)):
         raise ValueError(
             f"{checkpoint} was written with other settings: its {name} is {shown(before.get(name))}, and this run has "
-            f"{shown(described.get(name))}; resume with what it was written with, or start a new run in another "
+            f"{shown(described.get(name))}; resume with the settings of the checkpoint, or start a new run in another "
             "output_dir."
         )
     if not any(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*")) and not any(folder.glob("global_step*")):  # DeepSpeed's
@@ -88,17 +88,17 @@ def check_resumable(checkpoint: str, described: Mapping[str, Any], args: Trainin
     done, end = state[field], getattr(args, name)
     if done > end:
         raise ValueError(
-            f"{name} is {end}, and {checkpoint} is of {done:g} already; expected at least as many, or an earlier "
+            f"{name} is {end}, and {checkpoint} is at {done:g} already; expected at least that number, or an earlier "
             "checkpoint."
         )
 
 
 def apply_arguments(trainer: Trainer, before: Iterable[Mapping[str, Any]]) -> None:
-    """Set an optimizer and its schedule, whose states a checkpoint restored, to the arguments of this run.
+    """Set an optimizer and its schedule to this run's arguments, after a checkpoint has restored their states.
 
     Args:
-        trainer: with both.
-        before: the options of each parameter group as this run's arguments made them.
+        trainer: the trainer with both.
+        before: the options of each parameter group before the checkpoint was loaded.
     """
     optimizer, schedule = trainer.optimizer, trainer.lr_scheduler
     if optimizer is None or not _has_closed_form(trainer.args):
@@ -127,7 +127,7 @@ def _digest(content: Any) -> str:
 
 
 def _digest_of_backbone(model: CapsuleHeadPreTrainedModel) -> str | None:
-    """Return a digest of some of a frozen backbone's weights, which a checkpoint of the head does not hold."""
+    """Return a digest of some of a frozen backbone's weights, which a head-only checkpoint does not hold."""
     if model.backbone is None or not model.config.head_only or model.backbone_trains:
         return None
     return digest_weights(model.backbone, torch.bfloat16)[:16]

@@ -53,26 +53,29 @@ logger = logging.getLogger(__name__)
 
 NEW_PREFIX = "new:"
 OF_CACHE = ("cache_dir", "states_dtype", "hidden_states")  # options that need a cache
-MOST_CACHED = 2 * 2**30  # bytes of hidden states that are cached without being asked
+MOST_CACHED = 2 * 2**30  # bytes of hidden states that are cached by default
 
 
 @dataclass
 class DataArguments:
-    """Which texts, images or audio, and how they are prepared."""
+    """Options of the data: which texts, images or audio, and how they are prepared."""
 
     data: str | None = field(
         default=None,
         metadata={
             "help": "Your own data: a table (CSV, TSV, JSON, JSON Lines, Parquet), a folder of tables, of images or of "
-            "audio, one saved by datasets, or the name of a dataset on the Hub."
+            "audio, a folder saved by datasets, or the name of a dataset on the Hub."
         },
     )
     text: str | None = field(
-        default=None, metadata={"help": "Column of texts, or two with a comma between for pairs. Default: by its name."}
+        default=None,
+        metadata={"help": "Column of texts, or two with a comma between for pairs. Default: one with a usual name."},
     )
     label: str | None = field(
         default=None,
-        metadata={"help": "Column of labels, or several of 0 and 1 with commas between. Default: by its name."},
+        metadata={
+            "help": "Column of labels, or columns of 0 and 1 with commas between. Default: one with a usual name."
+        },
     )
     validation: str | None = field(
         default=None,
@@ -90,7 +93,7 @@ class DataArguments:
     problem_type: str | None = field(
         default=None,
         metadata={
-            "help": "What the labels are, where they would be taken for another.",
+            "help": "Kind of the labels, if they would be taken for another kind.",
             "choices": list(PROBLEM_TYPES),
         },
     )
@@ -98,7 +101,10 @@ class DataArguments:
     source: str | None = field(default=None, metadata={"help": "Where the task's data is."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens to cut texts to. Default: as many as the backbone takes; all with window_overlap."},
+        metadata={
+            "help": "Number of tokens to cut texts to. Default: the most that the backbone takes; no cut with "
+            "window_overlap."
+        },
     )
     phrases: bool = field(
         default=True,
@@ -107,12 +113,12 @@ class DataArguments:
     window_overlap: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that neighbouring windows of a long text share. The backbone then runs on windows, and the "
-            "tokens of all windows are routed together."
+            "help": "Number of tokens that neighbouring windows of a long text share. The backbone then runs on "
+            "windows, and the tokens of all windows are routed together."
         },
     )
     window_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a window. Default: as many as the backbone takes."}
+        default=None, metadata={"help": "Number of tokens in a window. Default: the most that the backbone takes."}
     )
     pad_token: str | None = field(
         default=None, metadata={"help": "Padding token, for a tokenizer that has none (such as GPT-2's)."}
@@ -120,21 +126,22 @@ class DataArguments:
     cache_hidden_states: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the frozen backbone's hidden states of the training texts once, on disk, instead of in "
-            "every epoch. Default: true for texts that take 2 GB at most, and where an option of the cache is given."
+            "help": "Compute the frozen backbone's hidden states of the training texts once, and keep them on disk, "
+            "instead of computing them in every epoch. Default: true if they take 2 GB at most, or an option of the "
+            "cache is given."
         },
     )
     cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder for cached hidden states, which nothing empties. Default: capsule_heads in the cache "
+            "help": "Folder for cached hidden states, which is never emptied. Default: capsule_heads in the cache "
             "folder of datasets (HF_DATASETS_CACHE)."
         },
     )
     states_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "How hidden states are cached: float16, bfloat16, or int8 with a scale for each token at each "
+            "help": "Type of the cached numbers: float16, bfloat16, or int8 with a scale for each token at each "
             "layer. Default: float16.",
             "choices": list(ENCODINGS),
         },
@@ -142,14 +149,14 @@ class DataArguments:
     hidden_states: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Folders with hidden states of all these texts under this backbone, which capsule-heads cache has "
-            "made, to read instead of computing any."
+            "help": "Folders that capsule-heads cache has made with this backbone, to read the hidden states of all "
+            "texts from instead of computing any."
         },
     )
     cache_on_device: bool = field(
         default=False,
         metadata={
-            "help": "Keep the cached hidden states in the memory of the GPU, and make batches there. Needs "
+            "help": "Keep the cached hidden states in the GPU's memory, and make batches there. Needs "
             "cache_hidden_states, and dataloader_num_workers: 0."
         },
     )
@@ -168,21 +175,21 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """Which backbone, and what every head has; the options of the head itself are those of the registry."""
+    """Options of the backbone, and options that every head has; a head's own options are in the registry."""
 
     backbone: str = field(
         metadata={
             "help": "A model on the Hub, a directory, package:NAME/FOLDER inside an installed package, or new:TYPE for "
-            "one with random weights (new:stereo_conv)."
+            "a model with random weights (new:stereo_conv)."
         }
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the backbone."})
-    freeze_backbone: bool = field(default=True, metadata={"help": "Train the head alone."})
+    freeze_backbone: bool = field(default=True, metadata={"help": "Train only the head."})
     adapt: str | None = field(
         default=None,
         metadata={
-            "help": f"{LORA} to adapt a frozen backbone that does not know the task: small matrices are trained in it "
-            "before the head is, and saved with the head. Takes longer, and helps most with few examples.",
+            "help": f"{LORA} to adapt a frozen backbone that does not know the task. Small matrices are trained in it "
+            "before the head, and saved with the head. This takes longer, and helps most with few examples.",
             "choices": METHODS,
         },
     )
@@ -192,7 +199,7 @@ class ModelArguments:
     head_type: str = field(default=DEFAULT_HEAD, metadata={"help": "Name of the head."})
     mixup_alpha: float = field(
         default=0.0,
-        metadata={"help": "Parameter of the distribution of mixup's ratios; 0 for no mixup. The paper's: 0.2."},
+        metadata={"help": "Parameter of the distribution of mixup's ratios; 0 for no mixup. The paper has 0.2."},
     )
     class_weights: list[str] | None = field(
         default=None,
@@ -221,7 +228,7 @@ class TrainingRun:
         model: options of the model.
         head_options: the options of the head that were given.
         arguments: transformers' training arguments.
-        task: of data that is loaded already; None for that of the options.
+        task: task of data that is loaded already; None for the task that the options name.
 
     Attributes:
         model: the model.
@@ -231,7 +238,7 @@ class TrainingRun:
         ValueError: If an option does not fit the others, the data or the backbone.
         TypeError: If the head has no such option.
         OSError: If the data or the backbone is not found.
-        ImportError: If a package is not installed that the backbone, the optimizer or `report_to` needs.
+        ImportError: If a package that the backbone, the optimizer or `report_to` needs is not installed.
     """
 
     def __init__(
@@ -287,7 +294,7 @@ class TrainingRun:
 
     @property
     def compute_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """The task's metrics; None for the trainer's own, which know thresholds of labels and uneven classes."""
+        """The task's metrics; None for the trainer's metrics, which know label thresholds and uneven classes."""
         return None if self.task.is_own_data else compute_metrics_for(self.task.metric)
 
     def _make_trainer(self) -> CapsuleTrainer:
@@ -307,12 +314,12 @@ class TrainingRun:
         return trainer
 
     def replace_model(self, model: CapsuleHeadClassifier, head_type: str, head_options: str) -> None:
-        """Replace the run's model by one that was trained elsewhere.
+        """Replace the run's model by a model that was trained elsewhere.
 
         Args:
-            model: a classifier of the run's data.
+            model: a classifier for the run's data.
             head_type: name of its head, for results.json.
-            head_options: what else results.json says of it.
+            head_options: options of its head, for results.json.
         """
         steps = self.trainer.state.global_step
         self.model, self.head_options = model, head_options
@@ -328,13 +335,13 @@ class TrainingRun:
         return {name: value for name, value in given.items() if value is not None}
 
     def cached(self, split: Any) -> HiddenStateCache:
-        """Return a split as cached hidden states, which it may be already."""
+        """Return a split as cached hidden states; a split that is cached already is returned as it is."""
         if isinstance(split, HiddenStateCache):
             return split
         return HiddenStateCache(split, self.model, self.processor, **self.cache_options)
 
     def _pays_to_cache(self) -> bool:
-        """Return whether hidden states are of texts, never change, and take little disk."""
+        """Return whether caching is worthwhile: the hidden states are of texts, never change, and take little disk."""
         data, model = self.data, self.model
         if data.cache_on_device or self.cache_options:
             return True
@@ -344,10 +351,10 @@ class TrainingRun:
         return HiddenStateCache.estimate(self.train_data, model, self.processor) <= MOST_CACHED
 
     def _cache_hidden_states(self) -> None:
-        """Replace the training texts by their hidden states; and the other splits, if an option of the cache was given.
+        """Replace the training texts by their hidden states, and the other splits if an option of the cache was given.
 
-        The processes agree on which one computes. Without such an option the other splits are evaluated as the saved
-        model will be used, on states that are not rounded.
+        The processes agree on which one computes. Without an option of the cache, the other splits are evaluated on
+        states that are not rounded, as the saved model will be used.
         """
         nn.Module.to(self.model, self.arguments.device)  # PreTrainedModel.to has no type
         try:
@@ -355,7 +362,7 @@ class TrainingRun:
             if self.cache_options:
                 self.validation = {name: self.cached(split) for name, split in self.validation.items()}
                 self.tests = {name: self.cached(split) for name, split in self.tests.items()}
-        except (OSError, ValueError) as error:  # no disk; numbers that exceed half precision
+        except (OSError, ValueError) as error:  # a full disk; numbers that exceed half precision
             if self.data.cache_hidden_states is not None or self.data.cache_on_device or self.cache_options:
                 raise
             logger.warning("Hidden states are computed in every epoch: %s", error)
@@ -374,7 +381,7 @@ class TrainingRun:
 
         Raises:
             FloatingPointError: If numbers are not finite.
-            OSError: If there is no place to write to.
+            OSError: If files cannot be written.
             ValueError: If inputs do not fit the model.
         """
         start = time.perf_counter()
@@ -384,19 +391,19 @@ class TrainingRun:
         return seconds
 
     def finish(self) -> None:
-        """Calibrate, save and describe the model, whose weights are trained.
+        """Calibrate, save and describe the model after its training.
 
         Raises:
-            OSError: If there is no place to write to.
+            OSError: If files cannot be written.
         """
-        split = next(iter(self.validation.values()), None)  # of several the first: one model has one temperature
+        split = next(iter(self.validation.values()), None)  # the first of several: one model has one temperature
         if split is not None:
             self.calibration = calibrate(self.trainer, split)
         self.trainer.save_model()
         self._describe_parts()
 
     def _describe_parts(self) -> None:
-        """Write what the head's parts respond to, in words of a user's own texts, for explanations."""
+        """Describe what the head's parts respond to, in words of a user's own texts, for explanations."""
         if self.task.modality != "text" or not self.task.is_own_data or not self.trainer.is_world_process_zero():
             return
         if self.model.config.problem_type == "regression" or "parts" not in self.model.head.explains:
@@ -406,7 +413,7 @@ class TrainingRun:
         descriptions.save(Path(self.output_dir, PARTS_FILE))
 
     def evaluate(self, seconds: float) -> dict[str, Any]:
-        """Evaluate the trained model, write `results.json`, and return what is in it.
+        """Evaluate the trained model, write `results.json`, and return its content.
 
         Args:
             seconds: what `train` returned.
@@ -437,7 +444,7 @@ class TrainingRun:
             try:
                 write_json(Path(self.output_dir, "results.json"), results)
             except OSError:
-                print(json.dumps(results, indent=2))  # they took a training to find out
+                print(json.dumps(results, indent=2))  # so that the results are not lost
                 raise
         if self.arguments.push_to_hub:  # again: the card now has the results
             self.trainer.push_to_hub(results=results)
@@ -447,28 +454,28 @@ class TrainingRun:
         """End the process group."""
         self.trainer.accelerator.end_training()  # NCCL warns of a process group that is left open
         if self.arguments.world_size > 1:
-            time.sleep(1)  # a thread of gloo's may need Python when it is gone, and would abort the process
+            time.sleep(1)  # else a thread of gloo may need Python after its end, and abort the process
 
 
 class OneBar(ProgressCallback):
-    """Shows one progress bar at a time: that of training stands, and says so, while a split is evaluated."""
+    """Shows one progress bar at a time: during an evaluation, the bar of training stays and says "Evaluating"."""
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """Show the progress of an evaluation, where nothing is trained meanwhile."""
+        """Show the progress of an evaluation, unless it is part of training."""
         if self.training_bar is None:
             super().on_prediction_step(*args, **kwargs)
         elif not self.training_bar.desc:
             self.training_bar.set_description("Evaluating")
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Take the bar of an evaluation away."""
+        """Remove the bar of an evaluation."""
         super().on_evaluate(*args, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description("")
 
 
 def what_is_saved(output_dir: str, is_trained: bool) -> str:
-    """Return a clause about what a run that was interrupted has left, and how to go on.
+    """Return a clause about what an interrupted run has saved, and how to resume it.
 
     Args:
         output_dir: the run's folder.
@@ -479,20 +486,21 @@ def what_is_saved(output_dir: str, is_trained: bool) -> str:
     checkpoint = resolve_checkpoint(LAST, output_dir)
     if checkpoint is None:
         return "there is no checkpoint yet, and nothing is saved"
-    return f"{checkpoint} is saved: --resume_from_checkpoint {LAST} goes on from there"
+    return f"{checkpoint} is saved, and --resume_from_checkpoint {LAST} continues from there"
 
 
 def find_task(arguments: DataArguments, seed: int) -> Task:
-    """Return the task of a user's own data, which is loaded here, or a registered one.
+    """Return the task of a user's own data, which is loaded here, or a registered task.
 
     Args:
-        arguments: which data.
-        seed: random seed of a validation split that is made.
+        arguments: options of the data.
+        seed: random seed of a validation split that is drawn.
 
     Raises:
-        ValueError: If neither or both were given, an option is for the other of them, or the data is not as expected.
-        FileNotFoundError: If the data is not there.
-        OSError: If it cannot be read.
+        ValueError: If data and task are both given or both missing, an option is for the other of the two, or the data
+            is not as expected.
+        FileNotFoundError: If the data is not found.
+        OSError: If the data cannot be read.
     """
     if (arguments.data is None) == (arguments.task is None):
         raise ValueError(
@@ -522,14 +530,14 @@ def find_task(arguments: DataArguments, seed: int) -> Task:
 
 
 def describe_own_data(splits: DatasetDict) -> dict[str, Any]:
-    """Return what results.json says of a user's own data: the columns that were read; nothing of a task's."""
+    """Return what results.json says of a user's own data, the columns that were read; {} for a task's data."""
     if not isinstance(splits, OwnData):
         return {}
     return {"inputs_from": splits.inputs_from, "labels_from": splits.labels_from}
 
 
 def say_uneven(splits: DatasetDict, class_weights: object) -> None:
-    """Say where a user's classes are uneven, and what helps the rare ones."""
+    """Log that a user's classes are uneven, if they are, and what helps the rare ones."""
     if not isinstance(splits, OwnData) or splits.problem_type != CLASSES or class_weights is not None:
         return
     labels = splits["train"]["label"][:]
@@ -537,13 +545,13 @@ def say_uneven(splits: DatasetDict, class_weights: object) -> None:
         (most, n_most), *_, (least, n_least) = Counter(labels).most_common()
         names = splits.class_names or []
         logger.warning(
-            "Classes are uneven: %d of %s, %d of %s. class_weights: balanced gives rare ones more weight.",
+            "Classes are uneven: %d of %s, %d of %s. class_weights: balanced gives rare classes more weight.",
             n_most, names[most], n_least, names[least],
         )  # fmt: skip
 
 
 def describe_head(arguments: ModelArguments, given: Mapping[str, Any]) -> str:
-    """Return the options that tell runs apart, such as "n_parts=16, mixup_alpha=0.2".
+    """Return the options in which runs differ, such as "n_parts=16, mixup_alpha=0.2".
 
     Args:
         arguments: options that every head has.
@@ -567,11 +575,12 @@ def check_cache_options(arguments: DataArguments, n_workers: int) -> None:
     """Check the options of the cache of hidden states.
 
     Args:
-        arguments: which options.
+        arguments: options of the data.
         n_workers: number of worker processes of a data loader.
 
     Raises:
-        ValueError: If a cache is to be kept on the device without a cache, or with worker processes.
+        ValueError: If an option of the cache is given without a cache, or with an option that excludes it; if a cache
+            on the device is given with worker processes.
     """
     for name in OF_CACHE:
         value = getattr(arguments, name)
@@ -598,16 +607,16 @@ def check_data_options(arguments: DataArguments, task: Task) -> None:
     """Check that the options of the data have an effect on a task.
 
     Raises:
-        ValueError: If one has none.
+        ValueError: If an option has no effect.
     """
     if arguments.early_stopping_patience is not None and arguments.early_stopping_patience < 1:
         raise ValueError(
-            f"early_stopping_patience is {arguments.early_stopping_patience}; expected 1 or more, or none."
+            f"early_stopping_patience is {arguments.early_stopping_patience}; expected 1 or more, or leave it out."
         )
     if not arguments.phrases and "phrases" not in task.loader_options:
         raise ValueError(f"phrases is false, and {task.name} has no phrases to leave out; leave the option out.")
     void = {
-        "max_length": task.preparation is not None,  # its own
+        "max_length": task.preparation is not None,  # it prepares its texts itself
         "pad_token": task.processor is not None,
         **dict.fromkeys(("cache_hidden_states", "cache_on_device", *OF_CACHE), False),
     }
@@ -624,11 +633,11 @@ def check_data_options(arguments: DataArguments, task: Task) -> None:
 
 
 def check_reporting(report_to: list[str]) -> None:
-    """Check that what `report_to` names can be reported to.
+    """Check that the integrations that `report_to` names are available.
 
     Raises:
-        ImportError: If its package is not installed.
-        ValueError: If it is not known.
+        ImportError: If the package of one is not installed.
+        ValueError: If one is not known.
     """
     try:
         for callback in get_reporting_integration_callbacks(report_to):
@@ -640,18 +649,18 @@ def check_reporting(report_to: list[str]) -> None:
 
 
 def check_backbone(arguments: ModelArguments, task: Task) -> None:
-    """Check that a backbone takes what a task holds, by its configuration, before anything else is loaded.
+    """Check by its configuration that a backbone takes a task's data, before anything else is loaded.
 
     Raises:
-        ValueError: If it takes something else, has no processor for the task, or its revision means nothing.
-        OSError: If it is not found.
+        ValueError: If the backbone takes other data or has no processor for the task, or if its revision has no effect.
+        OSError: If the backbone is not found.
     """
     name, revision = arguments.backbone, arguments.backbone_revision
     is_new = name.startswith(NEW_PREFIX)
     if revision is not None and (is_new or name.startswith(PACKAGE_PREFIX) or os.path.isdir(name)):
         raise ValueError(
-            f"backbone_revision is {revision}, and the backbone {name} is not from the Hub, which alone has revisions; "
-            "leave it out."
+            f"backbone_revision is {revision}, and the backbone {name} is not from the Hub, so it has no revisions; "
+            "leave backbone_revision out."
         )
     config = new_backbone_config(name) if is_new else load_backbone_config(name, revision)[0]
     kinds, noun = kinds_of_input(config), task.data.noun
@@ -669,7 +678,7 @@ def check_backbone(arguments: ModelArguments, task: Task) -> None:
 
 
 def new_backbone_config(name: str) -> PreTrainedConfig:
-    """Return the default configuration of the type of model that `new:TYPE` names.
+    """Return the default configuration of the model type that `new:TYPE` names.
 
     Raises:
         ValueError: If transformers has no such type.
@@ -683,7 +692,7 @@ def new_backbone_config(name: str) -> PreTrainedConfig:
 
 
 def align_special_tokens(config: PreTrainedConfig, processor: Any) -> None:
-    """Give a backbone's configuration the special tokens of a tokenizer, as the Trainer would, which warns of it."""
+    """Set a backbone's special tokens to those of a tokenizer. The Trainer would do it too, with a warning."""
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         token, known = getattr(processor, name, None), getattr(config, name, None)
         if token is None or token in (known if isinstance(known, list) else [known]):
@@ -692,7 +701,7 @@ def align_special_tokens(config: PreTrainedConfig, processor: Any) -> None:
 
 
 def windows_for(arguments: DataArguments, task: Task, processor: Any) -> dict[str, int | list[int]]:
-    """Return the fields of a model's configuration that say how texts are cut into windows; none if they are not.
+    """Return the fields of a model's configuration that say how texts are cut into windows; {} if they are not cut.
 
     Raises:
         ValueError: If there is a length without an overlap, or the task is not of texts.
@@ -713,11 +722,11 @@ def build_model(
 
     Args:
         task: says whether texts, images or audio are classified.
-        arguments: the backbone, and what every head has.
+        arguments: options of the backbone, and options that every head has.
         head_options: the options of the head that were given.
-        splits: the `label` column of `train` gives the classes' names or, where it holds numbers, mean and unit of a
-            regression; a user's own data knows its labels.
-        **more_fields: of `CapsuleHeadConfig`.
+        splits: the data. The `label` column of `train` gives the names of classes or, if it holds numbers, the mean and
+            standard deviation of a regression. A user's own data knows its labels.
+        **more_fields: more fields of `CapsuleHeadConfig`.
     """
     given = {
         x.name: getattr(arguments, x.name) for x in fields(arguments) if not x.name.startswith(("backbone", "adapt"))
@@ -740,7 +749,7 @@ def build_model(
 
 
 def evaluation_splits(splits: DatasetDict, prefix: str) -> dict[str, Dataset]:
-    """Return the splits of a name that have labels; MNLI has two of validation, validation_matched and _mismatched."""
+    """Return the labelled splits of a name. MNLI has two for validation, validation_matched and _mismatched."""
     return {
         name: split
         for name, split in splits.items()
@@ -754,15 +763,15 @@ def _is_unlabelled(labels: Any) -> bool:
 
 
 def check_best_metric(name: str | None, metric: str, validation: Collection[str]) -> None:
-    """Check `metric_for_best_model` before the first evaluation, among whose metrics it is looked for.
+    """Check before the first evaluation that it has the metric of `metric_for_best_model`.
 
     Args:
-        name: the metric, perhaps beginning with `eval_`; None if the best model is not looked for.
-        metric: what the task is measured by.
-        validation: names of the splits that are evaluated: of several, each metric has the name before its own.
+        name: the metric, with or without `eval_` before it; None if no best model is chosen.
+        metric: name of the task's metrics.
+        validation: names of the splits that are evaluated. With several, each metric's name begins with its split's.
 
     Raises:
-        ValueError: If there is no such metric; names those there are.
+        ValueError: If there is no such metric. The message names the metrics that exist.
     """
     names = ["loss", *metric_names(metric)]
     if len(validation) > 1:
@@ -775,7 +784,7 @@ def check_labels_match(model: CapsuleHeadClassifier, dataset: Dataset) -> None:
     """Check that a model was trained for a dataset's labels.
 
     Raises:
-        ValueError: If it was trained for others; names both.
+        ValueError: If it was trained for other labels. The message names both.
     """
     label = dataset.features["label"]
     expected = list(label.names) if isinstance(label, ClassLabel) else None

@@ -12,16 +12,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class OneCycle(LRScheduler):
-    """One cycle of learning rate, and of beta1 the other way.
+    """One cycle of the learning rate, and an opposite cycle of beta1.
 
-    The learning rate rises linearly from `min_lr` to the optimizer's own over the warm-up, then falls by a half cosine
-    to `min_lr`; beta1 falls from the optimizer's own to `min_beta1`, then rises back. An optimizer without betas keeps
-    its momentum.
+    The learning rate rises linearly from `min_lr` to the optimizer's own value over the warm-up, then falls by a half
+    cosine to `min_lr`. Beta1 falls from the optimizer's own value to `min_beta1`, then rises back. An optimizer without
+    betas keeps its momentum.
 
     Args:
         optimizer: its learning rates and beta1 are the peaks.
         n_steps: steps of the complete cycle.
-        n_warmup_steps: steps of the rise.
+        n_warmup_steps: steps of the learning rate's rise.
         min_lr: learning rate at both ends; one for all parameter groups, or one for each.
         min_beta1: beta1 at the learning rate's peak.
         last_epoch: as in torch.
@@ -70,7 +70,7 @@ class OneCycle(LRScheduler):
         self._set_beta1()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the step that another cycle was at, and go on from there along this one."""
+        """Load the current step of another cycle, and continue this cycle from there."""
         super().load_state_dict({name: state_dict[name] for name in ("last_epoch", "_step_count")})
         self.apply()
 

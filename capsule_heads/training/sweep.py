@@ -49,30 +49,30 @@ SETTINGS = ("learning_rate", "weight_decay", "label_smoothing_factor", "mixup_al
 LESS_IS_BETTER = ("loss", "mean_squared_error", "mean_absolute_error")
 RUNGS = (0.25, 0.5)  # fractions of the steps after which halving keeps the better half of the combinations
 SECONDS_BETWEEN_CHECKPOINTS = 300
-EVALUATIONS = 0.1  # the most of the time that evaluations on the way take, for the best so far
-COPIES = 5  # of a weight: itself, its gradient, two moments, and itself in the process that shares out the members
-STEPS_AT_A_TIME = 10  # that crews take on their own; then the progress is shown
-BEST, ENSEMBLE = "best", "ensemble"  # folders of runs, in the sweep's
+EVALUATIONS = 0.1  # largest fraction of the time for evaluations during training, which show the best head so far
+COPIES = 5  # numbers in memory for a weight: itself, its gradient, two moments, and a copy in the main process
+STEPS_AT_A_TIME = 10  # steps that crews take before the progress is shown
+BEST, ENSEMBLE = "best", "ensemble"  # folders of runs, in the sweep's folder
 PLAN = "plan.json"  # in a checkpoint
 
 
 @dataclass
 class SweepArguments:
-    """What is tried, and what comes out."""
+    """Options of a sweep: what it tries, and what it writes."""
 
     grid: dict[str, list[Any]] = field(
         default_factory=dict,
-        metadata={"help": "Values to try of an option of heads, or of " + ", ".join(SETTINGS) + "."},
+        metadata={"help": "Values to try of an option of the heads, or of " + ", ".join(SETTINGS) + "."},
     )
     heads: list[str] | None = field(
         default=None, metadata={"help": "Names of the heads to try, with commas between. Default: head_type."}
     )
-    seeds: int = field(default=1, metadata={"help": "Number of seeds of each combination, counted from seed."})
+    seeds: int = field(default=1, metadata={"help": "Number of random seeds of each combination, counted from seed."})
     halving: bool = field(
         default=False,
         metadata={
-            "help": "Stop the worse half of the combinations after a quarter of the steps, and of the others after a "
-            "half (successive halving). Not for results that are published: it favours what learns soon."
+            "help": "Stop the worse half of the combinations after a quarter of the steps, and half of the rest after "
+            "half of the steps (successive halving). Not for published results: it favours heads that learn fast."
         },
     )
     ensemble: int | None = field(
@@ -82,7 +82,7 @@ class SweepArguments:
     test_all: bool = field(
         default=False, metadata={"help": "Evaluate all heads on the test split, not only the one that is chosen."}
     )
-    resume: bool = field(default=False, metadata={"help": "Go on where a sweep in output_dir was killed."})
+    resume: bool = field(default=False, metadata={"help": "Resume an interrupted sweep in output_dir."})
 
     def __post_init__(self) -> None:
         for name, value, least in (("seeds", self.seeds, 1), ("ensemble", self.ensemble, 2)):
@@ -94,15 +94,15 @@ class SweepArguments:
 
 
 def combine(plan: SweepArguments, head_type: str, options: Mapping[str, Any]) -> list[Combination]:
-    """Return every combination of a sweep: of each head, all values of the settings and of the options that it has.
+    """Return every combination of a sweep: for each head, all values of the settings and of the options that it has.
 
     Args:
-        plan: what is tried.
-        head_type: the head where the plan names none.
-        options: those of heads that all combinations have, where a head has them.
+        plan: what to try.
+        head_type: the head, if the plan names no heads.
+        options: options of heads for all combinations whose head has them.
 
     Raises:
-        ValueError: If a head is not registered, or a name in the grid is of no head and no setting.
+        ValueError: If a head is not registered, or a name in the grid is neither a head's option nor a setting.
     """
     heads = list(dict.fromkeys(plan.heads or [head_type]))
     known = {name: get_head(name).Options.names() for name in heads}
@@ -125,34 +125,34 @@ def combine(plan: SweepArguments, head_type: str, options: Mapping[str, Any]) ->
 class Sweep:
     """Train every combination of settings from several seeds, in one pass over the cached hidden states of texts.
 
-    Each batch is read once and given to all heads of a process; on a CPU there are as many as torch uses threads. A
-    head ends with the weights that `CapsuleTrainer` gives with its settings, `seed`, and the `data_seed` of all.
+    A process reads each batch once, for all its heads. On a CPU there is one process for each thread that torch uses. A
+    head ends with the weights that `CapsuleTrainer` gives with its settings, its `seed`, and the `data_seed` of all.
 
-    Memory: `members * 5 * parameters * 4` bytes for weights, gradients, two moments, and weights in this process, and
-    twice what a forward pass keeps of the longest batch for each process, or branch of a CUDA graph. It is checked
-    before training.
+    Memory: `members * 5 * parameters * 4` bytes for weights, gradients, two moments, and a copy of the weights in this
+    process. Each process, or branch of a CUDA graph, needs twice what a forward pass of the longest batch keeps. The
+    sum is checked before training.
 
     Args:
-        plan: what is tried.
+        plan: what to try.
         data: options of the data.
         model: options of the model.
         head_options: options of heads, for each head that has them.
-        arguments: transformers' training arguments, those of all heads.
+        arguments: transformers' training arguments, for all heads.
         task: of data that is loaded already, as in `TrainingRun`.
-        combinations: what is tried, instead of the plan's heads and grid.
+        combinations: what to try, instead of the plan's heads and grid.
 
     Attributes:
         members: the heads, in order of combination and seed.
-        split: name of the validation split (of several, the first).
-        metric: what the best is chosen by, on that split.
-        n_steps: of the training, once it has begun.
-        seconds: that the training took.
+        split: name of the validation split (the first of several).
+        metric: metric on that split by which the best head is chosen.
+        n_steps: number of training steps, once training has begun.
+        seconds: seconds that training took.
 
     Raises:
         ValueError: If an option does not fit the others, the data or the backbone, or there is no validation split.
         TypeError: If a head has no such option.
         OSError: If the data or the backbone is not found.
-        ImportError: If a package is not installed that the backbone or the optimizer needs.
+        ImportError: If a package that the backbone or the optimizer needs is not installed.
     """
 
     def __init__(
@@ -190,12 +190,12 @@ class Sweep:
         self.metric, self.greater_is_better = self._choose_metric()
         self.n_steps = self._step = 0
         self.seconds = 0.0
-        self._saved = self._evaluated = time.monotonic()  # when last
+        self._saved = self._evaluated = time.monotonic()  # time of the last checkpoint and evaluation
         self._evaluation_seconds = 0.0
         self._check_memory()
 
     def _base_head(self) -> str:
-        """Return the head of the run whose hidden states are cached: one that takes all layers, where there is one."""
+        """Return the head of the run whose hidden states are cached: one that takes all layers, if there is one."""
         heads = list(dict.fromkeys(x.head_type for x in self.combinations))
         return next((name for name in heads if not get_head(name).takes_one_layer), heads[0])
 
@@ -223,7 +223,7 @@ class Sweep:
         return members
 
     def _choose_metric(self) -> tuple[str, bool]:
-        """Return the metric that is chosen by, and whether more of it is better."""
+        """Return the metric by which the best head is chosen, and whether a greater value is better."""
         args, config = self.arguments, self.members[0].model.config
         named = args.metric_for_best_model
         if named is not None:
@@ -234,16 +234,16 @@ class Sweep:
         return ("loss", False) if metric is None else (metric_names(metric)[0], True)
 
     def _check_memory(self) -> None:
-        """Refuse a sweep that does not fit in memory, and say how large a one would.
+        """Refuse a sweep that does not fit in memory, and say how many heads would fit.
 
         Raises:
-            ValueError: If it does not fit.
+            ValueError: If the sweep does not fit.
         """
         device = self.arguments.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         weights = [4 * COPIES * sum(x.numel() for x in member.model.parameters()) for member in self.members]
         batch = self._longest_batch()
-        of_each = {str(member.combination): member for member in self.members}  # seeds take the same
+        of_each = {str(member.combination): member for member in self.members}  # all seeds take the same memory
         kept = max(self._kept_by_a_pass(member, batch) for member in of_each.values())
         n_at_once = min(BRANCHES, len(self.members)) if device.type == "cuda" else self._n_processes()
         of_passes = 2 * kept * n_at_once  # as much again for gradients
@@ -262,7 +262,7 @@ class Sweep:
     def _kept_by_a_pass(self, member: Member, batch: Mapping[str, Any]) -> int:
         """Return the bytes that a forward pass of a batch keeps for the backward pass.
 
-        Both are run: the kernels are then compiled here, once for all processes.
+        Both passes are run, so that kernels are compiled here, once for all processes.
         """
         kept: dict[int, int] = {}
 
@@ -285,8 +285,9 @@ class Sweep:
         """Train all heads, from the beginning or, with `resume` in the plan, from the last checkpoint.
 
         Raises:
-            ValueError: If what is to be resumed was another sweep.
-            OSError: If there is no place to write to, another process trains there, or a process of it was killed.
+            ValueError: If the checkpoint is of another sweep.
+            OSError: If files cannot be written, another process trains in the folder, or a process of the sweep was
+                killed.
             FloatingPointError: If no head was trained to the end.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -314,7 +315,7 @@ class Sweep:
             raise FloatingPointError(f"No head was trained to the end; the first: {self.members[0].fault}.")
 
     def _advance(self, tell: Tell, steps_in_epoch: int, bar: Any) -> None:
-        """Take some steps, and do what is to be done after them; members are measured where that takes little."""
+        """Take some steps, then halve, save and evaluate if it is time to; see `EVALUATIONS`."""
         epoch_end = self._step - self._step % steps_in_epoch + steps_in_epoch
         rungs = [rung for rung in self._rungs() if rung > self._step]
         until = min(self._step + STEPS_AT_A_TIME, epoch_end, self.n_steps, *rungs)
@@ -336,10 +337,10 @@ class Sweep:
         return [round(part * self.n_steps) for part in RUNGS] if self.plan.halving else []
 
     def execute(self) -> dict[str, Any]:
-        """Train all heads, write the table, and make the best a run of its own.
+        """Train all heads, write the table, and save the best head as a run of its own.
 
         Returns:
-            What `sweep.json` has: see `sweep_results.describe`.
+            The content of `sweep.json`: see `sweep_results.describe`.
 
         Raises:
             As `train` does.
@@ -350,28 +351,28 @@ class Sweep:
         if self.plan.ensemble is not None:
             found["ensemble"] = self.save_ensemble(self.plan.ensemble)
         write_json(self.output_dir / RESULTS, found)
-        delete(self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self._step}")  # all that it is for is done
+        delete(self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self._step}")  # it is not needed any more
         shutil.rmtree(self.output_dir / UNFINISHED, ignore_errors=True)
         return found
 
     def save_best(self) -> dict[str, Any]:
-        """Make the best head a run of its own, in the folder `best`, and return its results; the test is measured here.
+        """Save the best head as a run in the folder `best`, and return its results, those of the test split too.
 
         Raises:
-            OSError: If there is no place to write to.
+            OSError: If files cannot be written.
         """
         run = self._run_of(self.ranked()[0], self.output_dir / BEST)
         run.finish()
         return run.evaluate(self.seconds)
 
     def save_ensemble(self, n_heads: int) -> dict[str, Any]:
-        """Make the best heads one model, a run in the folder `ensemble`, and return its results.
+        """Save the best heads as one model, a run in the folder `ensemble`, and return its results.
 
         Args:
-            n_heads: how many of them; all there are, where those are fewer.
+            n_heads: number of heads; all heads, if there are fewer.
 
         Raises:
-            OSError: If there is no place to write to.
+            OSError: If files cannot be written.
         """
         best, *others = self.ranked()[:n_heads]
         run = self._run_of(best, self.output_dir / ENSEMBLE)
@@ -407,7 +408,7 @@ class Sweep:
         return run
 
     def _halve(self, tell: Tell) -> None:
-        """Stop the worse half of the combinations that train, by the mean over their seeds."""
+        """Stop the worse half of the combinations that still train, by the mean score over their seeds."""
         self._evaluate(tell)
         scores: dict[str, list[float]] = {}
         for member in self.living():
@@ -420,15 +421,15 @@ class Sweep:
         tell(Crew.stop, {place: why for place, member in living if str(member.combination) in worse})
 
     def _evaluate(self, tell: Tell) -> None:
-        """Measure all members on the splits whose hidden states are cached; see `Member.found`."""
+        """Evaluate all members on the splits whose hidden states are cached; see `Member.found`."""
         tell(Crew.evaluate)
 
     def score(self, member: Member) -> float:
-        """Return what a member is chosen by: the metric on the (first) validation split, as it was last measured."""
+        """Return a member's score, the metric on the (first) validation split, as it was last measured."""
         return float(member.found[self.split][self.metric])
 
     def ranked(self) -> list[Member]:
-        """Return the members that are trained to the end, the best first; of equal ones that of less loss."""
+        """Return the members that are trained to the end, the best first; among equals, the one with the lower loss."""
         sign = -1 if self.greater_is_better else 1
         return sorted(self.living(), key=lambda x: (sign * self.score(x), x.found[self.split]["loss"]))
 
@@ -437,7 +438,7 @@ class Sweep:
         return f"best {self.metric} {self.score(best[0]):.4f}: {best[0].combination}" if best else ""
 
     def _describe(self) -> dict[str, Any]:
-        """Return what a sweep that goes on has in common with the one that was killed."""
+        """Return the settings that a resumed sweep shares with the sweep that was interrupted."""
         names = ("num_train_epochs", "max_steps", "warmup_steps", "max_grad_norm", "learning_rate", "weight_decay")
         run = describe_run(self.run.trainer, self.run.model)
         return {
@@ -447,7 +448,7 @@ class Sweep:
         }
 
     def _save(self, tell: Tell) -> Path:
-        """Write a checkpoint of all members, and return its folder; the one before is then deleted."""
+        """Write a checkpoint of all members, delete the previous one, and return its folder."""
         checkpoint = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self._step}"
         unfinished = self.output_dir / UNFINISHED / checkpoint.name
         shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a sweep that was killed
@@ -471,24 +472,24 @@ class Sweep:
             if before.get(name) != value:
                 raise ValueError(
                     f"{checkpoint} is of another sweep: its {name} is {before.get(name)}, and this one has {value}; "
-                    "resume with what it was written with, or start in another output_dir."
+                    "resume with the settings of the checkpoint, or start in another output_dir."
                 )
         for place, member in enumerate(self.members):
             member.load_state_dict(torch.load(file_of(Path(checkpoint), place), weights_only=True))
         self._step = step
 
     def living(self) -> list[Member]:
-        """Return the members that train, or have trained to the end."""
+        """Return the members that still train, or have trained to the end."""
         return [member for member in self.members if member.fault is None]
 
 
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """Let the recipe's log say the same words once, though each head has one."""
+    """Log the same message of the recipe once, though each head has one."""
     said: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        words = re.sub(r" \([\d.]+ s\)", "", record.getMessage())  # a time
+        words = re.sub(r" \([\d.]+ s\)", "", record.getMessage())  # without the time it took
         is_known = words in said
         said.add(words)
         return not is_known
@@ -502,23 +503,23 @@ def _said_once() -> Iterator[None]:
 
 
 def _refuse(data: DataArguments, model: ModelArguments, arguments: CapsuleTrainingArguments) -> None:
-    """Refuse what has no place in a sweep.
+    """Refuse options that a sweep cannot take.
 
     Raises:
-        ValueError: Names what was set, and why it is refused.
+        ValueError: If such an option is set. The message says why it is refused.
     """
     refused = {
         "freeze_backbone": (model.freeze_backbone is False, "a sweep trains heads on the states of a frozen backbone"),
         "adapt": (model.adapt is not None, "a sweep trains heads on the states of a frozen backbone"),
         "cache_hidden_states": (data.cache_hidden_states is False, "a sweep reads hidden states from a cache"),
         "cache_on_device": (data.cache_on_device, "a sweep reads each batch once, for all heads"),
-        "early_stopping_patience": (data.early_stopping_patience is not None, "all heads see the same steps"),
-        "load_best_model_at_end": (arguments.load_best_model_at_end, "all heads see the same steps"),
+        "early_stopping_patience": (data.early_stopping_patience is not None, "all heads take the same steps"),
+        "load_best_model_at_end": (arguments.load_best_model_at_end, "all heads take the same steps"),
         "eval_strategy": (word_of(arguments.eval_strategy) != "no", "a sweep evaluates when it is done"),
         "gradient_accumulation_steps": (arguments.gradient_accumulation_steps != 1, "each batch is a step"),
         "fp16": (arguments.fp16, "losses are not scaled; bf16 works"),
         "torch_compile": (arguments.torch_compile, "heads are not compiled in a sweep"),
-        "resume_from_checkpoint": (arguments.resume_from_checkpoint is not None, "a sweep goes on with resume"),
+        "resume_from_checkpoint": (arguments.resume_from_checkpoint is not None, "the option resume resumes a sweep"),
         "push_to_hub": (arguments.push_to_hub, "push the best head when it is chosen, with capsule-heads push"),
     }
     for name, (is_set, why) in refused.items():

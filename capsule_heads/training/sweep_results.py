@@ -1,4 +1,4 @@
-"""What comes out of a sweep: a table of all heads and of all combinations, as files and as a picture."""
+"""The results of a sweep: tables of all heads and of all combinations, as files and as a picture."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ TABLE, RESULTS, PICTURE = "sweep.csv", "sweep.json", "sweep.png"
 
 
 def describe(sweep: Sweep) -> dict[str, Any]:
-    """Return all that a sweep found: of each head, and of each combination over its seeds.
+    """Return the results of a sweep, for each head, and for each combination over its seeds.
 
     Returns:
-        `metric` that was chosen by; `heads`, the best first, each with its combination, seed, steps, metrics by split,
-        and why it was stopped, if it was; `combinations`, each with mean, standard deviation and best of the metric on
-        each split over the seeds that were trained to the end, the best mean first.
+        A dictionary with `metric`, by which the best is chosen, `heads` and `combinations`, the best first. Each of the
+        heads has its combination, seed, steps, metrics by split and, if it was stopped, the reason. Each combination
+        has the mean, standard deviation and best of the metric on each split, over the seeds that were trained to the
+        end.
     """
     ranked = sweep.ranked()
     stopped = [member for member in sweep.members if member.fault is not None]
@@ -77,7 +78,7 @@ def save(sweep: Sweep, folder: Path) -> dict[str, Any]:
     """Write the table, the results and, where matplotlib is installed, the picture, and return what was found.
 
     Raises:
-        OSError: If there is no place to write to.
+        OSError: If a file cannot be written.
     """
     found = describe(sweep)
     write_json(folder / RESULTS, found)
@@ -106,7 +107,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """Return the combinations as a table of text, the best first, and below it what became of the best head.
+    """Return the combinations as a table of text, the best first, and below it the results of the best head.
 
     Args:
         found: what `describe` returns, with the results of the best head's own run as `best`.
@@ -136,9 +137,9 @@ def _mean(over_seeds: dict[str, float | None]) -> str:
 
 
 def draw(found: dict[str, Any]) -> Figure:
-    """Draw the metric on the validation split over the learning rate, a line for each head and its options.
+    """Draw the metric on the validation split over the learning rate, with a line for each head and its options.
 
-    A point is the mean over seeds, a bar the standard deviation, a dot a seed.
+    A point is the mean over seeds, a bar the standard deviation, and a dot one seed.
     """
     from matplotlib.figure import Figure
 
@@ -155,7 +156,7 @@ def draw(found: dict[str, Any]) -> Figure:
     axes = figure.add_subplot()
     for place, (name, points) in enumerate(lines.items()):
         rates = sorted(points)
-        x = [rate * 1.03 ** (place - len(lines) / 2) for rate in rates]  # beside each other
+        x = [rate * 1.03 ** (place - len(lines) / 2) for rate in rates]  # moved apart, so that all points are seen
         spreads = [statistics.stdev(points[rate]) if len(points[rate]) > 1 else 0.0 for rate in rates]
         container = axes.errorbar(
             x, [statistics.fmean(points[rate]) for rate in rates], spreads, marker="o", label=name

@@ -53,35 +53,35 @@ from .schedule import OneCycle
 
 logger = logging.getLogger(__name__)
 
-# The inputs of `[batch, tokens, ...]`; other inputs differ in batch size alone.
+# Inputs of shape `[batch, tokens, ...]`. Other inputs differ only in batch size.
 OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "hidden_states")
 
 
 class CapsuleTrainer(Trainer):
-    """`Trainer` that knows the paper's optimizer and schedule, those `CapsuleTrainingArguments` name by default.
+    """`Trainer` with the paper's optimizer and schedule, which `CapsuleTrainingArguments` name by default.
 
-    Its checkpoints are complete whenever the run is killed: see `resolve_checkpoint` for what to resume from. Its
+    Its checkpoints are complete, whenever the run is killed; `resolve_checkpoint` finds the one to resume from. Its
     weights never become NaN: a loss or gradients that are not finite end the training, or skip the step, as
-    `on_nonfinite` says. Where the model's configuration has no problem type, the dtype of the first labels settles it,
-    for the rest of the run and for the saved model. Without `compute_metrics`, a classifier is evaluated by the metrics
-    of its problem type. A run that is resumed may have other epochs, learning rates and the like: its schedule covers
-    the new number of steps; see `check_resumable` for what has to stay. All else is transformers' own: callbacks, early
-    stopping, best model, several devices. Mixup and label smoothing happen in the model's forward pass.
+    `on_nonfinite` says. If the model's configuration has no problem type, the dtype of the first labels sets it, for
+    the rest of the run and for the saved model. Without `compute_metrics`, a classifier is evaluated by the metrics of
+    its problem type. A resumed run may have other epochs, learning rates and the like, and its schedule covers the new
+    number of steps; see `check_resumable` for what must not change. Everything else is transformers' own: callbacks,
+    early stopping, best model, several devices. Mixup and label smoothing happen in the model's forward pass.
 
     The arguments may be plain `TrainingArguments`; what `CapsuleTrainingArguments` add to these is then off.
 
     Raises:
-        TypeError: If the model is not a capsule-head model, and wraps none.
-        ValueError: If the tokenizer given as `processing_class` has no padding token, or with `push_to_hub=True` if the
-            model is a head alone whose backbone others cannot have.
+        TypeError: If the model neither is nor wraps a capsule-head model.
+        ValueError: If the tokenizer given as `processing_class` has no padding token; or if `push_to_hub=True` and the
+            model is saved without its backbone, which others cannot load.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Label smoothing is not compatible")  # here it is: see compute_loss
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible")  # here it works: see compute_loss
             super().__init__(*args, **kwargs)
         model = find_capsule_model(self.model)  # refuses others
-        self.label_smoother = None  # transformers' own would leave the model's loss out, with its weights and mixup
+        self.label_smoother = None  # transformers' own would bypass the model's loss, with its weights and mixup
         is_classifier = isinstance(model, CapsuleHeadClassifier)
         self._has_own_metrics = self.compute_metrics is not None
         if self.compute_metrics is None and is_classifier and not self.args.batch_eval_metrics:
@@ -90,7 +90,7 @@ class CapsuleTrainer(Trainer):
             check_pad_token(self.processing_class)
         self.add_callback(_Resuming)
         self._checkpoint: Path | None = None  # the one that is being written
-        self._description: dict[str, Any] = {}  # of the run, in each checkpoint
+        self._description: dict[str, Any] = {}  # of the run, saved in each checkpoint
         self._step_check = StepCheck(self)
         self._filters_losses = False
 
@@ -109,26 +109,26 @@ class CapsuleTrainer(Trainer):
         """Train as in transformers; `resolve_checkpoint` finds the checkpoint to resume from.
 
         Raises:
-            ValueError: If the checkpoint is not there, not complete, or of another run; if the head does not train; or
-                if something that was set would have no effect.
-            OSError: If a checkpoint could not be written; the earlier ones are as they were. If another process trains
-                in the same output_dir.
+            ValueError: If the checkpoint is missing, not complete, or of another run; if the head does not train; or if
+                a setting would have no effect.
+            OSError: If a checkpoint cannot be written (earlier checkpoints stay as they are), or if another process
+                trains in the same output_dir.
         """
         is_saved = self.args.save_strategy != SaveStrategy.NO
         with locked(self.run_dir) if is_saved and self.is_world_process_zero() else contextlib.nullcontext():
             return self._train(resolve_checkpoint(resume_from_checkpoint, self.run_dir), *args, **kwargs)
 
     def settle(self, checkpoint: str | None = None, solutions: Solutions | None = None) -> None:
-        """Settle what the training data decides: class weights, the metric, what the recipe chooses, a linear term.
+        """Set what depends on the training data: class weights, the metric, the recipe's choices, a linear term.
 
-        `train` begins with it.
+        `train` calls this first.
 
         Args:
             checkpoint: as in `apply_recipe`.
-            solutions: as there.
+            solutions: as in `apply_recipe`.
 
         Raises:
-            ValueError: If something that was set does not fit the data, or would have no effect.
+            ValueError: If a setting does not fit the data, or would have no effect.
         """
         check_trains(self.capsule_model, self.args, self.compute_loss_func)
         self._forget_calibration()
@@ -142,7 +142,7 @@ class CapsuleTrainer(Trainer):
         if resume_from_checkpoint is not None:
             check_resumable(resume_from_checkpoint, self._description, self.args)
         if isinstance(self.model, CapsuleHeadPreTrainedModel):
-            # Every process has loaded the same; DDP would send its buffers at each step.
+            # Every process has loaded the same backbone. DDP would send its buffers at each step.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 self.model, self.model.names_of_frozen_backbone()
             )
@@ -155,7 +155,7 @@ class CapsuleTrainer(Trainer):
             self.args.logging_nan_inf_filter = self._filters_losses
 
     def _forget_calibration(self) -> None:
-        """Set back a temperature and thresholds that were fitted to weights which now change."""
+        """Reset a temperature and thresholds that were fitted to the weights before this training."""
         config = self.capsule_model.config
         if config.calibration_temperature == 1 and config.thresholds is None:
             return
@@ -171,7 +171,7 @@ class CapsuleTrainer(Trainer):
         return next(iter(read_columns(self.train_dataset, (*self.label_names, "label")).values()), None)
 
     def _balance_classes(self) -> None:
-        """Make numbers of balanced class weights, from the labels of the training data."""
+        """Replace "balanced" by class weights that are computed from the labels of the training data."""
         config = self.capsule_model.config
         if config.class_weights != BALANCED:
             return
@@ -184,14 +184,14 @@ class CapsuleTrainer(Trainer):
         config.class_weights = balanced_weights(labels, config.num_labels or 2)
 
     def _pick_metric(self) -> None:
-        """Find the best model by macro F1 where classes are uneven and no metric was named."""
+        """Choose the best model by macro F1 if classes are uneven and no metric was named."""
         args, config = self.args, self.capsule_model.config
         if not getattr(args, "metric_is_open", False) or self._has_own_metrics or isinstance(self.eval_dataset, dict):
             return
         labels = self._training_labels()
         if config.problem_type in (None, CLASSES) and labels and isinstance(labels[0], int) and are_uneven(labels):
             args.metric_for_best_model, args.greater_is_better = "f1_macro", True
-            logger.warning("The best model is the one of highest macro F1, as the numbers of classes are uneven.")
+            logger.warning("The best model is the one with the highest macro F1, as the classes are uneven.")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         before = [{**group} for group in self.optimizer.param_groups] if self.optimizer is not None else []
@@ -206,7 +206,7 @@ class CapsuleTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Compute the loss as in transformers, but let the model smooth labels, whose loss knows weights and mixup."""
+        """Compute the loss as in transformers, but smooth labels in the model's loss, which knows weights and mixup."""
         classifier: Any = self.capsule_model
         classifier.label_smoothing = self.args.label_smoothing_factor
         try:
@@ -219,11 +219,11 @@ class CapsuleTrainer(Trainer):
         return run_dir if self._checkpoint is None else str(Path(run_dir, UNFINISHED))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # transformers writes file by file where a checkpoint stays: a run that is killed meanwhile leaves half of one.
+        # transformers writes files to the checkpoint's final place: a run that is killed meanwhile leaves a part of it.
         args, state = self.args, self.state
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         unfinished = checkpoint.parent / UNFINISHED / checkpoint.name
-        is_first = args.local_process_index == 0  # of the processes that may share a disk
+        is_first = args.local_process_index == 0  # first of the processes that may share a disk
         if is_first:
             shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a run that was killed
         self.accelerator.wait_for_everyone()
@@ -237,7 +237,7 @@ class CapsuleTrainer(Trainer):
                     state.best_model_checkpoint = str(checkpoint)
                     if args.should_save:
                         state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()  # all parts are there
+            self.accelerator.wait_for_everyone()  # until all parts are written
             with args.main_process_first(local=False), writing(checkpoint):
                 if is_first and unfinished.exists():
                     finish(unfinished, checkpoint)
@@ -261,17 +261,17 @@ class CapsuleTrainer(Trainer):
             super()._save(str(unfinished), state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._checkpoint is None:  # else it is about to be renamed
+        if self._checkpoint is None:  # else the folder is about to be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Make the repository as in transformers, but refuse to push a head that others could not load."""
+        """Create the repository as in transformers, but refuse to push a head that others could not load."""
         config = self.capsule_model.config
         check_backbone_is_shared(config.base_model_name_or_path, config.head_only)
         super().init_hf_repo(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # What training, evaluation and prediction do before each forward pass, so before torch.compile compiles it.
+        # Training, evaluation and prediction call this before each forward pass, so before torch.compile compiles it.
         inputs = super()._prepare_inputs(inputs)
         settle_problem_type(self.capsule_model, inputs.get("labels"))
         return inputs
@@ -279,11 +279,11 @@ class CapsuleTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward pass, as in transformers, and check the gradients for the optimizer.
+        """Run the forward and backward pass, as in transformers, and check the gradients before the optimizer's step.
 
         Raises:
-            FloatingPointError: If the loss or gradients are not finite, unless `on_nonfinite` is "skip"; the message
-                names what is not finite, at which layer, in which samples.
+            FloatingPointError: If the loss or gradients are not finite, unless `on_nonfinite` is "skip". The message
+                names what is not finite, at which layer, and in which samples.
         """
         self._step_check.before_batch()
         if self.args.torch_compile:
@@ -309,7 +309,7 @@ class CapsuleTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: PreTrainedModel | None = None
     ) -> tuple[type[Optimizer], dict[str, Any]]:
-        """Return the optimizer's class and arguments: those of transformers, and those of "radam"."""
+        """Return the optimizer's class and arguments, for transformers' optimizers and for "radam"."""
         if args.optim != RADAM:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         betas = (args.adam_beta1, args.adam_beta2)
@@ -321,10 +321,10 @@ class CapsuleTrainer(Trainer):
         }
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the optimizer; with `backbone_learning_rate`, the backbone has parameter groups of its own.
+        """Return the optimizer; with `backbone_learning_rate`, the backbone has its own parameter groups.
 
         Raises:
-            ValueError: If nothing in the backbone trains, or the optimizer has no groups of its parameters.
+            ValueError: If `backbone_learning_rate` is set, and the optimizer has no parameters of the backbone.
         """
         is_given = self.optimizer is not None
         settle_arguments(self, self.capsule_model)
@@ -333,7 +333,7 @@ class CapsuleTrainer(Trainer):
         if lr is not None and not is_given:
             named = (self.capsule_model if model is None else model).named_parameters()
             backbone = {id(x) for name, x in named if "backbone" in name.split(".")}
-            groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # whether of the backbone
+            groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # by whether they are of the backbone
             for group in optimizer.param_groups:
                 for is_backbone, of_part in groups.items():
                     parameters = [x for x in group["params"] if (id(x) in backbone) == is_backbone]
@@ -344,11 +344,11 @@ class CapsuleTrainer(Trainer):
                     f"backbone_learning_rate is {lr}, but the optimizer ({self.args.optim}) has no parameters of the "
                     "backbone; train it (freeze_backbone=False, or adapters), or leave backbone_learning_rate out."
                 )
-            optimizer.param_groups[:] = groups[False] + groups[True]  # the first's learning rate is the one in the log
+            optimizer.param_groups[:] = groups[False] + groups[True]  # the log has the first group's learning rate
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Return the schedule: those of transformers, and "one_cycle"."""
+        """Return the schedule: one of transformers, or "one_cycle"."""
         args, optimizer = self.args, self.optimizer if optimizer is None else optimizer
         is_one_cycle = args.lr_scheduler_type == ONE_CYCLE and self.lr_scheduler is None
         if is_one_cycle and isinstance(args, CapsuleTrainingArguments) and optimizer is not None:
@@ -368,15 +368,15 @@ class CapsuleTrainer(Trainer):
         """Write the card of the model that was saved to `output_dir`; `push_to_hub` passes its arguments on.
 
         Args:
-            model_name: its name, where it is not on the Hub.
-            results: facts about the run, those of results.json. Default: those that the Trainer knows, and the metrics
-                of the last evaluation if that was of this very model.
+            model_name: the model's name, if it is not on the Hub.
+            results: facts about the run, as in results.json. Default: those that the Trainer knows, with the metrics of
+                the last evaluation if it was of this very model.
             license: identifier of the model's licence, such as "mit".
-            language: ISO 639 code of the language of its texts.
+            language: ISO 639 code of the language of the model's texts.
             tags: more tags.
 
         Raises:
-            OSError: If no model was saved there.
+            OSError: If no model was saved to `output_dir`.
         """
         if not self.is_world_process_zero():
             return
@@ -410,7 +410,7 @@ class CapsuleTrainer(Trainer):
             self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        # transformers drops the column of lengths, which the model does not take, before it looks for it.
+        # transformers looks for the column of lengths after it has dropped it, as the model does not take it.
         dataset: Any = self.train_dataset
         args = self.args
         columns = getattr(dataset, "column_names", ())
@@ -423,12 +423,12 @@ class CapsuleTrainer(Trainer):
         return _SeededSampler(batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        # transformers would group these by length too: predictions would come in another order than their texts.
+        # transformers would group evaluation by length too, so that predictions would not be in the order of texts.
         return None
 
 
 def _one_cycle(args: CapsuleTrainingArguments, optimizer: Optimizer, n_steps: int) -> OneCycle:
-    peak = args.learning_rate  # of groups without a learning rate of their own; the others' ends are in proportion
+    peak = args.learning_rate  # for groups without their own learning rate; other groups' ends are in proportion
     return OneCycle(
         optimizer,
         n_steps=n_steps,
@@ -439,7 +439,7 @@ def _one_cycle(args: CapsuleTrainingArguments, optimizer: Optimizer, n_steps: in
 
 
 def _mark_dynamic_sizes(inputs: Mapping[str, Any]) -> None:
-    """Tell torch.compile which sizes differ by batch: it would compile for those of the first batch otherwise."""
+    """Tell torch.compile which sizes differ by batch. Otherwise it would compile for the sizes of the first batch."""
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             for dimension in range(min(value.ndim, 2 if name in OF_TOKENS else 1)):
@@ -457,11 +457,12 @@ def set_epoch(train_dataloader: DataLoader | None, epoch: int) -> None:
 
 
 class _Resuming(TrainerCallback):
-    """Mends what transformers and accelerate leave of a run that is resumed.
+    """Corrects two things that transformers and accelerate get wrong in a resumed run.
 
     The steps between logs, evaluations and checkpoints are those of this run's arguments, not of the checkpoint's. And
-    the sampler is told its epoch: accelerate does not where several processes resume within an epoch, as it looks for
-    the sampler inside two others, and there are three. The run would continue in the order of its first epoch.
+    the sampler is told its epoch. accelerate fails to do so if several processes resume within an epoch, because it
+    looks for the sampler inside two wrappers, and there are three. The run would continue in the order of its first
+    epoch.
     """
 
     def on_train_begin(
@@ -481,10 +482,10 @@ class _Resuming(TrainerCallback):
 
 
 class _SeededSampler(LengthGroupedSampler):
-    """Groups by length in an order that follows from seed and epoch alone.
+    """Groups by length, in an order that depends only on seed and epoch.
 
-    transformers' own draws it from torch's global generator, which is in another state when training resumes, and may
-    be in one process of several; accelerate calls `set_epoch`.
+    transformers' own sampler draws the order from torch's global generator. Its state is another one when training
+    resumes, and may differ between processes. accelerate calls `set_epoch`.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:

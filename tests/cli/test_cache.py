@@ -145,7 +145,7 @@ def test_what_other_processes_hold_is_said(call, given, monkeypatch):
     monkeypatch.setattr(state_folder.StateFolder, "claim", claim)
     status, out, err = call("cache", *given, "--part", "2/2")
     assert status == 0, err
-    assert all("; 1 of " in line and line.endswith("missing, which other parts compute") for line in out.splitlines())
+    assert all("; 1 of " in line and line.endswith("missing, left to other parts") for line in out.splitlines())
 
 
 PROGRAM = """
@@ -182,7 +182,10 @@ def test_processes_launched_together(given, call, tmp_path):
         (["--learning_rate", "1e-3"], "learning_rate is 0.001, which has no effect on hidden states; leave it out"),
         (["--n_parts", "4"], "n_parts is 4, which has no effect on hidden states"),
         (["--states_dtype", "float8"], "invalid choice: 'float8'"),
-        (["--adapt", "lora"], "adapt is lora, which trains the backbone: each run has states of its own; leave it out"),
+        (
+            ["--adapt", "lora"],
+            "adapt is lora, which trains the backbone, so that each run has its own states; leave it out",
+        ),
     ],
 )
 def test_mistakes(options, message, given, capsys):

@@ -219,7 +219,9 @@ def test_mistakes_in_training(fails, backbone, trees, tmp_path):
     error = fails("train", "--config", config, "--early_stopping_patience", "2")
     assert error == "error: early_stopping_patience needs load_best_model_at_end."
     error = fails("train", "--config", config, "--resume_from_checkpoint", tmp_path / "none")
-    assert error.startswith(f"error: resume_from_checkpoint is {tmp_path}/none, which is not a directory; expected a ")
+    assert error.startswith(
+        f"error: resume_from_checkpoint is {tmp_path}/none, which is not a directory; expected the "
+    )
     error = fails("train", "--config", config, "--metric_for_best_model", "acuracy")
     assert error == "error: metric_for_best_model is acuracy; expected one of loss, accuracy."
     error = fails("train", "--config", config, "--max_length", "2")
@@ -244,7 +246,7 @@ def test_a_run_is_resumed_from_its_last_whole_checkpoint(call, fails, backbone, 
     (tmp_path / "run" / "model.safetensors").unlink()
     status, _, err = call("train", "--config", config, *options)
     assert status == 0, err
-    assert caplog.text.count(f"{state.parent} is not complete, and passed over") == 1
+    assert caplog.text.count(f"{state.parent} is not complete, and is skipped") == 1
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 6
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
@@ -295,7 +297,7 @@ def test_mistakes_in_evaluation(fails, backbone, reviews_model, trees, tmp_path)
     error = fails("evaluate", reviews_model, "--task", "reviews", "--split", "")
     assert error == "error: reviews has no labelled split ''; it has train, validation, test."
     error = fails("evaluate", reviews_model, "--task", "reviews", "--batch_size", "0")
-    assert error == "error: command line: argument --batch_size: 0 is no whole number, 1 or more"
+    assert error == "error: command line: argument --batch_size: 0 is not a whole number of at least 1"
     assert f"{tmp_path}/none" in fails("evaluate", tmp_path / "none", "--task", "reviews")
     assert "bert model, not of a capsule-head model" in fails("evaluate", backbone, "--task", "reviews")
     error = fails("evaluate", reviews_model, "--task", "toy_norb")
@@ -416,7 +418,7 @@ def test_an_interrupted_training_says_what_is_saved(call, small_run, tmp_path, m
     assert status == 130
     said = {
         1: "there is no checkpoint yet, and nothing is saved.",
-        4: f"{tmp_path}/run/checkpoint-2 is saved: --resume_from_checkpoint last goes on from there.",
+        4: f"{tmp_path}/run/checkpoint-2 is saved, and --resume_from_checkpoint last continues from there.",
     }
     assert err.split("\n")[-2] == f"error: interrupted; {said[step]}"
 

@@ -103,7 +103,7 @@ def test_without_matplotlib_one_line_says_so(call, classifier, tmp_path, monkeyp
 
     monkeypatch.setattr(builtins, "__import__", without)
     status, _, err = call("evaluate", classifier, "--data", source, "--output_dir", tmp_path / "out")
-    assert status == 0 and err.count("There are no pictures: they need matplotlib") == 1
+    assert status == 0 and err.count("There are no pictures, which need matplotlib") == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluation.json"]
 
 

@@ -205,7 +205,7 @@ def ends(call, tmp_path, monkeypatch):
         ("mistake", 2, "error: a mistake"),
         ("cuda", 2, "error: Out of memory (CUDA out of memory. Tried to allocate 3 GiB.); expected a smaller batch"),
         ("cpu", 2, "error: Out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-        ("memory", 2, "error: Out of memory (no more is said); expected a smaller batch"),
+        ("memory", 2, "error: Out of memory (no details); expected a smaller batch"),
         ("interrupt", 130, "error: interrupted."),
     ],
 )

@@ -428,9 +428,9 @@ def test_imports_that_fail(tmp_path, mistake, head_file):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--count=0", "argument --count: 0 is no whole number, 1 or more"),
-        ("--count=-1", "argument --count: -1 is no whole number, 1 or more"),
-        ("--count=1.5", "argument --count: 1.5 is no whole number, 1 or more"),
+        ("--count=0", "argument --count: 0 is not a whole number of at least 1"),
+        ("--count=-1", "argument --count: -1 is not a whole number of at least 1"),
+        ("--count=1.5", "argument --count: 1.5 is not a whole number of at least 1"),
         (
             "--file=none/x.json",
             "argument --file: none/x.json cannot be written: expected a file in a folder that exists",

@@ -125,7 +125,7 @@ def test_a_text_without_a_token(call, saved):
     model = saved(without_special_tokens, num_labels=2)
     status, out, err = call("predict", model, stdin="good\n\nbad\n")
     assert (status, out) == (2, "")
-    assert "error: The text of standard input, line 2 is '', of which the tokenizer makes no token" in err
+    assert "error: The text of standard input, line 2 is '', and the tokenizer makes no token of it" in err
     assert "The text of input 1 is ' '" in call("predict", model, " ")[2]
 
 

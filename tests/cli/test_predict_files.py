@@ -107,7 +107,7 @@ def test_answers_with_options(call, classifier, expected, tmp_path):
     assert all(row["top_1_label"] for row in rows)
     # Once more, beside the answers that are there.
     status, _, err = call("predict", classifier, "--data", first, "--output", tmp_path / "second.csv")
-    assert status == 0 and "which are called predicted_label_2, probability_2, probability_negative_2" in err
+    assert status == 0 and "so new ones are called predicted_label_2, probability_2, probability_negative_2" in err
     again = read(tmp_path / "second.csv")
     assert [{name: row[name] for name in rows[0]} for row in again] == rows
     # The same options for lines.
@@ -138,7 +138,7 @@ def test_an_interrupted_prediction_resumes(call, classifier, tmp_path, monkeypat
     status, _, err = call(*arguments)
     assert status == 130 and not output.exists()
     line = err.splitlines()[-1]
-    assert line == f"error: interrupted; 2 rows are done, and kept in {output}.part: the same command resumes there."
+    assert line == f"error: interrupted; 2 rows are done and kept in {output}.part, where the same command resumes."
     # The same command: the first chunk is not scored again.
     scored, stops = [], False
     status, _, err = call(*arguments)
@@ -164,7 +164,7 @@ def test_the_place_of_what_is_done_is_taken(fails, classifier, tmp_path, monkeyp
         assert fails(*arguments).startswith(f"error: Another process writes to {folder}; wait until it has ended")
     (folder / files.LOCK).unlink(missing_ok=True)
     (folder / "diary.txt").write_text("dear diary")
-    assert fails(*arguments).startswith(f"error: {folder} is there and not of a prediction")
+    assert fails(*arguments).startswith(f"error: {folder} holds other files")
     assert (folder / "diary.txt").read_text() == "dear diary"
 
 
@@ -251,16 +251,21 @@ def wrong(tmp_path):
         ("damaged.parquet", "out.csv", (), "{}/damaged.parquet is not a Parquet file that can be read"),
         ("numbers.jsonl", "out.csv", (), "text of row 2 of {}/numbers.jsonl is 5, a int; expected a text"),
         ("half.jsonl", "out.csv", (), "text of row 1 of {}/half.jsonl has half of a character"),
-        ("other.csv", "out.csv", (), "{}/other.csv has the columns a, b, none with a usual name for texts"),
+        ("other.csv", "out.csv", (), "{}/other.csv has the columns a, b, and none has a usual name for texts"),
         ("other.csv", "out.csv", ("--text", "c"), "{}/other.csv has the columns a, b, and text is c; expected"),
         ("other.csv", "out.csv", ("--text", "a,b,a"), "text is a,b,a; expected one column, or two for pairs"),
         ("folder", "out.csv", (), "{}/folder is a folder, and the model classifies texts; expected a table"),
         ("right.csv", "right.csv", (), "The output is the input, {}/right.csv; expected another file."),
         ("right.csv", "out.xlsx", (), "{}/out.xlsx is no table by its name; expected .csv, .jsonl, .parquet."),
         ("right.csv", "none/out.csv", (), "{}/none/out.csv cannot be written; expected a file in a folder that exists"),
-        ("right.csv", "out.csv", ("--top_k", 0), "command line: argument --top_k: 0 is no whole number, 1 or more"),
+        (
+            "right.csv",
+            "out.csv",
+            ("--top_k", 0),
+            "command line: argument --top_k: 0 is not a whole number of at least 1",
+        ),
         ("right.csv", "out.csv", ("--top_k", 3), "top_k is 3, and the model has 2 classes; expected 2 or less."),
-        ("right.csv", "out.csv", ("--abstain_below", 1.5), "argument --abstain_below: 1.5 is no probability"),
+        ("right.csv", "out.csv", ("--abstain_below", 1.5), "argument --abstain_below: 1.5 is not a probability"),
     ],
 )
 def test_mistakes_are_one_sentence(fails, classifier, wrong, source, output, options, message):

@@ -30,7 +30,7 @@ def test_a_file_that_is_for_training_too_is_taken(caplog):
     given = ["--config", "sst5_minilm", "--seeds", "10", "--use_cpu"]
     options = SweepParser("capsule-heads sweep").parse_args(given)
     assert options.plan.seeds == 10 and options.data.task == "sst5"
-    assert caplog.messages == ["sst5_minilm: without effect in a sweep: logging_steps, save_strategy."]
+    assert caplog.messages == ["sst5_minilm: a sweep ignores logging_steps, save_strategy."]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_calibrate_sets_what_it_found(make_model, shake, tokenizer, tmp_path, ca
     caplog.clear()
     assert calibrate(trainer, prepared(module.LEAST_ROWS - 1, tokenizer, labels)) is None
     assert (model.config.calibration_temperature, model.config.thresholds) == (1.0, None)
-    assert "there are 49 validation rows, and it takes 50" in caplog.text
+    assert "there are 49 validation rows, and calibration needs 50" in caplog.text
 
 
 def test_a_regression_is_left_alone(make_model, tokenizer, tmp_path):

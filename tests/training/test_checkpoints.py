@@ -66,7 +66,7 @@ def change_list(**records):
         (cut_short, r"model\.safetensors has 1,100 bytes, expected 1,200 bytes"),
         (
             flip_a_bit,
-            r"model\.safetensors has changed since it was written \(its SHA-256 is another than in files\.json",
+            r"model\.safetensors has changed since it was written \(its SHA-256 differs from the one in files\.json",
         ),
         (lambda checkpoint: (checkpoint / "part" / "0").unlink(), r"part/0 is missing"),
         (lambda checkpoint: (checkpoint / "files.json").write_text("{"), r"no list of its files \(.*json is not JSON"),
@@ -95,7 +95,7 @@ def test_one_that_is_not_whole_is_passed_over_or_refused(tmp_path, caplog, damag
     damage(damaged)
     with caplog.at_level(logging.WARNING):
         assert resolve_checkpoint("last", tmp_path) == str(tmp_path / "checkpoint-5")
-    assert f"{damaged} is not complete, and passed over" in caplog.text
+    assert f"{damaged} is not complete, and is skipped" in caplog.text
     with pytest.raises(
         ValueError, match=rf'checkpoint-10 is not complete: {fault}.*Resume from another, or from "last"\.'
     ):
@@ -114,7 +114,9 @@ def test_none_yet(tmp_path):
         assert resolve_checkpoint("last", run) is None
         with pytest.raises(ValueError, match=r'no complete checkpoint in .* to resume from; "last" starts a new run'):
             resolve_checkpoint(True, run)
-    with pytest.raises(ValueError, match=r'is true, which is not a directory; expected a checkpoint\'s, or "last"'):
+    with pytest.raises(
+        ValueError, match=r'is true, which is not a directory; expected the directory of a checkpoint, or "last"'
+    ):
         resolve_checkpoint("true", tmp_path)
 
 

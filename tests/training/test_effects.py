@@ -89,7 +89,7 @@ def test_a_regression_has_no_labels_to_smooth(make):
 @pytest.mark.parametrize(
     ("fields", "options", "said"),
     [
-        ({"mixup_alpha": 0.2}, {}, "which mixup_alpha would change; leave it out"),
+        ({"mixup_alpha": 0.2}, {}, "and mixup_alpha would have no effect; leave it out"),
         (
             {"class_weights": [1, 2, 3]},
             {"label_smoothing_factor": 0.1},
@@ -114,7 +114,10 @@ def test_a_loss_of_ones_own_leaves_nothing_out_in_silence(make, fields, options,
         ({"lr_scheduler_type": "cosine", "min_adam_beta1": 0.5}, "without effect where lr_scheduler_type is cosine"),
         ({"max_steps": 0}, "max_steps is 0; expected 1 or more, or -1"),
         ({"learning_rate": 1e-6}, "learning_rate is 1e-06, the peak of the cycle, and min_learning_rate, its ends,"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0, and the backbone is frozen"),
+        (
+            {"neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha is 5.0, and the embeddings of a frozen backbone get no noise",
+        ),
     ],
 )
 def test_arguments_without_effect_are_refused(make, options, said):

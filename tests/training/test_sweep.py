@@ -182,7 +182,7 @@ def test_a_process_that_is_killed_is_one_sentence(make_sweep):
         advance(tell, *args)
 
     sweep._advance = advance_and_kill
-    with pytest.raises(ChildProcessError, match=r"ended with exit code -9 .* go on from the last checkpoint"):
+    with pytest.raises(ChildProcessError, match=r"ended with exit code -9 .* resume from the last checkpoint"):
         sweep.train()
     assert not multiprocessing.active_children()
 

@@ -39,7 +39,7 @@ def test_balanced_weights_find_the_rare_class(bert, tmp_path, class_weights, rec
 def test_the_best_model_is_that_of_the_highest_macro_f1(bert, tmp_path, caplog):
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     trainer, _, labels, predicted = train(bert, tmp_path / "open", **options)
-    assert "The best model is the one of highest macro F1, as the numbers of classes are uneven." in caplog.messages
+    assert "The best model is the one with the highest macro F1, as the classes are uneven." in caplog.messages
     evaluated = [x["eval_f1_macro"] for x in trainer.state.log_history if "eval_f1_macro" in x]
     assert trainer.state.best_metric == max(evaluated) == f1_score(labels, predicted, average="macro")
     trainer, *_ = train(bert, tmp_path / "named", **options, metric_for_best_model="accuracy")

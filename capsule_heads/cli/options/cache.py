@@ -1,4 +1,4 @@
-"""The options of `capsule-heads cache`: those of `capsule-heads train` that say what hidden states depend on."""
+"""The options of `capsule-heads cache`: those options of `capsule-heads train` on which hidden states depend."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from ...training.arguments import CapsuleTrainingArguments
 from .parser import actors_of, add_engine_options, at_least, fail
 from .training import GivenOptions, TrainParser, head_fields
 
-USED = ("seed", "use_cpu", "disable_tqdm")  # of transformers' arguments: the seed draws validation rows
+USED = ("seed", "use_cpu", "disable_tqdm")  # transformers' arguments with an effect: the seed draws validation rows
 WITHOUT_EFFECT = {x.name for x in dataclasses.fields(CapsuleTrainingArguments)} - {*USED}
 WITHOUT_EFFECT |= {"cache_hidden_states", "cache_on_device", "hidden_states", "early_stopping_patience"}
 WITHOUT_EFFECT |= {"mixup_alpha", "class_weights"}
 
 
 class CacheParser(TrainParser):
-    """The parser of `capsule-heads cache`. `parse_args` returns `part` and the like with the others."""
+    """The parser of `capsule-heads cache`. `parse_args` returns `part` and other options of its own too."""
 
     about = (
-        "Compute the hidden states of all splits under a frozen backbone, for capsule-heads train and sweep with the "
-        "same options. A computation that was killed is resumed. Several processes share the work: by accelerate "
-        "launch -m capsule_heads cache, or by a call for each --part, at any time, on machines that share a disk."
+        "Compute a frozen backbone's hidden states of all splits, for capsule-heads train and sweep with the same "
+        "options. The same command resumes an interrupted computation. Several processes can share the work: start "
+        "accelerate launch -m capsule_heads cache, or one process for each --part, at any time, on machines that share "
+        "a disk."
     )
 
     def __init__(self, prog: str) -> None:
@@ -35,12 +36,12 @@ class CacheParser(TrainParser):
             type=at_least(1),
             default=2048,
             metavar="N",
-            help="Tokens, with padding, to run the backbone on at once. Default: 2048.",
+            help="Number of tokens, with padding, in one forward pass of the backbone. Default: 2048.",
         )
         self.add_argument(
             "--import_states",
             metavar="FOLDER",
-            help="Keep hidden states that something else has computed: a folder of vLLM's files, or of arrays. On some "
+            help="Folder of hidden states to keep that another program has computed: vLLM's files, or arrays. On some "
             "texts they are compared with the backbone's own.",
         )
         add_engine_options(self)
@@ -48,7 +49,7 @@ class CacheParser(TrainParser):
     def parse_more(
         self, own: argparse.Namespace, parser: GivenOptions, in_file: Mapping[str, Any], overrides: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the part, the tokens of a batch, and the actors of a cluster."""
+        """Return the part, the number of tokens in a batch, the actors of a cluster, and the folder to import."""
         void = WITHOUT_EFFECT | head_fields().keys()
         for name, value in overrides.items():
             if name in void:

@@ -1,4 +1,4 @@
-"""Configurations of training runs: YAML files that come with the package, known by name, or files of one's own."""
+"""Configurations of training runs: YAML files that come with the package and have a name, or a user's own files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "f
 class _PlainLoader(yaml.SafeLoader):
     """YAML of keys, numbers, words and lists.
 
-    Dates are words. Keys that are given twice, of which YAML would take the last, and aliases of lists and keys, which
-    may contain themselves or grow without end, are errors, and so are the types that only tags name.
+    Dates are words. A key that is given twice is an error, as YAML would take the last one. So is an alias of a list or
+    of keys, as it may contain itself or grow without end. Types that only a tag can name are errors too.
     """
 
     yaml_implicit_resolvers = {
@@ -35,7 +35,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag not in PLAIN_TAGS:
-            raise yaml.MarkedYAMLError(problem=f"{node.tag} is no plain value", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"{node.tag} is not a plain value", problem_mark=node.start_mark)
         return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -68,7 +68,7 @@ def read_config(name_or_path: str) -> tuple[str, dict[str, Any]]:
     """Return the name of a configuration, and its keys and values, or end the program with one line.
 
     Args:
-        name_or_path: the name of one that comes with the package, or the path of a file.
+        name_or_path: the name of a configuration in the package, or the path of a file.
     """
     path, named = Path(name_or_path), named_configs()
     if name_or_path in named:
@@ -85,7 +85,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: {getattr(error, 'strerror', None) or error}")
-    except (yaml.YAMLError, LookupError, RecursionError, ValueError) as error:  # the others of values it cannot convert
+    except (yaml.YAMLError, LookupError, RecursionError, ValueError) as error:  # the last three: bad values
         fail(f"{path}: not YAML: {error}")
     if not isinstance(content, dict):
         fail(f"{path}: expected keys and values, one pair a line, found {type(content).__name__}")

@@ -1,4 +1,4 @@
-"""Command lines whose mistakes are one line that says what was meant. Nothing here takes long to import."""
+"""Parsers that answer a mistake with one line, which suggests what was meant. Nothing here takes long to import."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from ...engines import Actors
 
-# What others call our options: close matches, words and initials find all else.
+# Other programs' names for our options. Close matches, words and initials find the rest.
 NAMES_ELSEWHERE = {"model": ("backbone",), "dataset": ("data", "task"), "train_file": ("data",)}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # in RuntimeErrors of torch
-INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell reports of a program that these signals ended
+INTERRUPTED, PIPE_CLOSED = 130, 141  # exit statuses of programs that SIGINT and SIGPIPE end
 
 
 @dataclass(frozen=True)
 class Command:
     """A command of `capsule-heads`.
 
-    A module of `capsule_heads.cli` that assigns one to `COMMAND` is a command under the module's name. All commands are
-    imported for `capsule-heads --help`, so their modules import what takes long inside their functions.
+    A module of `capsule_heads.cli` that assigns one to `COMMAND` is a command with the module's name. `capsule-heads
+    --help` imports all these modules, so they import slow packages inside their functions.
 
     Attributes:
         summary: one sentence for `capsule-heads --help`.
         make_parser: returns the parser of its options, given the program's name for the usage.
-        run: does what was asked for, given the parsed options.
+        run: runs the command, given the parsed options.
     """
 
     summary: str
@@ -44,19 +44,19 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage before it."""
 
     source = "command line"
-    common: Sequence[str] = ()  # options that are meant first, where a word is part of several
+    common: Sequence[str] = ()  # the likelier options, where a word is part of several names
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        """End the program, and say which of the sources is wrong."""
+        """End the program with a message that names the source of the mistake."""
         fail(f"{self.source}: {message}")
 
     def parse_args(  # type: ignore[override]  # argparse has two overloads, and takes any namespace
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse all arguments; one that is unknown ends the program, with the option that was meant."""
+        """Parse all arguments; an unknown one ends the program, with a suggestion."""
         options, rest = self.parse_known_args(args, namespace)
         self.refuse(rest)
         return options
@@ -72,7 +72,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.error(f"unknown option {given}{did_you_mean(given, known, self.common)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        # The only place where argparse says which choices there are.
+        # Only here does argparse name the choices.
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
@@ -81,19 +81,19 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def did_you_mean(given: object, known: Iterable[Any], common: Sequence[str] = ()) -> str:
-    """Return "; did you mean X?" for a word that stands for a known one, else nothing.
+    """Return "; did you mean X?" for a word that resembles a known one, else "".
 
-    That is one that is almost the same; else what others call by that name (`model`); else one that has all words of
-    what was given (`batch_size`) or their initials (`lr`).
+    X is what other programs call by that name (`model`), else an almost equal word, else a word with all parts of the
+    given one (`batch_size`) or their initials (`lr`), else a less similar word.
 
     Args:
-        given: the word, perhaps with dashes before it.
-        known: all words that there are, with dashes before each or none.
-        common: names of those that are meant first, the likeliest first.
+        given: the word, with or without dashes before it.
+        known: all known words, with or without dashes before them.
+        common: the likelier known words, the likeliest first.
     """
     names: dict[str, str] = {}
     for name in map(str, known):
-        names.setdefault(_plain(name), name)  # options are there with dashes within, too
+        names.setdefault(_plain(name), name)  # argparse also has options with inner dashes
     word = _plain(given)
     rank = {name: place for place, name in enumerate(common)}
     meant = [name for name in NAMES_ELSEWHERE.get(word, ()) if name in names]
@@ -109,7 +109,7 @@ def _plain(word: object) -> str:
 
 
 def _has(name: str, given: str) -> bool:
-    """Return whether each part of a word begins a part of a name, or is the initials of some that follow each other."""
+    """Return whether each part of a word begins a part of a name, or is the initials of consecutive parts."""
     parts = name.split("_")
     initials = "".join(part[:1] for part in parts)
     return all(
@@ -119,33 +119,33 @@ def _has(name: str, given: str) -> bool:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return the `type` of an option that is a whole number of at least `least`, which is 0 or more."""
+    """Return an option's `type` that parses a whole number of at least `least`, which is 0 or more."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number, {least} or more")
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
         return int(text)
 
     return parse
 
 
 def probability(text: str) -> float:
-    """Return a number from 0 to 1: the `type` of an option.
+    """Parse a number from 0 to 1, as the `type` of an option.
 
     Raises:
-        argparse.ArgumentTypeError: If it is something else.
+        argparse.ArgumentTypeError: If the text is something else.
     """
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:  # nor is NaN
-        raise argparse.ArgumentTypeError(f"{text} is no probability, a number from 0 to 1")
+    if not 0 <= value <= 1:  # also for NaN
+        raise argparse.ArgumentTypeError(f"{text} is not a probability; expected a number from 0 to 1")
     return value
 
 
 def file_to_write(text: str) -> Path:
-    """Return the path of a file that is written when all is done: the `type` of an option.
+    """Parse the path of a file that the command writes at its end, as the `type` of an option.
 
     Raises:
         argparse.ArgumentTypeError: If its folder does not exist, or it is a folder itself.
@@ -157,15 +157,15 @@ def file_to_write(text: str) -> Path:
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """End the program with a status, and one line on stderr, which is below all progress bars."""
+    """End the program with a status, and one line on stderr, below all progress bars."""
     close_bars()
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
 def close_bars() -> None:
-    """Close the progress bars that are on the screen, so that what is printed next begins a line."""
-    tqdm = sys.modules.get("tqdm")  # not loaded: there are none
+    """Close the progress bars that are on the screen, so that the next output begins a line."""
+    tqdm = sys.modules.get("tqdm")  # not loaded: there are no bars
     bars = list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else []
     for bar in sorted(bars, key=lambda bar: abs(getattr(bar, "pos", 0))):
         bar.leave = True  # else it is wiped out, and the cursor stays behind it
@@ -173,18 +173,18 @@ def close_bars() -> None:
 
 
 def _words(error: Exception) -> str:
-    """Return what an error says, without the traceback that torch puts around one of a data loader's worker process."""
+    """Return an error's message, without the traceback that torch adds in a data loader's worker process."""
     text = str(error)
     return text.strip().rpartition("\n")[2].partition(": ")[2] if "\nOriginal Traceback" in text else text
 
 
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
-    """End the program with one line where a user's mistake is found.
+    """End the program with one line after a user's mistake.
 
     Args:
         *kinds: the exceptions that mistakes raise. Default: those of reading options, data and models.
-        prefix: what the line says before the error's own words.
+        prefix: text before the error's own message.
     """
     kinds = kinds or (ImportError, OSError, TypeError, ValueError)
     try:
@@ -197,9 +197,9 @@ def one_line_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]
 
 @contextlib.contextmanager
 def ended_in_one_line() -> Iterator[None]:
-    """End the program with one line where memory runs out, or the user or the reader of its output ends it.
+    """End the program without a traceback when memory runs out, Ctrl-C is pressed, or the output's reader is gone.
 
-    All else that is no mistake of the user's keeps its traceback.
+    All other errors that are not a user's mistakes keep their traceback.
     """
     try:
         try:
@@ -209,7 +209,7 @@ def ended_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted.", INTERRUPTED)
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # Python would try once more as it ends, and complain
+        with contextlib.suppress(OSError, ValueError):  # Python would flush again at its end, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE_CLOSED)
     except (MemoryError, RuntimeError) as error:
@@ -217,35 +217,35 @@ def ended_in_one_line() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
             raise
         fail(
-            f"Out of memory ({reason[:200] or 'no more is said'}); expected a smaller batch "
+            f"Out of memory ({reason[:200] or 'no details'}); expected a smaller batch "
             "(per_device_train_batch_size in training, batch_size elsewhere), shorter inputs or a smaller model."
         )
 
 
 def add_hidden_states(parser: argparse._ActionsContainer) -> None:
-    """Add --hidden_states, for commands that read the states of texts instead of computing them."""
+    """Add --hidden_states, for commands that can read the hidden states of texts instead of computing them."""
     parser.add_argument(
         "--hidden_states",
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="Read the hidden states of all texts from these folders of capsule-heads cache, however they are kept.",
+        help="Folders of capsule-heads cache to read the hidden states of all texts from, in any states_dtype.",
     )
 
 
 def add_engine_options(parser: argparse._ActionsContainer) -> None:
-    """Add --engine and the options of its actors, for commands whose work a cluster can do."""
+    """Add --engine and the options of its actors, for commands that can run on a cluster."""
     parser.add_argument(
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="Where the work is done: in this process, or by the Ray cluster of RAY_ADDRESS (default: local).",
+        help="Where the work is done: in this process, or on the Ray cluster at RAY_ADDRESS (default: local).",
     )
     parser.add_argument(
         "--actors",
         type=_range,
         metavar="N[:M]",
-        help="Number of Ray's actors, or the least and the most (default: 1 to what the cluster has room for).",
+        help="Number of Ray's actors, or the least and the most (default: 1, up to the room that the cluster has).",
     )
     parser.add_argument(
         "--gpus_per_actor",
@@ -256,10 +256,10 @@ def add_engine_options(parser: argparse._ActionsContainer) -> None:
 
 
 def actors_of(options: argparse.Namespace) -> Actors | None:
-    """Return the actors that were asked for; None for work in this process.
+    """Return the actors that the options ask for; None for work in this process.
 
     Raises:
-        ValueError: If there are options of actors without a cluster.
+        ValueError: If options of actors are given without a cluster.
     """
     given = {"actors": options.actors, "gpus_per_actor": options.gpus_per_actor}
     if options.engine == "local":
@@ -292,7 +292,7 @@ def _not_negative(text: str) -> float:
 
 
 def add_import_option(parser: argparse._ActionsContainer) -> None:
-    """Give a parser the option that `import_modules` reads before options are parsed."""
+    """Add --import, whose modules are imported before the other options are parsed."""
     parser.add_argument(
         "--import",
         dest="imports",

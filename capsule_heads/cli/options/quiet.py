@@ -1,4 +1,4 @@
-"""What commands show of the libraries below them: our own warnings, and one progress bar at a time.
+"""Silence for the libraries that commands use: only our own warnings, and one progress bar at a time, are shown.
 
 docs/command_line.md lists what is silenced here, and why it is harmless. Importing the package silences nothing.
 """
@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Show no bars of transformers for files of weights: they are read and written in seconds."""
+    """Hide transformers' bars for files of weights, which are read and written in seconds."""
     from transformers.utils.logging import set_tqdm_hook
 
     def make_bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -51,7 +51,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_data_bars() -> Iterator[None]:
-    """Show no bars of datasets: a split to evaluate or explain is prepared in seconds."""
+    """Hide the bars of datasets, as a split to evaluate or explain is prepared in seconds."""
     import datasets
 
     was_shown = not datasets.are_progress_bars_disabled()
@@ -65,7 +65,7 @@ def without_data_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_export_notes() -> Iterator[None]:
-    """Show no notes of torch on operators that no model here has, nor of ONNX Runtime on a step that harms them."""
+    """Hide torch's notes on operators that no model here has, and ONNX Runtime's advice that harms ours."""
     torch_notes, root = logging.getLogger("torch.onnx._internal.exporter._registration"), logging.getLogger()
     level = torch_notes.level
 

@@ -1,4 +1,4 @@
-"""The options of `capsule-heads sweep`: those of `capsule-heads train`, and what to try."""
+"""The options of `capsule-heads sweep`: those of `capsule-heads train`, and those that say what to try."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .training import OUTPUT, GivenOptions, TrainParser
 
 logger = logging.getLogger(__name__)
 
-# Of a training's options, what a sweep does for itself; output_dir and disable_tqdm are for both.
+# Options of training that a sweep sets itself. output_dir and disable_tqdm have an effect in both.
 WITHOUT_EFFECT = (*(x for x in OUTPUT if x not in ("output_dir", "disable_tqdm")), "eval_steps", "eval_delay")
 
 
 class SweepParser(TrainParser):
-    """The parser of `capsule-heads sweep`. `parse_args` returns `plan` beside what `TrainParser` does."""
+    """The parser of `capsule-heads sweep`. `parse_args` returns `plan` too."""
 
     about = (
         "Train every combination of heads, options and learning rates, from several seeds, in one pass over the cached "
-        "hidden states of a frozen backbone. Writes a table of all, and the best head as a run of its own, to "
-        "output_dir. All options of capsule-heads train are for every head."
+        "hidden states of a frozen backbone. Write a table of all heads, and the best head as a run of its own, to "
+        "output_dir. Options of capsule-heads train apply to every head."
     )
 
     def __init__(self, prog: str) -> None:
@@ -53,7 +53,7 @@ class SweepParser(TrainParser):
                 fail(f"{self.source}: {name} is {value}, which has no effect in a sweep; leave it out")
         unused = [name for name in in_file if name.startswith(WITHOUT_EFFECT)]
         if unused:  # the file is for capsule-heads train too
-            logger.warning(f"{own.config}: without effect in a sweep: {', '.join(unused)}.")
+            logger.warning(f"{own.config}: a sweep ignores {', '.join(unused)}.")
         values = {**in_file, **overrides}
         grid: dict[str, list[Any]] = {}
         for axis in (axis for axes in own.grid for axis in axes):

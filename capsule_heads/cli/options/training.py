@@ -1,6 +1,6 @@
-"""The options of `capsule-heads train`: a YAML file sets defaults, the command line overrides them.
+"""The options of `capsule-heads train`: a YAML file sets defaults, and the command line overrides them.
 
-The options of heads are those that the registry's heads declare, so a head of a user's own has its options here too.
+Options of heads are those that the registered heads declare, so a user's own head has its options here too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COMMON = (
     *("eval_strategy", "bf16", "seed"),
     *("output_dir", "save_strategy", "push_to_hub"),
 )
-# How the names of transformers' arguments begin that are about what a run writes.
+# First parts of the names of transformers' arguments about a run's output.
 OUTPUT = (
     "output_dir",
     "save_",
@@ -57,15 +57,17 @@ OUTPUT = (
 class TrainParser(OneLineParser):
     """The parser of `capsule-heads train`.
 
-    `parse_args` returns `data`, `model`, `head` and `arguments`: one instance of each of `CLASSES`, and the options of
-    the head that were given, by name.
+    `parse_args` returns `data`, `model` and `arguments`, one instance of each of `CLASSES`, and `head`, the head's
+    options that were given, by name.
     """
 
     about = DESCRIPTION
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog=prog, usage=USAGE, description=self.about, add_help=False)
-        self.add_argument("--config", metavar="NAME_OR_PATH", help="Configuration of the package, or a YAML file.")
+        self.add_argument(
+            "--config", metavar="NAME_OR_PATH", help="Name of a configuration in the package, or a YAML file."
+        )
         self.add_argument("--list-configs", action="store_true", help="Show the configurations of the package.")
         self.add_argument("-h", "--help", action="store_true", help="Show the common options.")
         self.add_argument("--help-all", action="store_true", help="Show all options.")
@@ -106,13 +108,13 @@ class TrainParser(OneLineParser):
     def parse_more(
         self, own: argparse.Namespace, parser: GivenOptions, in_file: Mapping[str, Any], overrides: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return what a command has beside a training's options.
+        """Return what a command needs besides the options of training.
 
         Args:
-            own: the parsed options that this parser has itself.
-            parser: of a training's options.
+            own: the parsed options of this parser itself.
+            parser: the parser of the options of training.
             in_file: values of the YAML file.
-            overrides: those of the command line.
+            overrides: values of the command line.
         """
         return {}
 
@@ -132,7 +134,7 @@ class TrainParser(OneLineParser):
 
 
 class GivenOptions(OneLineParser, HfArgumentParser):
-    """Parses what is given and nothing else: here no option is required, and none has a default."""
+    """Parses only what is given: no option is required, and no option has a default."""
 
     common = COMMON
 
@@ -145,7 +147,7 @@ class GivenOptions(OneLineParser, HfArgumentParser):
         if choices is not None:
             kwargs["choices"] = choices
             kwargs["type"] = _one_to_train if names[0] == "--head_type" else kwargs.get("type")
-        if kwargs.get("type") is string_to_bool:  # also of one that may be None
+        if kwargs.get("type") is string_to_bool:  # also for an option that may be None
             kwargs |= {"nargs": "?", "const": True}
         return super().add_argument(*names, **{**kwargs, "default": argparse.SUPPRESS, "required": False})
 
@@ -165,7 +167,7 @@ def _heads_to_train() -> dict[str, type[Head]]:
 
 
 def _one_to_train(head_type: str) -> str:
-    """Return the name of a head; refuse that of one which is made of trained models."""
+    """Return the name of a head; refuse a head that is made of trained models."""
     if head_type in registered_heads():
         try:
             check_trainable(registered_heads()[head_type])
@@ -175,7 +177,7 @@ def _one_to_train(head_type: str) -> str:
 
 
 def head_fields() -> dict[str, dict[str, dataclasses.Field]]:
-    """Return the options of all heads to train: by the option's name, the field of each head that has it."""
+    """Return the options of all heads to train: for each option's name, the field of each head that has it."""
     found: dict[str, dict[str, dataclasses.Field]] = {}
     for head_type, head in _heads_to_train().items():
         hints = get_type_hints(head.Options)
@@ -186,7 +188,7 @@ def head_fields() -> dict[str, dict[str, dataclasses.Field]]:
 
 
 def _head_class() -> type:
-    """Return a dataclass with the options of all heads; those of several heads stand in it once."""
+    """Return a dataclass with the options of all heads; an option of several heads is in it once."""
     merged = []
     for name, by_head in head_fields().items():
         (head_type, first), *others = by_head.items()
@@ -211,7 +213,7 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 
 
 def _make(cls: type, values: Mapping[str, Any], source: str) -> Any:
-    """Return an instance of a dataclass from those of the values that are its fields."""
+    """Return an instance of a dataclass, from the values that are its fields."""
     fields = _fields(cls)
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
@@ -230,8 +232,8 @@ def _make(cls: type, values: Mapping[str, Any], source: str) -> Any:
 def _parse_config(parser: GivenOptions, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the values of a YAML file's keys.
 
-    Each is parsed as the option that would say the same: file and command line then have one way to be right. It also
-    makes a number of 5e-4, which YAML takes for a string.
+    Each value is parsed as if it were given on the command line, so that both follow the same rules. This also makes a
+    number of 5e-4, which YAML takes for a string.
     """
     hints: dict[str, Any] = {}
     for cls in parser.dataclass_types:
@@ -269,7 +271,7 @@ def _print_configs() -> NoReturn:
 
 
 def _groups() -> dict[str, dict[str, tuple[Any, str]]]:
-    """Return the options by the title of their group: the type and help text of each."""
+    """Return the type and help text of each option, by the title of its group and its name."""
     of_heads = {name: (next(iter(x.values())).type, _head_help(x)) for name, x in head_fields().items()}
     data, model, training = (
         {name: (kind, _help(_fields(cls)[name])) for name, kind in get_type_hints(cls).items() if name in _fields(cls)}
@@ -299,7 +301,7 @@ def _help(field: dataclasses.Field) -> str:
 
 
 def _head_help(by_head: Mapping[str, dataclasses.Field]) -> str:
-    """Return the help of an option of heads: the text of each, and for which heads it is."""
+    """Return the help text of an option of heads: each different text, and the heads that it is for."""
     texts: dict[str, list[str]] = {}
     for head_type, field in by_head.items():
         words = field.metadata["help"]

@@ -1,6 +1,6 @@
-"""Options of training that others make void: given together, one of them would have no effect.
+"""Options of training that other options make void, so that they would have no effect.
 
-`CapsuleTrainingArguments` refuses those of its own; here are transformers', which matter where they were given.
+`CapsuleTrainingArguments` checks its own options. Here are those of transformers, which matter only if they are given.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ...training.arguments import RADAM, CapsuleTrainingArguments, word_of
 
 _SAVES: tuple[str, Callable[[Any], bool]] = ("save_strategy", lambda x: x != "no")
 _PUSHES: tuple[str, Callable[[Any], bool]] = ("push_to_hub", bool)
-# An option, the option that it depends on, and the values of that one with which it has an effect.
+# An option, the option that it depends on, and the values of the latter with which the former has an effect.
 NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "save_steps": ("save_strategy", lambda x: x == "steps"),
     "save_total_limit": _SAVES,
@@ -25,7 +25,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "optim_target_modules": ("optim", lambda x: x != RADAM),
     **dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "hub_always_push"), _PUSHES),
 }
-# What the command does, whatever transformers' own scripts would make of these.
+# What the command always does. transformers' own scripts read these options.
 ALWAYS = {"do_train": True, "do_eval": True, "do_predict": False}
 
 
@@ -35,7 +35,7 @@ def find_void(given: Mapping[str, Any], arguments: CapsuleTrainingArguments, lat
     Args:
         given: options that were given in one place, and their values.
         arguments: the arguments that all places make together.
-        later: options that were given elsewhere and override this place: what they make void is no mistake of it.
+        later: options that override those of this place. An option that they make void is not a mistake.
     """
     for name, value in given.items():
         if name in ALWAYS and value != ALWAYS[name]:
@@ -46,6 +46,6 @@ def find_void(given: Mapping[str, Any], arguments: CapsuleTrainingArguments, lat
         setting = word_of(getattr(arguments, other))
         if other not in later and not has_effect(setting):
             if name == "logging_steps" and arguments.eval_strategy == "steps" and "eval_steps" not in given:
-                continue  # it then says when to evaluate too
+                continue  # it also sets when to evaluate
             return f"{name} is {value}, without effect where {other} is {setting}; change {other}, or leave {name} out"
     return None

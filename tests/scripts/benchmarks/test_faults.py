@@ -27,4 +27,4 @@ def test_every_fault_ends_right_or_in_one_sentence(run):
 
 def test_the_number_of_trials_is_a_number(fails):
     error = fails("benchmarks/faults.py", "--kills", "some")
-    assert error == "error: command line: argument --kills: some is no whole number, 0 or more"
+    assert error == "error: command line: argument --kills: some is not a whole number of at least 0"
