@@ -48,7 +48,7 @@ def test_the_words_of_a_part():
 
 def test_parts_in_pages_are_words():
     page = render_report(REVIEWS)
-    assert "among 10, with the number" in page and "fine <small>5</small>" in page
+    assert "among 10 inputs. The number" in page and "fine <small>5</small>" in page
     page = render_explanation(REVIEWS[0], summarize_parts(REVIEWS))
     assert "<mark>fine</mark> <small>5</small>" in page and "of 5 parts" in page  # the text has the word
     for nothing in (render_explanation(REVIEWS[0]), render_report([AUDIO])):
