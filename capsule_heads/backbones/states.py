@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 CHANNELS_LAST = frozenset({"sam_vision_model", "sam_hq_vision_model"})
 # These types return [streams, batch, tokens, hidden_size], not [batch, tokens, streams, hidden_size].
 STREAMS_FIRST = frozenset({"gemma3n", "gemma3n_text"})
-# The output with the hidden states of each stack, and the one with the last state after the final norm. The first pair
-# with hidden states counts.
+# Outputs with the hidden states of each stack, and with its last state after the final norm. The first found counts.
 STATES_OF_STACK = {
     "encoder": (("encoder_hidden_states", "encoder_last_hidden_state"), ("hidden_states", "last_hidden_state")),
     "decoder": (("decoder_hidden_states", "last_hidden_state"), ("hidden_states", "last_hidden_state")),

@@ -32,9 +32,9 @@ class Windows(NamedTuple):
 def cut(mask: Tensor, windowing: Windowing) -> Windows:
     """Cut a batch of texts into windows, text after text.
 
-    A text that fits is one window. All windows of a longer text are full. Each begins `overlap` tokens before the end
-    of the one before it, and the last one ends with the text. If two windows share tokens, each keeps those nearer to
-    its middle. The special tokens are kept once, from the first and the last window.
+    A text that fits is one window. All windows of a longer text are full. Each begins at least `overlap` tokens before
+    the end of the one before it, and the last one ends with the text. If two windows share tokens, each keeps those
+    nearer to its middle. The special tokens are kept once, from the first and the last window.
 
     Args:
         mask: `[batch, tokens]`, 1 for a token and 0 for padding, on either side.

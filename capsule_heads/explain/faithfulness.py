@@ -7,9 +7,9 @@ highest; more is better. *Sufficiency* is the fall with these tokens alone; less
 less is better. Each measure is a mean over the fractions `FRACTIONS` of a text's tokens.
 
 The largest possible fall of the probability differs from model to model. *NAOPC* is the mean fall over all numbers of
-tokens removed, as a fraction of the possible fall: 0 for the worst order of tokens and 1 for the best, both found by
-beam search (Edin et al., 2025, arXiv 2408.08137). It can compare models. The number of forward passes of the search
-grows with the square of the number of tokens, so texts longer than `MOST_TOKENS` have no NAOPC.
+tokens removed, as a fraction of the possible fall. It is 0 for the worst order of tokens and 1 for the best, which are
+found by beam search (Edin et al., 2025, arXiv 2408.08137). It can compare models. The number of forward passes of the
+search grows with the square of the number of tokens, so texts longer than `MOST_TOKENS` have no NAOPC.
 
 *Sanity* is the rank correlation of an explanation with the explanation of the same model after its head's weights were
 shuffled, each tensor by itself (Adebayo et al., 2018). It is low for a method that explains the head.

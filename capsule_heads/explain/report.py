@@ -54,8 +54,8 @@ def render_report(
 
     Args:
         explanations: explanations of texts, images or audio.
-        labels: the true class of each input, as a number of Python, NumPy, torch or pandas; for a multi-label model a
-            0 or 1 for each class; None, NaN or -1 if it is unknown. With labels, wrong predictions come first, the most
+        labels: the true class of each input, as a number of Python, NumPy, torch or pandas. A multi-label model takes a
+            0 or 1 for each class. None, NaN or -1 means unknown. With labels, wrong predictions come first, the most
             confident one at the top. Right predictions follow, the least confident one first. Without labels the order
             is as given.
         title: the page's title.

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_hidden_sizes, check_size, plain, shown
 
-DEFAULT_HEAD = "token_depth"  # the paper's
+DEFAULT_HEAD = "token_depth"  # the paper's text head
 Mix = Callable[[Tensor], Tensor]  # mixes the samples of a batch, `[batch, ...]` to the same shape
 
 
 class HeadOutput(NamedTuple):
-    """What a head returns.
+    """The output of a head.
 
     Attributes:
         a_out: `[batch, n_out]`, scores of the outputs, as logits.

@@ -37,7 +37,7 @@ class TokenDepthHead(TokenHead, RoutingHead):
 
     A learned embedding of the layer is added to the hidden states. An affine map, swish and layer normalisation then
     make each token at each layer a capsule of `1 x d_inp`, with the logit of the token's mask as its score. These
-    capsules are routed to `n_parts` part capsules of `1 x d_cap`, and the parts to `n_out` output capsules of
+    capsules are routed to `n_parts` part capsules of `1 x d_cap`. The parts are routed to `n_out` output capsules of
     `1 x d_cap`, whose scores are the logits (Heinsen, 2019, section 4.2). Hidden states of several sizes, as in
     hierarchical image models, have one affine map and normalisation per size.
 

@@ -147,7 +147,7 @@ def _statistics(inputs: Inputs, e_step: EStep | None, R: Tensor | None) -> Stati
 
 
 class _Plan(NamedTuple):
-    """How inputs are cut into tiles, and tiles are dealt to chunks. A segment is a chunk's part of a sample.
+    """The division of inputs into tiles, and of tiles into chunks. A segment is a chunk's part of a sample.
 
     Attributes:
         tiles: `[tiles,4]`, sample, first input, count and segment of each tile.

@@ -34,8 +34,8 @@ class PoseTrajectory:
         coordinates: `[d_cov, steps, 2]`, float64. Each vector has a plane of its own, in the unit of the poses, centred
             on the mean over the steps. Distances within a plane mean something. Directions, and one vector's position
             relative to another's, do not.
-        stress: `[d_cov]`, Kruskal's stress-1, the root of a ratio: the sum of squared errors of all distances between
-            steps, divided by the sum of squared distances. It is 0 if the vector moves in a plane.
+        stress: `[d_cov]`, Kruskal's stress-1. It is the square root of the summed squared errors of all distances
+            between steps, divided by the summed squares of these distances. It is 0 if the vector moves in a plane.
     """
 
     coordinates: np.ndarray

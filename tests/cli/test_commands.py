@@ -383,7 +383,7 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(call, backbone, classifier,
         ),
         (
             ("predict", head, "a text"),
-            f"The tokenizer of {head} comes with Python code of its own, which runs with your",
+            f"The tokenizer of {head} comes with Python code of its own, which runs only with your",
         ),
         (("evaluate", head, "--task", "reviews"), f"The tokenizer of {head} comes with Python code of its own"),
     ):

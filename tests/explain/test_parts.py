@@ -67,6 +67,6 @@ def test_a_model_and_its_file(classifier, tmp_path, caplog):
     found.save(tmp_path / "parts.json")
     assert load_parts(str(tmp_path)) == found
     (tmp_path / "parts.json").write_text("[]")
-    assert load_parts(str(tmp_path)) is None and "expected those of describe_parts" in caplog.text
+    assert load_parts(str(tmp_path)) is None and "expected a file that PartDescriptions.save wrote" in caplog.text
     with pytest.raises(ValueError, match="holds no descriptions of parts"):
         PartDescriptions.load(tmp_path / "parts.json")
