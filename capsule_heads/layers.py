@@ -13,11 +13,11 @@ from .ops import check_routing_options, route
 class Routing(nn.Module):
     """Routes `n_inp` capsules of `d_cov x d_inp` to `n_out` capsules of `d_cov x d_out` (Heinsen, 2019).
 
-    Without `n_inp`, one set of weights serves any number of inputs; without `n_out`, the caller says at each call how
-    many outputs it wants. Parameters, with `i` counting inputs, `j` outputs, `c`, `d` and `h` the sizes `d_cov`,
-    `d_inp` and `d_out`, and a 1 where one set is shared: `W [ijdh]`, normal with standard deviation `1 / d_inp`;
-    `B [ijch]`, `beta_use` and `beta_ign [ij]`, zeros; `B_brk [1ch]`, zeros, only where `n_out` is variable, which sets
-    the outputs apart.
+    Without `n_inp`, one set of weights serves any number of inputs. Without `n_out`, the caller passes the number of
+    outputs at each call. In the shapes of parameters, `i` counts inputs and `j` outputs, and both are 1 where one set
+    is shared. `c`, `d` and `h` are the sizes `d_cov`, `d_inp` and `d_out`. `W [ijdh]` is normal with standard deviation
+    `1 / d_inp`. `B [ijch]`, `beta_use [ij]` and `beta_ign [ij]` are zeros. `B_brk [1ch]`, also zeros, exists only if
+    `n_out` is variable, and lets the outputs differ.
 
     Args:
         d_cov: rows of a capsule, the same for inputs and outputs.
@@ -26,10 +26,10 @@ class Routing(nn.Module):
         n_inp: number of inputs, each with weights of its own; None for any number with shared weights.
         n_out: number of outputs, each with weights of its own; None to pass it at each call.
         n_iters: iterations of the algorithm.
-        single_beta: use `beta_use` instead of `beta_ign` too; the layer then has no `beta_ign`.
+        single_beta: whether to use `beta_use` as `beta_ign` too; the layer then has no `beta_ign`.
         p_model: "gaussian" or "skm" (soft k-means).
         eps: added to counts of data and to variances.
-        strategy: how to compute it, "auto" or one of `ops.STRATEGIES`; all give the same function.
+        strategy: how to compute the routing, "auto" or one of `ops.STRATEGIES`; all compute the same function.
 
     Raises:
         ValueError: If a size is not a positive whole number, or an option is unknown.
@@ -86,10 +86,10 @@ class Routing(nn.Module):
 
         Args:
             a_inp: `[...i]`, input scores, as logits.
-            R: `[...ij]`, the routing probabilities that `forward` returns with them.
+            R: `[...ij]`, the routing probabilities that `forward` returns for these scores.
 
         Returns:
-            `[...ij]`, in logits: their sum over `i` is `a_out [...j]`, up to rounding.
+            Credits `[...ij]`, in logits. Their sum over `i` is `a_out [...j]`, up to rounding.
         """
         f_inp = a_inp.to(R.dtype).sigmoid().unsqueeze(-1)  # [...i1]
         D_use = f_inp * R
@@ -109,7 +109,7 @@ class Routing(nn.Module):
         Args:
             a_inp: `[...i]`, input scores, as logits; `-inf` masks an input.
             mu_inp: `[...icd]`, input capsules.
-            n_out: number of outputs, only where it was not fixed at construction; default, the number of inputs.
+            n_out: number of outputs, only if it was not fixed at construction; by default the number of inputs.
             return_R: whether to return the routing probabilities too.
             group: processes that each hold some of the inputs, as in `ops.route`; `n_out` then has no default.
 
@@ -118,7 +118,7 @@ class Routing(nn.Module):
             `R [...ij]` (probabilities), in float32 or wider.
 
         Raises:
-            ValueError: If shapes do not fit the layer, or `n_out` is passed where it is fixed.
+            ValueError: If shapes do not fit the layer, or `n_out` is passed although it is fixed.
             TypeError: If an input is not a tensor, or complex.
         """
         if not isinstance(a_inp, Tensor) or not isinstance(mu_inp, Tensor):
@@ -141,8 +141,8 @@ class Routing(nn.Module):
             )
         if group is not None and self.n_out is None and n_out is None:
             raise ValueError(
-                "n_out is None; expected the number of outputs, as no process has all the inputs that it would be the "
-                "number of by default."
+                "n_out is None; expected the number of outputs, as no process of a group has all the inputs that the "
+                "default counts."
             )
         n_out = self.n_out or (n_inp if n_out is None else plain(n_out))
         if isinstance(n_out, bool) or not isinstance(n_out, (int, torch.SymInt)) or n_out < 1:
@@ -166,8 +166,8 @@ class Routing(nn.Module):
     def _biases(self, n_out: int) -> Tensor:
         if self.B_brk is None:
             return self.B
-        # Outputs that share every weight would all be alike: a bias that differs along j breaks the symmetry.
-        # Always float32, as in the original: a float64 layer then agrees with it to the last digit.
+        # Outputs that share every weight would all be alike. A bias that differs along j breaks the symmetry.
+        # It is float32, as in the original, so a float64 layer agrees with the original to the last digit.
         position = torch.linspace(-1.0, 1.0, n_out, dtype=torch.float32, device=self.B.device)  # [j]
         return self.B + self.B_brk * position[:, None, None]
 

@@ -1,4 +1,4 @@
-"""Mixup (Zhang et al., 2018, arXiv 1710.09412), with one ratio per sample, as the paper of routing uses it."""
+"""Mixup (Zhang et al., 2018, arXiv 1710.09412), with one ratio per sample, as in the paper of routing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch.distributions import Beta
 
 
 def draw_mixup(n_samples: int, alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw, for each sample of a batch, a partner from the batch and the fraction of itself that it keeps.
+    """Draw a partner from the batch for each sample, and the fraction of itself that the sample keeps.
 
     Args:
         n_samples: batch size.
         alpha: both parameters of the Beta distribution of the fractions.
-        device: where to put the result. The draws come from torch's generator of the CPU: the same on every device, and
-            nothing waits for one.
+        device: where to put the result. The draws come from torch's generator for the CPU, so they are the same on
+            every device, and nothing waits for a device.
 
     Returns:
         `ratio [batch]`, float32 in [0, 1], and `partner [batch]`, a permutation of the batch's indices.

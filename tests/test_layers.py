@@ -302,7 +302,7 @@ def test_what_is_no_tensor_or_not_real():
     scores, capsules = draw()
     with pytest.raises(TypeError, match="a_inp is list and mu_inp Tensor; expected tensors"):
         build()(scores.tolist(), capsules)
-    with pytest.raises(TypeError, match=r"Routing is of real numbers, and one of its tensors is torch\.complex64"):
+    with pytest.raises(TypeError, match=r"of the tensors of a routing is torch\.complex64; expected real numbers"):
         build()(scores, capsules * 1j)
 
 

@@ -156,7 +156,7 @@ def test_one_iteration_is_said_to_see_no_hidden_state(base, caplog):
     for n_iters in (2, 1, 1):
         CapsuleHeadForSequenceClassification(make_config(base, n_iters=n_iters))
     assert [record.message[:60] for record in caplog.records] == [
-        "n_iters is 1: scores of classes do not depend on the hidden "
+        "n_iters is 1, so class scores do not depend on the hidden st"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Adapters (LoRA): low-rank matrices that are trained in a frozen backbone, and then added to its weights."""
+"""Adapters (LoRA): low-rank matrices that are trained in a frozen backbone and then added to its weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Adapters(nn.Module):
-    """What was trained to be added to the weights of a backbone's linear layers: a product of two matrices for each.
+    """Trained changes to the weights of a backbone's linear layers, a product of two matrices for each layer.
 
-    They are buffers: `training_in` trains such matrices, and here they are kept.
+    The matrices are buffers here. `training_in` trains such matrices, and this class keeps them.
 
     Args:
         shapes: by name of the linear layer, the number of its outputs, the rank, and the number of its inputs.
@@ -32,7 +32,7 @@ class Adapters(nn.Module):
 
     @classmethod
     def of(cls, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> Adapters:
-        """Return adapters of the matrices `[outputs, rank]` and `[rank, inputs]` of each linear layer."""
+        """Make adapters from the matrices `[outputs, rank]` and `[rank, inputs]` of each linear layer."""
         adapters = cls({name: [*up.shape, down.shape[1]] for name, (up, down) in matrices.items()})
         for own, given in zip(adapters.matrices().values(), matrices.values(), strict=True):
             for x, value in zip(own, given, strict=True):
@@ -68,8 +68,8 @@ def _key(layer: str, matrix: str) -> str:
 
 
 def linear_layers(backbone: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Return a backbone's linear layers by name, those whose weights numbers can be added to."""
-    from transformers.pytorch_utils import Conv1D  # GPT-2's, and its like's
+    """Return by name a backbone's linear layers with floating-point weights, which adapters can change."""
+    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2 and similar models
 
     named = backbone.named_modules()
     return {name: x for name, x in named if isinstance(x, nn.Linear | Conv1D) and x.weight.is_floating_point()}
@@ -82,12 +82,12 @@ def sizes_of(layer: nn.Linear | Conv1D) -> tuple[int, int]:
 
 
 class Adapter(nn.Module):
-    """The matrices of one linear layer while they are trained: `[outputs, rank]`, from 0, and `[rank, inputs]`.
+    """The matrices of one linear layer during training: `[outputs, rank]`, which starts at 0, and `[rank, inputs]`.
 
     Args:
         layer: the linear layer.
-        rank: of the product.
-        generator: draws the second matrix.
+        rank: rank of the product.
+        generator: generator that draws the second matrix.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, rank: int, generator: torch.Generator) -> None:
@@ -98,22 +98,22 @@ class Adapter(nn.Module):
         self.to(layer.weight.device)
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
-        """Return a linear layer's outputs with those of the adapter: a forward hook."""
+        """Add the adapter's outputs to those of a linear layer, as a forward hook."""
         change = F.linear(F.linear(inputs[0].to(self.down.dtype), self.down), self.up)
         return outputs + change.to(outputs.dtype)
 
 
 @contextlib.contextmanager
 def training_in(backbone: nn.Module, rank: int, seed: int) -> Iterator[dict[str, Adapter]]:
-    """Put an adapter into each linear layer of a frozen backbone, and take them out in the end.
+    """Put an adapter into each linear layer of a frozen backbone, and remove the adapters at the end.
 
     Args:
         backbone: the backbone.
-        rank: of each adapter.
-        seed: of the random matrices.
+        rank: rank of each adapter.
+        seed: random seed of the matrices.
 
     Yields:
-        The adapters by name of the linear layer; nothing else in the backbone requires a gradient.
+        The adapters by name of the linear layer. Only they require gradients in the backbone.
     """
     generator, adapters, hooks = torch.Generator().manual_seed(seed), {}, []
     layers = linear_layers(backbone)

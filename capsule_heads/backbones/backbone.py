@@ -1,4 +1,4 @@
-"""A backbone: where it comes from, which part of a model it is, and how it is loaded, tried and run."""
+"""A backbone: its source, its part of a model, and how it is loaded, probed and run."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backbone:
-    """What is known of a backbone, without its weights.
+    """The description of a backbone, without its weights.
 
     Attributes:
         config: the configuration of the model that is loaded.
-        name_or_path: where its weights are: a name on the Hub, a directory, or `package:NAME/FOLDER` inside an
+        name_or_path: the source of the weights: a name on the Hub, a directory, or `package:NAME/FOLDER` inside an
             installed Python package; None for a backbone with random weights.
-        revision: the commit of the weights, where they are on the Hub.
+        revision: the commit of the weights, if they are on the Hub.
         part: the part of the model that is the backbone.
         windowing: the windows that texts are cut into; None to run on complete texts.
         hidden_sizes: size of each hidden state, the embedding output included; empty until it is known.
@@ -80,17 +80,17 @@ class Backbone:
         hidden_sizes: Sequence[int] | None = None,
         **loading: Any,
     ) -> tuple[Backbone, PreTrainedModel]:
-        """Load the backbone that takes some inputs out of a model, and find the sizes of its hidden states.
+        """Load the part of a model that takes some inputs, and find the sizes of its hidden states.
 
-        Of a model of several towers it is the first of `candidates` that runs on these inputs alone.
+        In a model of several towers, the backbone is the first of `candidates` that runs on these inputs alone.
 
         Args:
-            name_or_path: as the attribute; or a configuration, for a backbone with random weights; or a loaded model,
-                whose weights are then known under no name.
-            main_inputs: the inputs that the backbone has to take, one of which it takes alone.
+            name_or_path: the attribute `name_or_path`, a configuration or a loaded model. A backbone from a
+                configuration has random weights. The weights of a loaded model have no name.
+            main_inputs: the kinds of input that the backbone may take; it has to run on one of them alone.
             revision: branch, tag or commit.
             part: the part to use; a tower of None chooses one.
-            hidden_sizes: sizes that are known; None to run the backbone once.
+            hidden_sizes: the sizes, if they are known; None to run the backbone once.
             **loading: arguments of `BACKBONE_KWARGS`.
 
         Returns:
@@ -99,7 +99,7 @@ class Backbone:
         Raises:
             ValueError: If no part of the model runs on these inputs, or its hidden states have an unknown layout.
             OSError: If there is no such checkpoint.
-            TypeError: If arguments of loading come with a model that is loaded, or with a configuration.
+            TypeError: If arguments of loading are given with a loaded model, or with a configuration.
         """
         from transformers.modeling_utils import PreTrainedModel  # here: see candidates
 
@@ -109,13 +109,15 @@ class Backbone:
             without_effect = [name for name in loading if name not in ("dtype", "torch_dtype", "trust_remote_code")]
             if without_effect or revision is not None:
                 given = ", ".join([*without_effect, *(["revision"] if revision is not None else [])])
-                raise TypeError(f"{given} given with a configuration; expected a name to load, or a field set in it.")
+                raise TypeError(
+                    f"{given} given with a configuration; expected a name to load, or a field set in the configuration."
+                )
             backbone = cls(name_or_path, part=part)
         elif isinstance(name_or_path, PreTrainedModel):
             if loading or revision is not None:
                 given = ", ".join([*loading, *(["revision"] if revision is not None else [])])
                 raise TypeError(f"{given} given with a loaded {type(name_or_path).__name__}; expected a name to load.")
-            loaded = name_or_path.base_model  # without the head that it may have
+            loaded = name_or_path.base_model  # without a head
             backbone = cls(loaded.config, part=part)
         else:
             config, commit = load_backbone_config(name_or_path, revision, **loading)
@@ -142,13 +144,11 @@ class Backbone:
     def candidates(self, main_inputs: Sequence[str]) -> list[Backbone]:
         """Return the parts of the model that may be the backbone for some inputs, the likeliest first.
 
-        For images and audio that is the tower of a model of several; for text the complete model where it runs on text
-        alone (language models with a vision tower do), else its text tower (CLIP and its like). A tower is loaded by
-        itself where transformers has a class for it, else with the complete model, and taken out of that.
+        For images and audio, a model of several towers gives its tower for them. For text, the complete model comes
+        first, as language models with a vision tower run on text alone, and then the text tower (as in CLIP). A tower
+        is loaded by itself if transformers has a class for it, or else taken out of the complete model.
         """
-        from transformers import (
-            MODEL_MAPPING,  # here: the configuration of a model imports this file, and needs no models
-        )
+        from transformers import MODEL_MAPPING  # here, as configurations import this file, and need no models
 
         kind = {IMAGE_INPUTS: "vision", AUDIO_INPUTS: "audio"}.get(tuple(main_inputs), "text")
         tower = tower_config(self.config, kind)
@@ -160,14 +160,14 @@ class Backbone:
         return towers if kind == "vision" else [self, *towers] if kind == "text" else [*towers, self]
 
     def build(self, dtype: torch.dtype | str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-        """Return the backbone with random weights, without what a head does not need. It keeps the configuration.
+        """Build the backbone with random weights, without parts that a head does not need. Keep the configuration.
 
         Args:
-            dtype: of its weights; None for that of its configuration.
+            dtype: dtype of the weights; None for the dtype in the configuration.
             trust_remote_code: whether to run code that its configuration names, from the repository of its weights.
 
         Raises:
-            ValueError: If no model can have the configuration's values.
+            ValueError: If no model can be built from the configuration's values.
         """
         from transformers import MODEL_MAPPING, AutoModel
 
@@ -179,7 +179,7 @@ class Backbone:
         try:
             complete = AutoModel.from_config(self.config, trust_remote_code=trust_remote_code, **code_kwargs)
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])  # a trace of torch's follows
+            reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])  # torch adds a trace
             raise ValueError(
                 f"A backbone of type {self.config.model_type} cannot be built from its configuration ({reason})."
             ) from error
@@ -191,16 +191,16 @@ class Backbone:
         """Load the backbone's weights.
 
         Args:
-            may_differ: whether weights may have other shapes than the configuration makes them; these are then random.
+            may_differ: whether weights may have other shapes than the configuration requires; these are then random.
             **loading: arguments of `BACKBONE_KWARGS`.
 
         Returns:
-            The backbone with the configuration that it can be built from again; the module; and name, shape in the
-            checkpoint and shape here of the weights that are random.
+            The backbone, with a configuration to build it from again; the module; and for each weight that is random
+            its name, its shape in the checkpoint and its shape here.
 
         Raises:
             ValueError: If the checkpoint is itself a capsule-head model, or lacks weights of the backbone.
-            MismatchedShapes: If weights have other shapes than the configuration makes them.
+            MismatchedShapes: If weights have other shapes than the configuration requires.
             OSError: If there is no such checkpoint.
         """
         from transformers import AutoModel
@@ -220,7 +220,7 @@ class Backbone:
                 config=self.config,
                 revision=commit or self.revision,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # what differs is said below, in one sentence
+                ignore_mismatched_sizes=True,  # the error below names differences in one sentence
                 **loading,
             )
         module = part_of(complete, self.part)
@@ -253,7 +253,7 @@ class Backbone:
         The backbone is built on the meta device and run on tensors that have shapes and no data.
 
         Raises:
-            ValueError: If it does not run on a text, an image or audio alone.
+            ValueError: If the backbone does not run on a text, an image or audio alone.
         """
         self._check_fields()
         return dataclasses.replace(self, hidden_sizes=tuple(probe_hidden_sizes_without_weights(self.config, self.part)))
@@ -270,23 +270,23 @@ class Backbone:
         trains: bool = False,
         output_attentions: bool = False,
     ) -> BackboneOutput:
-        """Run the backbone on a batch, in windows where texts are longer than one.
+        """Run the backbone on a batch, in windows if texts are longer than one window.
 
         Args:
             module: the loaded backbone.
-            layers: indices of the hidden states wanted, ascending.
-            inputs: by our names; those that are None are left out.
+            layers: indices of the hidden states to return, ascending.
+            inputs: inputs by our names; inputs that are None are left out.
             trains: whether to keep a graph for the gradients of the backbone.
             output_attentions: whether to return the backbone's attentions too.
 
         Returns:
-            The hidden states at these layers, and their masks; and all attentions, if asked for.
+            The hidden states at these layers, their masks, and all attentions if requested.
 
         Raises:
             ValueError: If inputs or hidden states do not fit the configuration, or there are no attentions.
         """
-        # Not inference_mode: the head's affine map keeps its input for the gradient of its weight, and autograd takes
-        # no inference tensors. A clone of every state would cost more than the mode saves.
+        # Not inference_mode: the head's affine map keeps its input for the gradient of its weight, and autograd cannot
+        # save inference tensors. A clone of every state would cost more than the mode saves.
         gradients: AbstractContextManager[None] = nullcontext() if trains else torch.no_grad()
         stack = self.part.stack
         by_index = selects(module, stack, layers, self.hidden_sizes)
@@ -295,7 +295,7 @@ class Backbone:
             output = run_in_windows(run, self.windowing, inputs)
         if output_attentions and output.attentions is None:
             raise ValueError(
-                "output_attentions is True, and texts are longer than window_length, each window of which has "
+                "output_attentions is True, and texts are longer than window_length, so each window has "
                 "attentions of its own; pass shorter texts, or leave output_attentions out."
             )
         return output

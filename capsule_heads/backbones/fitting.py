@@ -1,4 +1,4 @@
-"""Which inputs a backbone takes, found in its configuration before anything is loaded."""
+"""The kinds of input that a backbone takes, found in its configuration before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INPUTS = {"texts": TEXT_INPUTS, "images": IMAGE_INPUTS, "audio": AUDIO_INPUTS}
 
 
 def kinds_of_input(config: PreTrainedConfig) -> set[str]:
-    """Return what a model, or a tower of it, takes: "texts", "images" or "audio"; none where it is not known."""
+    """Return the kinds of input of a model and its towers, "texts", "images" or "audio"; empty if they are unknown."""
     names = set(_main_inputs(config))
     if names - {name for of_kind in INPUTS.values() for name in of_kind}:
         return set()
@@ -29,4 +29,4 @@ def _main_inputs(config: PreTrainedConfig) -> Iterator[str]:
             continue
         classes = MODEL_MAPPING[type(part)]
         for model_class in classes if isinstance(classes, tuple) else (classes,):
-            yield main_input_name(model_class)  # type: ignore[arg-type]  # its class says as much
+            yield main_input_name(model_class)  # type: ignore[arg-type]  # a class says as much as a model

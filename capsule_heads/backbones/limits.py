@@ -1,4 +1,4 @@
-"""How many tokens a backbone takes: as many as it has positions for, where these are rows of a table."""
+"""The number of tokens that a backbone takes: the number of its positions, if these are rows of a table."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
     from transformers.modeling_utils import PreTrainedModel
 
-# Fields of configurations that say how long the table of positions is.
+# Fields of configurations with the length of the table of positions.
 SIZES = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
-TABLES_OF_SINES = ("embed_positions", "pos_encoding")  # buffers (GPT-J, CTRL); those named otherwise grow when needed
-MOST_SPARE_ROWS = 3  # of a table, beside those that the configuration speaks of
+TABLES_OF_SINES = ("embed_positions", "pos_encoding")  # buffers (GPT-J, CTRL); buffers with other names can grow
+MOST_SPARE_ROWS = 3  # rows that a table may have beside those in the configuration
 
 
 class Positions(NamedTuple):
     """The positions that a backbone has for tokens.
 
     Attributes:
-        n_tokens: how many tokens have one; RoBERTa and its like keep some for padding.
-        last: the greatest of `position_ids`.
+        n_tokens: number of tokens that have a position; RoBERTa and similar models keep some positions for padding.
+        last: the largest of `position_ids`.
     """
 
     n_tokens: int
@@ -35,14 +35,14 @@ class Positions(NamedTuple):
 
 
 def find_positions(backbone: PreTrainedModel) -> Positions | None:
-    """Return the positions that a backbone has for tokens; None if they are computed, and have no end."""
+    """Return the positions that a backbone has for tokens; None if it computes them for any number of tokens."""
     sizes = _sizes(backbone.config)
     found = []
     for name, module in backbone.named_modules():
         if not ("position" in name or name.endswith("wpe")) or not _is_table(module):
             continue
         rows, padding_idx = len(module.weight), module.padding_idx
-        # A model with an offset adds it to positions from 0. Those without begin behind the padding's position.
+        # A model with an offset adds it to positions from 0. Other models begin after the position of padding.
         for_padding = 0 if padding_idx is None or hasattr(module, "offset") else padding_idx + 1
         for size in sizes:
             if size <= rows <= size + MOST_SPARE_ROWS:
@@ -55,20 +55,20 @@ def find_positions(backbone: PreTrainedModel) -> Positions | None:
 
 
 def _sizes(config: PreTrainedConfig) -> set[int]:
-    """Return the lengths that a configuration says of tables of positions."""
+    """Return the lengths of tables of positions that a configuration names."""
     text_config = config.get_text_config()
     return {size for name in SIZES if isinstance(size := getattr(text_config, name, None), int)}
 
 
 def _surely_taken(config: PreTrainedConfig) -> int:
-    """Return a number of tokens that needs no look through a backbone's modules, which each step would pay for."""
+    """Return a number of tokens that a backbone surely takes, without a search of its modules in each step."""
     pad_token_id = getattr(config.get_text_config(), "pad_token_id", None)
     for_padding = max(1, pad_token_id if isinstance(pad_token_id, int) else 0) + 1
     return min(_sizes(config), default=0) - for_padding
 
 
 def _is_table(module: nn.Module) -> TypeGuard[nn.Embedding]:
-    """Return whether a module is a table of embeddings (I-BERT has its own class), and not one that grows (FSMT's)."""
+    """Return whether a module is a table of embeddings (also I-BERT's own class) that cannot grow (as FSMT's can)."""
     has_rows = hasattr(module, "padding_idx") and isinstance(getattr(module, "weight", None), Tensor)
     return has_rows and not hasattr(module, "make_weight")
 
@@ -83,7 +83,7 @@ def check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreTr
     """Check that a backbone has a position for every token.
 
     Raises:
-        ValueError: If there are more tokens, or greater positions.
+        ValueError: If there are more tokens than positions, or larger positions.
     """
     if torch.compiler.is_compiling() or (position_ids is None and tokens.shape[1] <= _surely_taken(backbone.config)):
         return
@@ -104,10 +104,10 @@ def check_positions(tokens: Tensor, position_ids: Tensor | None, backbone: PreTr
 
 
 def check_windows(windowing: Windowing | None, backbone: PreTrainedModel) -> None:
-    """Check that a backbone takes windows of such a length.
+    """Check that a backbone takes windows of this length.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If windows are too long for the backbone.
     """
     positions = None if windowing is None else find_positions(backbone)
     if windowing is not None and positions is not None and windowing.length > positions.n_tokens:
@@ -121,12 +121,12 @@ def check_token_types(token_type_ids: Tensor, backbone: PreTrainedModel) -> None
     """Check, on the host, that a backbone has an embedding of each token's type.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If a type has no embedding.
     """
     if not is_readable(token_type_ids) or token_type_ids.numel() == 0:
         return
     low, high = token_type_ids.min().item(), token_type_ids.max().item()
-    if low == high == 0:  # of single texts: each table has the first row, and no step need look for it
+    if low == high == 0:  # single texts: every table has the first row, so no search is needed
         return
     tables = (x for name, x in backbone.named_modules() if name.rpartition(".")[2] == "token_type_embeddings")
     n_types = next((table.num_embeddings for table in tables if isinstance(table, nn.Embedding)), None)

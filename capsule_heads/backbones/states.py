@@ -1,6 +1,6 @@
 """The hidden states that a backbone returned, as one `[batch, tokens, hidden_size]` and one mask per layer.
 
-All layouts that backbones have are known here.
+This module knows all layouts of hidden states.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.utils import ModelOutput
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
-# Feature maps are [batch, channels, rows, columns] where shapes leave a choice, but for these types.
+# If shapes leave a choice, feature maps are [batch, channels, rows, columns], except for these types.
 CHANNELS_LAST = frozenset({"sam_vision_model", "sam_hq_vision_model"})
-# Their streams of a text's tokens are [streams, batch, tokens, hidden_size], not [batch, tokens, streams, hidden_size].
+# These types return [streams, batch, tokens, hidden_size], not [batch, tokens, streams, hidden_size].
 STREAMS_FIRST = frozenset({"gemma3n", "gemma3n_text"})
-# Where the hidden states of each stack are, and its last one after the final norm; the first that is there counts.
+# Outputs with the hidden states of each stack, and with its last state after the final norm. The first found counts.
 STATES_OF_STACK = {
     "encoder": (("encoder_hidden_states", "encoder_last_hidden_state"), ("hidden_states", "last_hidden_state")),
     "decoder": (("decoder_hidden_states", "last_hidden_state"), ("hidden_states", "last_hidden_state")),
@@ -33,8 +33,8 @@ class Layout(NamedTuple):
 
     Attributes:
         n_samples: number of samples.
-        mask: `[batch, inputs]`, 1 for a token (or sample, frame, patch) and 0 for padding; None if all are.
-        grids: `[batch, 3]`, frames, rows and columns of patches, where those of all samples are packed in one sequence.
+        mask: `[batch, inputs]`, 1 for a token (or sample, frame, patch) and 0 for padding; None if there is no padding.
+        grids: `[batch, 3]`, frames, rows and columns of patches, if all samples' patches are packed in one sequence.
         hidden_sizes: size of each hidden state, if known.
         n_tokens: tokens of a text, padding included; None for other inputs.
     """
@@ -47,18 +47,18 @@ class Layout(NamedTuple):
 
 
 def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str, with_last: bool = True) -> list[Tensor]:
-    """Return all hidden states of one stack, in the shapes the backbone gives them, the last after the final norm.
+    """Return all hidden states of one stack, in the backbone's own shapes, the last one after the final norm.
 
-    Some models' own tuple ends before that norm, which would then be left out.
+    In some models, the tuple of hidden states ends before that norm. Its last state is replaced here.
 
     Args:
-        outputs: what the backbone returned.
-        stack: "encoder" or "decoder", of an encoder-decoder.
-        model_type: for the message.
-        with_last: whether the last one is among them.
+        outputs: the outputs of the backbone.
+        stack: "encoder" or "decoder", for an encoder-decoder.
+        model_type: model type for the message.
+        with_last: whether the last hidden state is among them.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no hidden states.
     """
     for states_name, last_name in STATES_OF_STACK[stack]:
         states = _flat(outputs.get(states_name))
@@ -74,13 +74,13 @@ def hidden_states_of(outputs: ModelOutput, stack: str, model_type: str, with_las
 
 
 def attentions_of(outputs: ModelOutput, stack: str) -> tuple[Tensor, ...] | None:
-    """Return the attentions of all layers of one stack, as the backbone gives them; None if it has no attentions.
+    """Return the attentions of all layers of one stack, as the backbone returns them; None if it has no attentions.
 
-    With another implementation of attention than "eager" there may be none in the tuple, of which transformers warns.
+    With an implementation of attention other than "eager" the tuple may be empty, and transformers warns about that.
 
     Args:
-        outputs: what the backbone returned.
-        stack: "encoder" or "decoder", of an encoder-decoder.
+        outputs: the outputs of the backbone.
+        stack: "encoder" or "decoder", for an encoder-decoder.
     """
     attentions = outputs.get(f"{stack}_attentions")
     return outputs.get("attentions") if attentions is None else attentions
@@ -90,15 +90,15 @@ def arrange(states: Sequence[Tensor], layout: Layout, backbone: PreTrainedModel)
     """Bring every hidden state of a batch into one form, with its mask.
 
     Args:
-        states: in the shapes the backbone gives them: sequences, several streams of each token, feature maps with
-            their channels first or last, the windows or frames of each sample one after another, or the tokens of all
+        states: hidden states in the backbone's own shapes: sequences, several streams of each token, feature maps with
+            channels first or last, the windows or frames of each sample one after another, or the tokens of all
             samples packed in one sequence.
         layout: the layout of the batch.
         backbone: the backbone; a speech model has methods that count frames.
 
     Returns:
-        Per layer `[batch, tokens, hidden_size]`, the positions of feature maps being their tokens, row by row; and per
-        layer `[batch, tokens]`, 1 for a token and 0 for padding, in float32 or wider.
+        Per layer the hidden state `[batch, tokens, hidden_size]`, where the positions of feature maps are tokens, row
+        by row. And per layer the mask `[batch, tokens]`, 1 for a token and 0 for padding, in float32 or wider.
 
     Raises:
         ValueError: If a hidden state has another shape.
@@ -113,7 +113,7 @@ def arrange(states: Sequence[Tensor], layout: Layout, backbone: PreTrainedModel)
         x, mask = _arrange_one(x, size, layout, backbone)
         arranged.append(x)
         dtype = torch.promote_types(x.dtype, torch.float32)  # mixup makes fractions, which bfloat16 would round
-        # Depths mostly have the very same mask: it is converted once, and what is done with it later done once.
+        # Layers mostly share one mask object. It is converted once, and later work on it is done once.
         same = mask is given and (masks[-1].device, masks[-1].dtype) == (x.device, dtype)
         masks.append(masks[-1] if same else mask.to(device=x.device, dtype=dtype))
         given = mask
@@ -121,7 +121,7 @@ def arrange(states: Sequence[Tensor], layout: Layout, backbone: PreTrainedModel)
 
 
 def _flat(states: Any) -> list[Tensor]:
-    """Return the tensors of a tuple, or of the tuples in it."""
+    """Return the tensors of a tuple, and of the tuples in it."""
     if isinstance(states, Tensor):
         return [states]
     return [x for item in states or () for x in _flat(item)]
@@ -149,7 +149,7 @@ def _arrange_one(x: Tensor, size: int | None, layout: Layout, backbone: PreTrain
         and x.shape[0] != n_samples
         and (x.shape[0] % n_samples == 0 or (x.shape[0] == 1 and not x.shape[1] % n_samples))
     ):
-        # Windows, crops or frames of a sample, or tokens of equally large images, stand one after another.
+        # Windows, crops or frames of a sample, or tokens of images of equal size, stand one after another.
         x = x.reshape(n_samples, -1, x.shape[-1])
     if x.ndim != 3 or x.shape[0] != n_samples:
         raise ValueError(
@@ -164,7 +164,7 @@ def _channels_last(x: Tensor, size: int | None, model_type: str) -> bool:
     if size is not None and bool(first == size) != bool(last == size):
         return bool(last == size)
     if size is None and (x.shape[1] == x.shape[2]) != (x.shape[2] == x.shape[3]):
-        return x.shape[1] == x.shape[2]  # maps are square when a backbone is tried
+        return x.shape[1] == x.shape[2]  # maps are square when a backbone is probed
     return model_type in CHANNELS_LAST
 
 
@@ -173,21 +173,21 @@ def unpack(x: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: `[tokens of all images, hidden_size]`.
-        grids: `[images, 3]`: frames, rows and columns of patches. Where there are fewer tokens than patches, each token
-            stands for equally many.
+        grids: `[images, 3]`, frames, rows and columns of patches. If there are fewer tokens than patches, each token
+            stands for the same number of patches.
 
     Returns:
-        `[images, most tokens, hidden_size]`, zero behind an image's own, and the mask `[images, most tokens]`.
+        `[images, most tokens, hidden_size]`, zero after an image's own tokens, and the mask `[images, most tokens]`.
 
     Raises:
-        ValueError: If the grids have another number of patches than the tokens can stand for.
+        ValueError: If the tokens cannot stand for the number of patches in the grids.
     """
     n_patches = grids.prod(-1).tolist()
     merged, rest = divmod(sum(n_patches), len(x)) if len(x) else (1, 1)
     if rest or any(n % merged for n in n_patches):
         raise ValueError(
-            f"A hidden state has {len(x)} packed tokens, and image_grid_thw says {n_patches} patches; expected as many "
-            "tokens, or a whole number of patches per token."
+            f"A hidden state has {len(x)} packed tokens, and image_grid_thw says {n_patches} patches; expected one "
+            "token per patch, or a whole number of patches per token."
         )
     parts = x.split([n // merged for n in n_patches])
     mask = nn.utils.rnn.pad_sequence([x.new_ones(len(part)) for part in parts], batch_first=True)
@@ -195,29 +195,29 @@ def unpack(x: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mask_of(x: Tensor, mask: Tensor | None, backbone: PreTrainedModel) -> Tensor:
-    """Return `[batch, tokens]` for hidden states `[batch, tokens, hidden_size]`, from the mask of the inputs."""
+    """Return the mask `[batch, tokens]` of hidden states `[batch, tokens, hidden_size]`, from the inputs' mask."""
     n_tokens = x.shape[1]
     if mask is None:
         return torch.ones(x.shape[:2], device=x.device)
     if mask.shape[1] == n_tokens:
         return mask
     if n_tokens > mask.shape[1]:
-        # Tokens that the backbone adds by itself, before those of the input.
+        # The backbone adds tokens of its own before those of the input.
         return F.pad(mask, (n_tokens - mask.shape[1], 0), value=1)
-    # A token that stands for several inputs is one as soon as one of them is.
+    # A token that stands for several inputs is no padding as soon as one of them is no padding.
     pooled = F.adaptive_max_pool1d(mask[:, None].float(), n_tokens)[:, 0]
     if frame_counts(backbone, torch.full((1,), mask.shape[1])) != n_tokens:
         return pooled
     counts = frame_counts(backbone, mask.sum(-1).long())
     assert counts is not None  # as above
     counted = torch.arange(n_tokens, device=mask.device) < counts[:, None]
-    # The mask decides on its own device: to read it would wait for that.
+    # The decision is made on the mask's own device, as reading the mask would wait for the device.
     is_padded_right = (mask.long().diff(dim=-1) <= 0).all()
     return torch.where(is_padded_right, counted.to(pooled.dtype), pooled)
 
 
 def frame_counts(backbone: PreTrainedModel, lengths: Tensor) -> Tensor | None:
-    """Return the number of frames that a speech model makes of an input, by its own method; None if it has none.
+    """Return the number of frames that a speech model makes of an input, by its own method; None without a method.
 
     Args:
         backbone: the model.
@@ -226,7 +226,7 @@ def frame_counts(backbone: PreTrainedModel, lengths: Tensor) -> Tensor | None:
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         method = getattr(backbone, name, None)
         if method is not None:
-            # An adapter comes after the layers that the hidden states are of.
+            # An adapter comes after the layers with the hidden states.
             options = {"add_adapter": False} if "add_adapter" in inspect.signature(method).parameters else {}
             counts = method(lengths, **options)
             return counts[-1] if isinstance(counts, tuple) else counts

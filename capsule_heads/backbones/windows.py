@@ -1,4 +1,4 @@
-"""Texts longer than a backbone takes: it runs on overlapping windows, and the states of a token come from one."""
+"""Texts that are too long for a backbone: it runs on overlapping windows, and a token's states come from one window."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Windows(NamedTuple):
     """The windows of a batch of texts.
 
     Attributes:
-        texts: `[windows]`, the text of each window.
-        tokens: `[windows, length]`, the positions of the window's tokens in that text.
+        texts: `[windows]`, the index of each window's text.
+        tokens: `[windows, length]`, the positions of the window's tokens in its text.
         mask: `[windows, length]`, True for a token, False for padding.
         is_kept: `[windows, length]`, True for the tokens whose states are taken from this window.
     """
@@ -30,14 +30,14 @@ class Windows(NamedTuple):
 
 
 def cut(mask: Tensor, windowing: Windowing) -> Windows:
-    """Cut a batch of texts into windows, those of one text after those of another.
+    """Cut a batch of texts into windows, text after text.
 
-    A text that fits is one window. All windows of one that does not are full: they begin `overlap` tokens before the
-    last one ends, and the last ends with the text. Of two windows that share tokens, each keeps those nearer to its
-    middle; the special tokens are kept once, from the first and the last window.
+    A text that fits is one window. All windows of a longer text are full. Each begins at least `overlap` tokens before
+    the end of the one before it, and the last one ends with the text. If two windows share tokens, each keeps those
+    nearer to its middle. The special tokens are kept once, from the first and the last window.
 
     Args:
-        mask: `[batch, tokens]`, 1 for a token and 0 for padding, wherever that is.
+        mask: `[batch, tokens]`, 1 for a token and 0 for padding, on either side.
         windowing: length and overlap of windows.
     """
     found = []
@@ -59,7 +59,7 @@ def cut(mask: Tensor, windowing: Windowing) -> Windows:
 
 
 def _windows_of(n_tokens: int, windowing: Windowing) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each window of a text, its tokens, and which of these it keeps."""
+    """Return the tokens of each window of a text, and which of them it keeps."""
     length, overlap, n_before, n_after = windowing
     if n_tokens <= length:
         return [(torch.arange(n_tokens), torch.ones(n_tokens, dtype=torch.bool))]
@@ -76,21 +76,21 @@ def _windows_of(n_tokens: int, windowing: Windowing) -> list[tuple[Tensor, Tenso
 
 
 def run_in_windows(run: Callable[..., BackboneOutput], windowing: Windowing | None, inputs: Inputs) -> BackboneOutput:
-    """Run a backbone on a batch, or on windows of its texts where the batch is longer than one window.
+    """Run a backbone on a batch, or on windows of its texts if the batch is longer than one window.
 
-    It runs on no more windows at a time than the batch has texts.
+    The backbone runs on no more windows at a time than the batch has texts.
 
     Args:
         run: computes hidden states and their masks from a backbone's inputs, as `run_backbone` does.
         windowing: length and overlap of windows; None to run on the complete batch, however long.
-        inputs: of the backbone, `[batch, tokens, ...]` if they are of texts.
+        inputs: inputs of the backbone; those of texts are `[batch, tokens, ...]`.
 
     Returns:
-        Per layer `[batch, tokens, hidden_size]`, zero where a text has padding, and the masks `[batch, tokens]`, and no
-        attentions; what `run` returns where no text is cut.
+        The output of `run` if no text is cut. Otherwise per layer `[batch, tokens, hidden_size]`, zero where a text has
+        padding, the masks `[batch, tokens]`, and no attentions.
 
     Raises:
-        ValueError: If inputs cannot be cut, or the backbone does not make one state of each token.
+        ValueError: If inputs cannot be cut, or the backbone does not return one state per token.
     """
     given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     first = given.get("input_ids", given.get("inputs_embeds"))
@@ -112,8 +112,8 @@ def run_in_windows(run: Callable[..., BackboneOutput], windowing: Windowing | No
         if any(x.shape[:2] != part.mask.shape for x in of_part):
             raise ValueError(
                 f"The backbone made hidden states of {', '.join(str(x.shape[1]) for x in of_part)} tokens, by layer, "
-                f"of windows of {windowing.length} tokens; windows expect one each. Leave window_length out, and cut "
-                "texts to what the backbone takes."
+                f"from windows of {windowing.length} tokens; expected one state per token: leave window_length out, "
+                "and truncate texts to the length that the backbone takes."
             )
         states = states or [x.new_zeros(*shape, x.shape[-1]) for x in of_part]
         texts = part.texts[:, None].expand_as(part.tokens)

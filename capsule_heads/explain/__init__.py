@@ -1,4 +1,4 @@
-"""Explanations: which tokens and layers a score came from, as numbers, pictures and a page.
+"""Explanations: the tokens and layers that a score came from, as numbers, pictures and a page.
 
 | what | compute | draw |
 | --- | --- | --- |
@@ -8,8 +8,8 @@
 | explanations in a file | `save_explanations` | `load_explanations`, for any of these |
 | how faithful explanations are | `faithfulness.compare_methods` | `pictures.draw_deletion` |
 
-Drawing needs `pip install "capsule-heads[pictures]"`. It returns a `matplotlib.figure.Figure` (`figure.savefig(path)`)
-and leaves pyplot and its settings alone.
+Drawing needs `pip install "capsule-heads[pictures]"`. The functions return a `matplotlib.figure.Figure`
+(`figure.savefig(path)`) and do not change pyplot or its settings.
 """
 
 from .attributions import Explanation, Word, explain

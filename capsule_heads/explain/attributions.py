@@ -1,4 +1,4 @@
-"""Explanations: the scores of texts, images and audio, and the tokens, layers and parts that they come from."""
+"""Explanations: the scores of texts, images and audio, and the tokens, layers and parts that scores come from."""
 
 from __future__ import annotations
 
@@ -46,33 +46,35 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """The scores of one text, image or audio, and where they come from.
+    """The scores of one text, image or audio, and the attributions of these scores.
 
     Attributes:
         labels: names of the classes.
-        logits: `[classes]`, their scores, divided by the model's temperature, as its own are. So are all credits.
-        probabilities: `[classes]`, that the model gives them.
-        is_multi_label: whether each class has a probability of its own; otherwise they add up to 1.
-        parts: `[n_parts, classes]`, credits of parts, in logits: exact, their sum over parts and `linear` is `logits`.
-            There are none of a head without capsules.
-        credits: per layer `[tokens, classes]`, credits of tokens, in logits, those of the linear term included; none
-            where they are left out. Those that are traced through the backbone are of the embeddings alone.
+        logits: `[classes]`, the model's scores. Like these, all credits are divided by the model's temperature.
+        probabilities: `[classes]`, the model's probabilities.
+        is_multi_label: whether each class has a probability of its own; otherwise probabilities add up to 1.
+        parts: `[n_parts, classes]`, exact credits of parts, in logits. Their sum over parts plus `linear` is `logits`.
+            Empty for a head without capsules.
+        credits: per layer `[tokens, classes]`, credits of tokens, in logits, the linear term's included. Empty if they
+            are left out. Credits that are traced through the backbone belong to the embeddings alone.
         layers: the index of each hidden state.
         linear: `[classes]`, what the linear term and its bias add, in logits; None for a model without one.
-        baseline: `[classes]`, the logits of an input that is all masked, and what biases of the backbone add where
-            credits are traced through it. With all of `credits` they add up to `logits`: of a head with capsules to
-            1e-4 (`credits.TOLERANCE`), of others to rounding. None where credits of tokens are left out.
-        tokens: the text that each token stands for, or the name of a special one; None for an image or audio.
+        baseline: `[classes]`, the logits of a completely masked input. If credits are traced through the backbone, it
+            includes what the backbone's biases add. Baseline and all `credits` add up to `logits`, within 1e-4
+            (`credits.TOLERANCE`) for a head with capsules and within rounding for others. None if credits of tokens are
+            left out.
+        tokens: the text that each token stands for, or the name of a special token; None for an image or audio.
         is_special: for each token, whether the tokenizer added it.
         spans: for each word, its first and last character in `text`, and its tokens; empty without a fast tokenizer.
-        text: the text; the two texts of a pair, with a tab between them.
-        n_cut: number of tokens that were cut off the end of the text, since the model takes no more; 0 for none.
+        text: the text; for a pair, the two texts with a tab between them.
+        n_cut: number of tokens that were cut off the end of the text because it is too long for the model.
         thresholds: for each class, the probability above which a multi-label model predicts it; None for 0.5.
-        image: the image as the processor gets it (see `capsule_heads.data.images.as_image`); where its channels are no
-            colours, the first one, as the backbone takes it.
+        image: the image as the processor gets it (see `capsule_heads.data.images.as_image`). If its channels are not
+            colours, the first channel, as the backbone takes it.
         n_pixels: rows and columns of the image as the backbone takes it.
-        patch_size: rows and columns of a patch, where the backbone's configuration has them.
-        seconds: from one token of audio to the next, of a backbone with a frame of convolutions for each; else None.
+        patch_size: rows and columns of a patch, if the backbone's configuration has them.
+        seconds: time from one token of audio to the next, for a backbone whose tokens are frames of convolutions; None
+            for others.
     """
 
     labels: tuple[str, ...]
@@ -102,7 +104,7 @@ class Explanation:
 
     @property
     def predicted_classes(self) -> tuple[int, ...]:
-        """Return the predicted classes: of several labels, all whose probability is above its threshold."""
+        """Return the predicted classes; a multi-label model predicts all whose probability is above its threshold."""
         if not self.is_multi_label:
             return (self.predicted,)
         thresholds = self.thresholds or (DEFAULT_THRESHOLD,) * len(self.labels)
@@ -115,18 +117,19 @@ class Explanation:
 
     @property
     def is_uniform(self) -> bool:
-        """Return whether all layers have the same tokens, which those of hierarchical backbones do not."""
+        """Return whether all layers have the same tokens, unlike the layers of hierarchical backbones."""
         return len({len(x) for x in self.credits}) == 1
 
     def against_others(self, credits: Tensor) -> Tensor:
-        """Return credits for each class against the others: what the log of its odds gains, to first order.
+        """Return credits for each class against the others: the change of its log odds, to first order.
 
         Args:
             credits: `[..., classes]`, in logits, such as `by_token` returns.
 
         Returns:
-            The same shape and unit: less their mean over the other classes, weighted by their probabilities. Where
-            each class has a probability of its own its logit is the log of its odds, and credits are as they were.
+            Credits in the same shape and unit. From each is subtracted the mean over the other classes, weighted by
+            their probabilities. If each class has a probability of its own, its logit is its log odds, and credits are
+            not changed.
         """
         if self.is_multi_label or len(self.logits) == 1:
             return credits
@@ -134,15 +137,15 @@ class Explanation:
         return credits - credits @ others.mT
 
     def between(self, credits: Tensor, label: str, other: str) -> Tensor:
-        """Return credits of the difference between two classes: why the one, and not the other.
+        """Return credits for one class against another one.
 
         Args:
             credits: `[..., classes]`, in logits, such as `by_token` returns.
             label: name of the class that credits are for.
-            other: name of the class that they are against.
+            other: name of the class that credits are against.
 
         Returns:
-            `[...]`, in logits. With the difference of baselines they add up to the difference of logits.
+            Credits `[...]`, in logits. With the difference of baselines they add up to the difference of logits.
 
         Raises:
             ValueError: If there is no such class.
@@ -152,10 +155,10 @@ class Explanation:
         return credits[..., self.labels.index(label)] - credits[..., self.labels.index(other)]
 
     def by_token(self) -> Tensor:
-        """Return credits of tokens, of all layers together, `[tokens, classes]`.
+        """Return credits of tokens, summed over layers, `[tokens, classes]`.
 
         Raises:
-            ValueError: If hidden states differ in tokens, as those of hierarchical backbones do.
+            ValueError: If hidden states differ in tokens, as in hierarchical backbones.
         """
         return self.by_token_and_layer().sum(1)
 
@@ -163,7 +166,7 @@ class Explanation:
         """Return credits `[tokens, layers, classes]`.
 
         Raises:
-            ValueError: If hidden states differ in tokens, as those of hierarchical backbones do.
+            ValueError: If hidden states differ in tokens, as in hierarchical backbones.
         """
         if not self.is_uniform:
             counts = ", ".join(str(len(x)) for x in self.credits)
@@ -174,14 +177,14 @@ class Explanation:
         return torch.stack(self.credits, dim=1)
 
     def by_layer(self) -> Tensor:
-        """Return credits of layers, of all tokens together, `[layers, classes]`."""
+        """Return credits of layers, summed over tokens, `[layers, classes]`."""
         return torch.stack([x.sum(0) for x in self.credits])
 
     def by_word(self) -> list[Word]:
-        """Return credits of the words of a text: of all their tokens, at all layers. Special tokens are in none.
+        """Return credits of the words of a text, summed over their tokens and all layers. Special tokens are left out.
 
         Raises:
-            ValueError: If it is not known which tokens make a word.
+            ValueError: If the tokens of words are not known.
         """
         if not self.spans or self.text is None:
             raise ValueError(
@@ -193,13 +196,13 @@ class Explanation:
         ]
 
     def by_patch(self) -> Tensor:
-        """Return credits of the patches of an image, of all layers together, `[rows, columns, classes]`.
+        """Return credits of the patches of an image, summed over layers, `[rows, columns, classes]`.
 
-        The grid is that of the finest hidden state. The credit of a patch that covers several of its cells is divided
-        among them evenly. Tokens before the patches (class, registers) are in none.
+        The grid is the one of the finest hidden state. If a patch covers several cells of the grid, its credit is
+        divided evenly among them. Tokens before the patches (class, registers) are left out.
 
         Raises:
-            ValueError: If there is no image, or its tokens make no grid.
+            ValueError: If there is no image, or its tokens form no grid.
         """
         if self.n_pixels is None:
             raise ValueError("There is no image: expected an explanation of pixel_values [channels, rows, columns].")
@@ -219,13 +222,13 @@ class Explanation:
 
 
 def _as_grid(credits: Tensor, n_pixels: tuple[int, int], patch_size: tuple[int, int] | None) -> Tensor:
-    """Return credits of tokens, `[tokens, classes]`, as those of patches, `[rows, columns, classes]`."""
+    """Arrange credits of tokens, `[tokens, classes]`, as credits of patches, `[rows, columns, classes]`."""
     n_tokens = len(credits)
     if patch_size is not None:
         rows, columns = (pixels // size for pixels, size in zip(n_pixels, patch_size))
         if 0 <= n_tokens - rows * columns <= MOST_SPECIAL:
             return credits[n_tokens - rows * columns :].unflatten(0, (rows, columns))
-    for n_special in range(1 if patch_size else min(MOST_SPECIAL, n_tokens)):  # a feature map has none
+    for n_special in range(1 if patch_size else min(MOST_SPECIAL, n_tokens)):  # a feature map has no special tokens
         n = n_tokens - n_special
         rows = round(math.sqrt(n * n_pixels[0] / n_pixels[1]))
         if rows and n % rows == 0 and rows * n_pixels[1] == n // rows * n_pixels[0]:
@@ -243,38 +246,40 @@ def explain(
     parts_only: bool = False,
     through_backbone: bool = False,
 ) -> list[Explanation]:
-    """Explain the scores of a classifier: those that transformers' pipeline gives for the same inputs.
+    """Explain the scores of a classifier, which are the scores of transformers' pipeline for the same inputs.
 
     Args:
         model: a capsule-head classifier of text, images or audio.
-        inputs: one input or several, in a list, a NumPy array or a Series of pandas. A text is a string; a pair of them
-            a tuple, or `{"text": ..., "text_pair": ...}`. For images see `capsule_heads.data.images.as_image`, for
-            audio `capsule_heads.data.audio.as_audio`: paths, bytes, arrays and mappings; audio in arrays is at the
-            sampling rate of the feature extractor, or in `{"array": ..., "sampling_rate": ...}`. Or what `forward`
-            takes, as a mapping of tensors: hidden states, or what a processor returned.
-        processor: tokenizer, image processor or feature extractor; not needed for a mapping. Default: the one that is
-            saved with the model, or with its backbone.
-        batch_size: number of inputs to explain at once. Audio, and images that are not resized, go one at a time,
-            without padding.
-        parts_only: whether to leave the credits of tokens out, which cost backward passes for each class.
+        inputs: one input or several, in a list, a NumPy array or a Series of pandas. A text is a string. A pair of
+            texts is a tuple, or `{"text": ..., "text_pair": ...}`. Images and audio are paths, bytes, arrays and
+            mappings; see `capsule_heads.data.images.as_image` and `capsule_heads.data.audio.as_audio`. Audio in an
+            array has the sampling rate of the feature extractor, or stands in `{"array": ..., "sampling_rate": ...}`.
+            The inputs of `forward` also serve, as a mapping of tensors: hidden states, or the result of a processor.
+        processor: tokenizer, image processor or feature extractor, by default the one saved with the model or with its
+            backbone; not needed for a mapping.
+        batch_size: number of inputs to explain at once. Audio, and images that are not resized, are explained one at a
+            time, without padding.
+        parts_only: whether to leave out the credits of tokens, which cost backward passes for each class.
         through_backbone: whether to trace credits through the backbone, from the states that the head reads to the
-            embeddings of tokens (see `capsule_heads.explain.tracing`). It costs a backward pass of the backbone for
-            each class, and there are no credits of layers.
+            embeddings of tokens (see `capsule_heads.explain.tracing`). This costs a backward pass of the backbone for
+            each class, and gives no credits of layers.
 
     Returns:
-        One `Explanation` for each input. The model is left in the mode that it was in. Texts that are cut and images
-        that are scaled to 8 bits are counted in a warning.
+        One `Explanation` for each input. The mode of the model is not changed. A warning counts texts that are
+        truncated and images that are scaled to 8 bits.
 
     Raises:
-        TypeError: If an input is no text, image or audio.
-        ValueError: If the model is a regression or its head has no credits, or inputs do not fit the model; or
-            credits are to be traced through a backbone that they cannot be traced through.
+        TypeError: If an input is not a text, image or audio.
+        ValueError: If the model is a regression, its head has no credits, inputs do not fit the model, or credits
+            cannot be traced through the backbone.
         OSError: If a file is not found.
     """
     check_explained(model.config)
     if through_backbone:
         if parts_only:
-            raise ValueError("parts_only and through_backbone are True; expected one of them: parts are of the head.")
+            raise ValueError(
+                "parts_only and through_backbone are True; expected one of them, as parts belong to the head alone."
+            )
         check_traceable(model)
     explain_batch = partial(_explain_batch, parts_only=parts_only, through_backbone=through_backbone)
     was_training = model.training
@@ -299,7 +304,7 @@ def explain(
 
 
 def _warn_of_losses(explanations: Sequence[Explanation]) -> None:
-    """Say what the model does not see of the inputs."""
+    """Warn of the parts of inputs that the model does not see."""
     cut = [explanation.n_cut for explanation in explanations if explanation.n_cut]
     if cut:
         logger.warning(
@@ -314,15 +319,15 @@ def _warn_of_losses(explanations: Sequence[Explanation]) -> None:
 def _prepare_texts(
     model: CapsuleHeadClassifier, texts: Mapping[str, Any], tokenizer: Any
 ) -> tuple[Mapping[str, Any], list[Known]]:
-    """Return inputs of the model, and what is known of each text."""
+    """Return inputs of the model, and the known fields of each text's explanation."""
     pairs = [_as_pair(text, name) for name, text in texts.items()]
-    # One by one: a batch may not mix texts and pairs.
+    # One by one, as a batch may not mix texts and pairs.
     is_cut = model.config.windowing is None
     encodings = [tokenizer(*pair, truncation=is_cut, return_offsets_mapping=tokenizer.is_fast) for pair in pairs]
     known = []
     for pair, encoding in zip(pairs, encodings):
         ids = encoding["input_ids"]
-        n_tokens = len(tokenizer(*pair, verbose=False)["input_ids"])  # verbose: it would warn of the long ones
+        n_tokens = len(tokenizer(*pair, verbose=False)["input_ids"])  # verbose would warn of long texts
         known.append(
             {
                 "tokens": tuple(_token_texts(tokenizer, pair, encoding)),
@@ -337,7 +342,7 @@ def _prepare_texts(
 
 
 def _as_pair(given: Any, name: str) -> tuple[str, ...]:
-    """Return a text, or the two of a pair."""
+    """Return a text, or the two texts of a pair."""
     pair = given if isinstance(given, tuple) else (given,)
     if isinstance(given, Mapping) and {"text"} <= set(given) <= {"text", "text_pair"}:
         pair = (given["text"], given.get("text_pair") or "")
@@ -350,9 +355,9 @@ def _as_pair(given: Any, name: str) -> tuple[str, ...]:
 
 
 def _token_texts(tokenizer: Any, pair: Sequence[str], encoding: Any) -> Iterator[str]:
-    """Yield what each token stands for in a text, without spaces; the name of one that stands for nothing there.
+    """Yield the text that each token stands for, without spaces, or its name if it stands for no text.
 
-    Names of tokens of bytes, such as GPT-2's, are not meant to be read.
+    The text is preferred because names of byte tokens, such as GPT-2's, are not readable.
     """
     names = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
     if not tokenizer.is_fast:
@@ -367,9 +372,9 @@ def _spans(encoding: Any, text: str, starts: Sequence[int]) -> tuple[tuple[int, 
     """Return the span of each word of a text without the spaces around it, and its tokens.
 
     Args:
-        encoding: of one text, or two.
-        text: the text, or both, joined.
-        starts: where each begins in it.
+        encoding: encoding of one text, or two.
+        text: the text, or both texts joined.
+        starts: where each text begins in `text`.
     """
     words: dict[tuple[int, int], list[int]] = {}
     for token, (word, sequence) in enumerate(zip(encoding.word_ids(), encoding.sequence_ids())):
@@ -389,7 +394,7 @@ def _spans(encoding: Any, text: str, starts: Sequence[int]) -> tuple[tuple[int, 
 def _prepare_images(
     model: CapsuleHeadClassifier, given: Mapping[str, Any], processor: Any
 ) -> tuple[Mapping[str, Any], list[Known]]:
-    """Return inputs of the model, and what is known of each image."""
+    """Return inputs of the model, and the known fields of each image's explanation."""
     images = [as_image(image, name) for name, image in given.items()]
     batch = process_images(processor, images)
     size = getattr(model.config.base_config, "patch_size", None)
@@ -409,7 +414,7 @@ def _prepare_images(
 def _prepare_audio(
     model: CapsuleHeadClassifier, given: Mapping[str, Any], extractor: Any
 ) -> tuple[Mapping[str, Any], list[Known]]:
-    """Return inputs of the model, and what is known of each audio: the seconds of a token."""
+    """Return inputs of the model, and the known field of each audio's explanation, the seconds of a token."""
     rows = []
     for name, audio in given.items():
         samples = as_audio(audio, extractor.sampling_rate, name)
@@ -424,7 +429,7 @@ def _prepare_audio(
 def _credits_of_model(
     model: CapsuleHeadClassifier, found: Credits, states: Sequence[Tensor], masks: Sequence[Tensor]
 ) -> tuple[Credits, Tensor | None]:
-    """Return credits of the head as those of the model's logits, and what its linear term adds, if it has one."""
+    """Turn credits of the head into credits of the model's logits, and return what the linear term adds, or None."""
     linear = None
     scores, parts, inputs, baseline = found
     if model.linear_term is not None:
@@ -467,8 +472,8 @@ def _explain_batch(
     known = [{} for _ in found.scores] if known is None else known
     if len(known) != len(found.scores):
         raise ValueError(
-            f"The processor made {len(found.scores)} samples of {len(known)} inputs; expected one of each: pass a list "
-            "of single texts, images or audio."
+            f"The processor made {len(found.scores)} samples of {len(known)} inputs; expected one sample of each "
+            "input: pass a list of single texts, images or audio."
         )
     is_multi_label = model.config.problem_type == "multi_label_classification"
     probabilities = found.scores.sigmoid() if is_multi_label else found.scores.softmax(-1)
@@ -477,7 +482,7 @@ def _explain_batch(
     explanations = []
     for row, of_row in enumerate(known):
         credits = tuple(x[row].cpu()[mask[row]] for x, mask in zip(found.inputs, is_token))
-        if any(len(x) != len(of_row.get("tokens", x)) for x in credits):  # of a backbone that merges tokens
+        if any(len(x) != len(of_row.get("tokens", x)) for x in credits):  # the backbone merges tokens
             of_row = {name: of_row[name] for name in ("text", "n_cut")}
         explanations.append(
             Explanation(

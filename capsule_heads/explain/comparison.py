@@ -13,13 +13,13 @@ from .attributions import Explanation, Word
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a second model's logits have more than a first one's, and where that comes from, in logits.
+    """The logits of a second model less those of a first one, and the attributions of the difference, in logits.
 
     Attributes:
         labels: names of the classes.
-        logits: `[classes]`, the difference.
-        words: of the text, between spaces, each with the difference of its credits, `[classes]`.
-        rest: `[classes]`, that of special tokens and baselines: with all words it adds up to `logits`.
+        logits: `[classes]`, the difference of the logits.
+        words: words of the text, between spaces, each with the difference of its credits, `[classes]`.
+        rest: `[classes]`, the difference for special tokens and baselines. With all words it adds up to `logits`.
     """
 
     labels: tuple[str, ...]
@@ -29,14 +29,14 @@ class Comparison:
 
 
 def compare(first: Explanation, second: Explanation) -> Comparison:
-    """Compare what two models say of one text; they may have different backbones and tokenizers.
+    """Compare the explanations of one text by two models, which may have different backbones and tokenizers.
 
     Args:
-        first: of the text, by the one model.
-        second: of it, by the other one.
+        first: explanation by the first model.
+        second: explanation by the second model.
 
     Raises:
-        ValueError: If the texts or classes differ, or it is not known which tokens make a word.
+        ValueError: If the texts or classes differ, or the tokens of words are not known.
     """
     if first.text != second.text:
         raise ValueError(f"The explanations are of {first.text!r:.100} and {second.text!r:.100}; expected one text.")
@@ -52,7 +52,7 @@ def compare(first: Explanation, second: Explanation) -> Comparison:
 
 
 def _words(explanation: Explanation) -> Iterator[Word]:
-    """Yield what is between spaces: tokenizers divide that into words differently."""
+    """Yield words as divided by spaces, since tokenizers divide texts into words differently."""
     parts = explanation.by_word()
     for found in re.finditer(r"\S+", explanation.text or ""):
         start, end = found.span()

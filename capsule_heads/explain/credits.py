@@ -1,29 +1,31 @@
-"""Credits: what tokens, layers and parts add to class scores, in logits, for the price of a forward pass.
+"""Credits: what tokens, layers and parts add to class scores, in logits, at the cost of a forward pass.
 
 The score of a capsule IS a sum over its inputs, `a_out_j = sum_i credit_ij`, with `credit_ij = beta_use_ij D_use_ij -
-beta_ign_ij D_ign_ij` (Heinsen, 2019, section 2). The terms of this sum are called credits. With two routings, one after
-another:
+beta_ign_ij D_ign_ij` (Heinsen, 2019, section 2). The terms of this sum are called credits. There are two routings, one
+after another:
 
-- **Parts to classes** is exact: the credits of all parts for a class add up to its score, to rounding.
-- **Tokens to parts** is exact too: the credits of all tokens at all layers for a part add up to the part's score.
-- **Tokens to classes** goes through both, and adds up to the score less its baseline, to `TOLERANCE`.
+- **Parts to classes** is exact. The credits of all parts for a class add up to its score, within rounding.
+- **Tokens to parts** is exact too. The credits of all tokens at all layers for a part add up to the part's score.
+- **Tokens to classes** goes through both routings. Credits add up to the score less its baseline, within `TOLERANCE`.
 
-The baseline is the score of nothing, all tokens masked. The first routing then returns `a = 0` and `mu = 0` for every
-part, whatever the model: no evidence. On the straight path from there to the parts of an input, `t a` and `t mu` with
-`t` from 0 to 1, a class score gains `sum_j a_j A_jk + mu_j M_jk`, where `A` and `M` are the means along the path of its
-derivatives with respect to `a` and `mu` (integrated gradients, Sundararajan et al., 2017). And `a_j` and `mu_j` are
-sums over tokens and layers themselves: `a_j = sum_i credit_ij`, and `mu_j = sum_i f_ij V_ij`, with `f_ij = D_use_ij /
+The baseline is the score of an input with all tokens masked. The first routing then returns `a = 0` and `mu = 0` for
+every part, in any model, which means no evidence. Take the straight path from there to the parts of an input, `t a` and
+`t mu` with `t` from 0 to 1. Along it a class score gains `sum_j a_j A_jk + mu_j M_jk`, where `A` and `M` are the means
+of its derivatives with respect to `a` and `mu` (integrated gradients, Sundararajan et al., 2017). Both `a_j` and `mu_j`
+are sums over tokens and layers: `a_j = sum_i credit_ij`, and `mu_j = sum_i f_ij V_ij`, with `f_ij = D_use_ij /
 (n_j + eps)`. So input `i` has the credit `sum_j credit_ij A_jk + f_ij V_ij M_jk` for class `k`.
 
-Two things are taken as given, and removing a token changes both: the probabilities of the first routing, `R_ij`, and
-the hidden states, since a backbone mixes tokens: the state of one at a later layer says something about others too.
+Two things are taken as given, though removing a token changes both. One is the probabilities of the first routing,
+`R_ij`. The other is the hidden states: a backbone mixes tokens, so a token's state at a later layer also depends on
+other tokens.
 
-Heads without capsules whose scores are sums have credits of tokens as well (`Head.credits`), exact, with the same
-baseline: linear, attentive pooling and scalar mix. The weights of attention are taken as given.
+Heads without capsules whose scores are sums have exact credits of tokens too (`Head.credits`), with the same baseline:
+linear, attentive pooling and scalar mix. Attention weights are taken as given.
 
-A linear term (`capsule_heads.heads.linear_term`) is a sum over tokens and layers, and a bias, for each class. A
-model's logits are then the mean of its scores and the head's. Its credits are exact, and are added to those of the
-tokens, its bias to the baseline, all halved. Halved credits of parts, of the term and its bias add up to the logit.
+A linear term (`capsule_heads.heads.linear_term`) is a sum over tokens and layers, plus a bias, for each class. The
+logits of a model with this term are the mean of the scores of term and head, so all credits are halved. The exact
+credits of the term are added to those of the tokens, and its bias to the baseline. Halved, the credits of parts, of the
+term and of its bias add up to the logit.
 """
 
 from __future__ import annotations
@@ -46,22 +48,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # logits by which credits of tokens may miss the score less its baseline, before rounding
-RELATIVE_TOLERANCE = 1e-6  # of the largest gain, where that is more: float32 has no more digits
-CUTS = (0, 1 / 16, 1 / 4, 1)  # of the path, into the first stretches: shorter ones where scores change faster
-N_NODES = 9  # of a stretch of the path, both ends among them
-MOST_HALVINGS = 12  # of a stretch: what misses its tolerance then is taken as it is
-MOST_VOTES = 2**22  # numbers, of what is routed in one call: a bound for memory
+RELATIVE_TOLERANCE = 1e-6  # fraction of the largest gain, used if it is more: float32 has no more digits
+CUTS = (0, 1 / 16, 1 / 4, 1)  # ends of the first stretches of the path, which are shorter where scores change faster
+N_NODES = 9  # nodes of a stretch of the path, including both ends
+MOST_HALVINGS = 12  # halvings of a stretch; after that it is used even if it misses its tolerance
+MOST_VOTES = 2**22  # numbers in the votes of one call of the routing, to limit memory
 
 
 class Credits(NamedTuple):
-    """Where the scores of a batch come from, in logits.
+    """The credits for the scores of a batch, in logits.
 
     Attributes:
         scores: `[batch, n_out]`, the class scores.
-        parts: `[batch, n_parts, n_out]`, exact: their sum over parts is `scores`. A head without capsules has no part.
-        inputs: per layer `[batch, tokens, n_out]`; none where they are left out. With `baseline` they add up to
-            `scores`: those of a head with capsules to `TOLERANCE`, others exactly.
-        baseline: `[batch, n_out]`, scores of an input that is all masked; None where `inputs` are left out.
+        parts: `[batch, n_parts, n_out]`, exact credits, whose sum over parts is `scores`. A head without capsules has
+            no parts.
+        inputs: per layer `[batch, tokens, n_out]`; empty if they are left out. With `baseline` they add up to `scores`,
+            within `TOLERANCE` for a head with capsules and exactly for others.
+        baseline: `[batch, n_out]`, scores of a completely masked input; None if `inputs` are left out.
     """
 
     scores: Tensor
@@ -76,15 +79,15 @@ def compute_credits(
 ) -> Credits:
     """Compute the credits of parts, and of all tokens at all layers, for all classes.
 
-    It costs a forward pass of the head and, for each class, some tens of backward passes of its second routing, which
-    is small. Its memory is `[n_inp, n_parts]` numbers for each sample. A head without capsules costs forward passes
-    alone.
+    This costs a forward pass of the head and, for each class, some tens of backward passes of its second routing, which
+    is small. It takes memory for `[n_inp, n_parts]` numbers per sample. A head without capsules costs only forward
+    passes.
 
     Args:
         head: a head that explains tokens (`Head.explains`).
         hidden_states: per layer `[batch, tokens, hidden_size]`, as the head takes them.
         masks: per layer `[batch, tokens]`.
-        parts_only: whether to leave the credits of tokens out, and with them the backward passes.
+        parts_only: whether to leave out the credits of tokens, and with them the backward passes.
 
     Returns:
         `Credits`, in float32 or wider.
@@ -105,22 +108,23 @@ def compute_credits(
 
 
 def credits_with_graph(head: Head, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> Credits:
-    """Compute what `compute_credits` does, in the caller's gradient mode.
+    """Compute the result of `compute_credits` in the caller's gradient mode.
 
-    What is taken as given is so in the graph of `inputs` too: probabilities, weights of attention, slopes.
+    Quantities that are taken as given are constants in the graph of `inputs` too: probabilities, attention weights,
+    slopes.
     """
     _check_explains(head)
     if not isinstance(head, RoutingHead):
         with torch.no_grad():
             scores = head(hidden_states, masks).a_out
-            # All that is masked is alike: one token says what all would.
+            # All masked inputs score alike, so one token is enough.
             nothing = head([x[:, :1] for x in hidden_states], [torch.zeros_like(mask[:, :1]) for mask in masks]).a_out
         parts = scores.new_empty(len(scores), 0, scores.shape[-1])
         return Credits(scores, parts, [x.to(scores.dtype) for x in head.credits(hidden_states, masks)], nothing)
     first, second = _routings(head)
     a_inp, mu_inp = head.detect(hidden_states, masks)
     with torch.no_grad():
-        a, mu, _, R = first(a_inp, mu_inp, return_R=True)  # of the parts
+        a, mu, _, R = first(a_inp, mu_inp, return_R=True)  # scores and poses of the parts
         to_parts = first.credits(a_inp, R)  # [bij]
         fractions = a_inp.to(R.dtype).sigmoid().unsqueeze(-1) * R
         fractions /= fractions.sum(-2, keepdim=True) + first.eps
@@ -146,7 +150,7 @@ def _check_explains(head: Head) -> None:
 
 
 def _routings(head: RoutingHead) -> tuple[Routing, Routing]:
-    """Return the routing to the parts, and that to the classes."""
+    """Return the routing to the parts, and the routing to the classes."""
     first, second = (routing for routing in head.routings if isinstance(routing, Routing))
     return first, second
 
@@ -168,18 +172,18 @@ class Slopes(NamedTuple):
 def integrate_slopes(routing: Routing, a: Tensor, mu: Tensor) -> Slopes:
     """Integrate the derivatives of class scores along the straight path from `a = 0` and `mu = 0`.
 
-    By Gauss-Lobatto quadrature, of stretches of the path. What scores gain along a stretch is known, from the scores at
-    its ends; one whose derivatives miss that is halved. Variances of votes are small where a path starts, and
-    derivatives change fast there: some texts need many nodes, most need few. In float64, as an error of `TOLERANCE` is
-    little beside the terms that it is of.
+    Stretches of the path are integrated by Gauss-Lobatto quadrature. The scores at the ends of a stretch give the exact
+    gain along it. If the integral misses this gain, the stretch is halved. Variances of votes are small where a path
+    starts, and derivatives change fast there, so a few texts need many nodes. The computation is in float64, as
+    `TOLERANCE` is small beside the terms of the sum.
 
     Args:
-        routing: from parts to classes.
+        routing: the routing from parts to classes.
         a: `[batch, n_parts]`, scores of the parts.
-        mu: `[batch, n_parts, d_cov, d_cap]`, their poses.
+        mu: `[batch, n_parts, d_cov, d_cap]`, poses of the parts.
 
     Returns:
-        `Slopes`. A warning says where they miss the gain by more than `TOLERANCE`.
+        `Slopes`. A warning is logged if they miss the gain by more than `TOLERANCE`.
     """
     a, mu = a.detach().double(), mu.detach().double()
     weights = {name: x.detach().double() for name, x in routing.named_parameters()}
@@ -188,7 +192,7 @@ def integrate_slopes(routing: Routing, a: Tensor, mu: Tensor) -> Slopes:
     of_a, of_mu = a.new_zeros(*a.shape, start.shape[-1]), mu.new_zeros(*mu.shape, start.shape[-1])
     allowed = (RELATIVE_TOLERANCE * (end - start).abs().amax(-1)).clamp(min=TOLERANCE)
     per_call = max(1, MOST_VOTES // (N_NODES * mu[0].numel() * start.shape[-1]))
-    # Of each stretch its sample, where it starts, and its length.
+    # A stretch is its sample, its start and its length.
     cuts = a.new_tensor(CUTS)
     rows = torch.arange(len(a), device=a.device).repeat_interleave(len(CUTS) - 1)
     stretches: list[tuple[Tensor, ...]] = [(rows, cuts[:-1].repeat(len(a)), cuts.diff().repeat(len(a)))]
@@ -208,17 +212,17 @@ def integrate_slopes(routing: Routing, a: Tensor, mu: Tensor) -> Slopes:
             break
     off = ((_gain(of_a, of_mu, a, mu) - (end - start)).abs().amax(-1) - allowed).max()
     if off > 0:
-        logger.warning("Credits of tokens add up to scores to %.1e of a logit only, as these change fast.", off)
+        logger.warning("The sum of token credits misses scores by %.1e logits, as the scores change fast.", off)
     return Slopes(of_a, of_mu, start)
 
 
 def _gain(of_a: Tensor, of_mu: Tensor, a: Tensor, mu: Tensor) -> Tensor:
-    """Return what class scores gain by parts with these slopes, `[n, n_out]`."""
+    """Return the gain of class scores from parts with these slopes, `[n, n_out]`."""
     return torch.einsum("njk,nj->nk", of_a, a) + torch.einsum("njchk,njch->nk", of_mu, mu)
 
 
 def _lobatto(n: int) -> tuple[NDArray, NDArray]:
-    """Return `n` nodes from 0 to 1, both ends among them, and their weights."""
+    """Return `n` nodes from 0 to 1, including both ends, and their weights."""
     polynomial = np.polynomial.Legendre.basis(n - 1)
     nodes = np.concatenate([[-1.0], polynomial.deriv().roots(), [1.0]])
     return (nodes + 1) / 2, 1 / (n * (n - 1) * polynomial(nodes) ** 2)
@@ -227,15 +231,15 @@ def _lobatto(n: int) -> tuple[NDArray, NDArray]:
 def _integrate_stretch(
     routing: Routing, weights: dict[str, Tensor], a: Tensor, mu: Tensor, low: Tensor, length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Integrate derivatives along one stretch of each path, and return what scores gain there too.
+    """Integrate derivatives along one stretch of each path, and return the gain of the scores there too.
 
     Args:
-        routing: from parts to classes.
+        routing: the routing from parts to classes.
         weights: its parameters, in float64.
-        a: `[n, n_parts]`, the scores of parts where each path ends.
-        mu: `[n, n_parts, d_cov, d_cap]`, the poses there.
-        low: `[n]`, where the stretch starts, of a path from 0 to 1.
-        length: `[n]`, of the stretch.
+        a: `[n, n_parts]`, the scores of parts at the end of each path.
+        mu: `[n, n_parts, d_cov, d_cap]`, the poses of parts at the end of each path.
+        low: `[n]`, the start of the stretch on a path from 0 to 1.
+        length: `[n]`, the length of the stretch.
 
     Returns:
         Slopes `[n, n_parts, n_out]` and `[n, n_parts, d_cov, d_cap, n_out]`, and gains `[n, n_out]`, in logits.
@@ -262,7 +266,9 @@ def check_explained(config: CapsuleHeadConfig) -> None:
         ValueError: If it is a regression, or its head explains nothing.
     """
     if config.problem_type == "regression":
-        raise ValueError("Explanations are of class scores, and this model is a regression; its values have none.")
+        raise ValueError(
+            "Explanations are of class scores, and this model is a regression, which has none; expected a classifier."
+        )
     head = get_head(config.head_type)
     if not head.explains:
         raise _no_credits(head)
@@ -280,6 +286,6 @@ def _no_credits(head: type[Head]) -> ValueError:
 def _along_poses(routing: Routing, mu_inp: Tensor, fractions: Tensor, of_mu: Tensor) -> Tensor:
     """Compute `sum_jch f_ij V_ijch of_mu_jch`, `[bi]`, without the votes `V`."""
     weights = torch.einsum("jdh,bjch->bjcd", routing.W[0].to(of_mu.dtype), of_mu)
-    votes = torch.einsum("bicd,bjcd->bij", mu_inp.to(of_mu.dtype), weights)  # along of_mu, but for what inputs share
+    votes = torch.einsum("bicd,bjcd->bij", mu_inp.to(of_mu.dtype), weights)  # along of_mu, without the shared bias
     of_all = (routing.B[0].to(of_mu.dtype) * of_mu).sum((-2, -1))  # [bj]
     return (fractions * (votes + of_all.unsqueeze(-2))).sum(-1)

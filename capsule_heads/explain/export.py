@@ -2,8 +2,8 @@
 
     {"version": 1, "explanations": [{"labels": [...], "logits": [...], "credits": [[[...]]], ...}]}
 
-Each explanation has the attributes of `Explanation` by name, tensors as nested lists. An image is `{"png": ...}` or, of
-an array, `{"npy": ...}`, in base64. Numbers are those of float32, to the last digit.
+Each explanation has the attributes of `Explanation` by name, tensors as nested lists. An image is `{"png": ...}`, or
+`{"npy": ...}` for an array, in base64. Numbers have all digits of float32.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def save_explanations(path: str | Path, explanations: Sequence[Explanation]) -> 
 
 
 def load_explanations(path: str | Path) -> list[Explanation]:
-    """Read what `save_explanations` wrote, such as for `report.render_report`.
+    """Read explanations that `save_explanations` wrote, for `report.render_report` for example.
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If it holds something else, or is of a later version.
+        ValueError: If the file holds something else, or has another version.
     """
     content = read_json(path)
     if content.get("version") != VERSION:
@@ -56,24 +56,26 @@ def load_explanations(path: str | Path) -> list[Explanation]:
     try:
         return [_explanation(row) for row in content["explanations"]]
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no explanations ({error}); expected what save_explanations wrote.") from None
+        raise ValueError(
+            f"{path} holds no explanations ({error}); expected a file that save_explanations wrote."
+        ) from None
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of an explanation as JSON has it."""
+    """Return a value of an explanation in the form that JSON takes."""
     if isinstance(value, Tensor):
-        # The shortest decimal number that is this one in float32.
+        # Nine digits identify a float32 number.
         return [float(f"{x:.9g}") for x in value.tolist()] if value.ndim == 1 else [_plain(x) for x in value]
     return [_plain(x) for x in value] if isinstance(value, tuple) else value
 
 
 def _explanation(row: dict[str, Any]) -> Explanation:
-    """Return the explanation that a row of the file is."""
+    """Return the explanation in a row of the file."""
     n_classes = len(row["labels"])
     fields = {name: _tuples(value) for name, value in row.items()}
     for name in TENSORS:
         fields[name] = None if row[name] is None else torch.tensor(row[name])
-    fields["parts"] = fields["parts"].reshape(-1, n_classes)  # there may be none
+    fields["parts"] = fields["parts"].reshape(-1, n_classes)  # there may be no parts
     fields["credits"] = tuple(torch.tensor(x).reshape(-1, n_classes) for x in row["credits"])
     fields["image"] = _decoded(row["image"])
     return Explanation(**fields)
@@ -84,7 +86,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _encoded(image: Any) -> dict[str, str] | None:
-    """Return an image as text: one of Pillow as PNG, an array as NumPy writes it."""
+    """Encode an image as text: an image of Pillow as PNG, an array in NumPy's format."""
     if image is None:
         return None
     buffer = io.BytesIO()
@@ -97,14 +99,14 @@ def _encoded(image: Any) -> dict[str, str] | None:
 
 
 def _decoded(encoded: dict[str, str] | None) -> Any:
-    """Return what `_encoded` was given; a tensor comes back as an array."""
+    """Invert `_encoded`; a tensor comes back as an array."""
     if encoded is None:
         return None
     ((kind, text),) = encoded.items()
     buffer = io.BytesIO(base64.b64decode(text))
     if kind == "npy":
         return np.load(buffer, allow_pickle=False)
-    from PIL import Image  # of the extra for images
+    from PIL import Image  # installed by the extra for images
 
     image = Image.open(buffer)
     image.load()

@@ -1,18 +1,18 @@
-"""Faithfulness of explanations of texts: does the probability fall when the tokens that they name are removed?
+"""Faithfulness of explanations of texts: does the probability fall when the tokens that they rank highest are removed?
 
 Tokens are removed in two ways: masked, as if they were not there, or replaced by the tokenizer's mask token. Special
-tokens stay. *Comprehensiveness* is how far the probability of the predicted class falls without the tokens that are
-named first: more is better. *Sufficiency* is how far it falls with these tokens alone: less is better (DeYoung et al.,
-2020, arXiv 1911.03429). *Log-odds* is the mean of the log of the probability without them over that with all: less is
-better. Each is a mean over the fractions `FRACTIONS` of a text's tokens.
+tokens stay. *Comprehensiveness* is the fall of the predicted class's probability without the tokens that are ranked
+highest; more is better. *Sufficiency* is the fall with these tokens alone; less is better (DeYoung et al., 2020, arXiv
+1911.03429). *Log-odds* is the log of the probability without these tokens, less the log of the one with all tokens;
+less is better. Each measure is a mean over the fractions `FRACTIONS` of a text's tokens.
 
-How far the probability can fall at all differs from model to model. *NAOPC* is the mean fall over all numbers of
-tokens removed, as a share of what is possible: 0 for the worst order of tokens and 1 for the best, both by beam search
-(Edin et al., 2025, arXiv 2408.08137). It compares models. The search takes forward passes by the square of the number
-of tokens, so that longer texts than `MOST_TOKENS` have none.
+The largest possible fall of the probability differs from model to model. *NAOPC* is the mean fall over all numbers of
+tokens removed, as a fraction of the possible fall. It is 0 for the worst order of tokens and 1 for the best, which are
+found by beam search (Edin et al., 2025, arXiv 2408.08137). It can compare models. The number of forward passes of the
+search grows with the square of the number of tokens, so texts longer than `MOST_TOKENS` have no NAOPC.
 
-*Sanity* is the rank correlation of an explanation with that of the same model with the weights of its head shuffled,
-each tensor by itself (Adebayo et al., 2018): a method that explains the head has little.
+*Sanity* is the rank correlation of an explanation with the explanation of the same model after its head's weights were
+shuffled, each tensor by itself (Adebayo et al., 2018). It is low for a method that explains the head.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from transformers import PreTrainedTokenizerBase
 from ..models.modeling_capsule_head import CapsuleHeadForSequenceClassification
 from .methods import METHODS, Method, Text, probabilities
 
-FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)  # of a text's tokens, at least one token
+FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)  # fractions of a text's tokens, at least one token
 DELETED = tuple(n / 10 for n in range(11))  # fractions of tokens along a deletion curve
-MOST_TOKENS = 16  # of a text whose best and worst order are searched
-BEAM = 3  # orders of tokens that the search for the best one, and the worst, keeps
+MOST_TOKENS = 16  # most tokens of a text whose best and worst order are searched
+BEAM = 3  # number of orders of tokens that the search for the best and the worst order keeps
 
 
 class Removal(NamedTuple):
-    """How faithful an explanation is where tokens are removed in one way.
+    """The faithfulness of an explanation when tokens are removed in one way.
 
     Attributes:
-        comprehensiveness: mean fall of the probability without the tokens named first.
-        sufficiency: mean fall with them alone.
-        log_odds: mean log of the probability without them over that with all.
+        comprehensiveness: mean fall of the probability without the tokens ranked highest.
+        sufficiency: mean fall of the probability with these tokens alone.
+        log_odds: mean log of the probability without these tokens, less the log of the one with all tokens.
         deletion: `[len(DELETED)]`, the probability without each fraction of the tokens.
     """
 
@@ -55,13 +55,13 @@ class Removal(NamedTuple):
 
 
 class Faithfulness(NamedTuple):
-    """How faithful one explanation of one text is.
+    """The faithfulness of one explanation of one text.
 
     Attributes:
-        masked: where tokens are masked.
-        replaced: where they are replaced by the mask token; None of a tokenizer without one.
-        naopc: the mean fall, where tokens are masked, as a share of what is possible; NaN where that is not known.
-        sanity: rank correlation with the explanation of a head with shuffled weights; NaN of a single token.
+        masked: the measures when tokens are masked.
+        replaced: the measures when tokens are replaced by the mask token; None for a tokenizer without a mask token.
+        naopc: the mean fall when tokens are masked, as a fraction of the possible fall; NaN if that is unknown.
+        sanity: rank correlation with the explanation of a head with shuffled weights; NaN for a single token.
         seconds: the time that the explanation took.
     """
 
@@ -85,16 +85,16 @@ def prepare_text(model: CapsuleHeadForSequenceClassification, tokenizer: PreTrai
 def measure_removal(
     model: CapsuleHeadForSequenceClassification, text: Text, ranking: Tensor, is_replaced: bool = False
 ) -> tuple[Removal, Tensor]:
-    """Measure what the probability does as tokens are removed.
+    """Measure the probability as tokens are removed.
 
     Args:
         model: a classifier, in evaluation mode.
         text: as `prepare_text` returns it.
-        ranking: positions of its tokens, those named first before others.
-        is_replaced: whether tokens are replaced by the mask token, and not masked.
+        ranking: positions of its tokens, the highest-ranked first.
+        is_replaced: whether tokens are replaced by the mask token instead of masked.
 
     Returns:
-        A `Removal`, and the probability without the first 0, 1, ... all tokens, `[n + 1]`.
+        A `Removal`, and the probability `[n + 1]` without the first 0, 1 and so on up to all tokens.
     """
     n, mask = len(ranking), text.inputs["attention_mask"][0]
     named = [max(1, math.ceil(fraction * n)) for fraction in FRACTIONS]
@@ -117,7 +117,7 @@ def measure_removal(
 
 
 def extreme_fall(model: CapsuleHeadForSequenceClassification, text: Text, sign: int) -> float:
-    """Return the largest mean fall of the probability over orders of tokens, or the smallest, by beam search.
+    """Return the largest or the smallest mean fall of the probability over orders of tokens, by beam search.
 
     Args:
         model: a classifier, in evaluation mode.
@@ -133,7 +133,7 @@ def extreme_fall(model: CapsuleHeadForSequenceClassification, text: Text, sign: 
         )
         totals = totals.repeat_interleave(len(next_masks) // len(masks))
         totals = totals - sign * probabilities(model, text, attention_mask=next_masks)
-        # Orders that removed the same tokens go on alike: the best of them is kept.
+        # Orders that removed the same tokens continue alike, so only the best of them is kept.
         best: dict[bytes, int] = {}
         for index in totals.argsort(descending=True).tolist():
             best.setdefault(next_masks[index].numpy().tobytes(), index)
@@ -151,14 +151,14 @@ def measure(
     limits: tuple[float, float],
     has_mask: bool,
 ) -> Faithfulness:
-    """Time an explanation of a text, and measure how faithful it is.
+    """Time an explanation of a text, and measure its faithfulness.
 
     Args:
         model: a classifier, in evaluation mode.
-        shuffled: the same with the weights of its head shuffled.
+        shuffled: the same classifier with the weights of its head shuffled.
         text: as `prepare_text` returns it.
         method: one of `METHODS`.
-        limits: the smallest and the largest mean fall; NaN where they are not known.
+        limits: the smallest and the largest mean fall; NaN if they are unknown.
         has_mask: whether the tokenizer has a mask token.
     """
     start = time.perf_counter()
@@ -180,7 +180,7 @@ def measure(
 
 
 def shuffle_head(model: CapsuleHeadForSequenceClassification) -> CapsuleHeadForSequenceClassification:
-    """Return a copy of a model whose head, and linear term, have the same weights in another order."""
+    """Return a copy of a model whose head and linear term have the same weights in another order."""
     shuffled = copy.deepcopy(model)
     with torch.no_grad():
         for module in (shuffled.head, shuffled.linear_term):
@@ -196,16 +196,17 @@ def compare_methods(
     """Measure every method on every text.
 
     Args:
-        model: a classifier of texts whose backbone was loaded with `freeze_backbone=False`: gradients go through it.
-        tokenizer: the backbone's.
-        texts: to explain.
+        model: a classifier of texts whose backbone was loaded with `freeze_backbone=False`, so that gradients go
+            through it.
+        tokenizer: the backbone's tokenizer.
+        texts: the texts to explain.
 
     Returns:
         By method, one `Faithfulness` for each text.
 
     Raises:
         ImportError: If Captum is not installed.
-        ValueError: If the model has a frozen backbone, which keeps no gradient.
+        ValueError: If the model has a frozen backbone, which gradients do not pass.
     """
     try:
         importlib.import_module("captum")

@@ -1,7 +1,7 @@
-"""Methods of explaining a text: this package's, and those that it is measured beside.
+"""Methods of explaining a text: this package's credits, and other methods to compare them with.
 
-Each takes a classifier and a text, and returns a number for each token: the larger, the more the token is for the class
-that is predicted. Special tokens have numbers too, which nobody reads.
+Each method takes a classifier and a text, and returns a number for each token. The larger the number, the more the
+token supports the predicted class. The numbers of special tokens are not used.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ..models.modeling_capsule_head import CapsuleHeadForSequenceClassification
 from .attributions import explain
 from .tracing import attention_of, traced
 
-N_STEPS = 50  # of integrated gradients
-N_STEPS_OF_EACH = 10  # of sequential integrated gradients, for each token
-N_PERMUTATIONS = (1, 10)  # of Shapley sampling: as many forward passes as leave-one-out, and ten times as many
+N_STEPS = 50  # steps of integrated gradients
+N_STEPS_OF_EACH = 10  # steps of sequential integrated gradients, for each token
+N_PERMUTATIONS = (1, 10)  # of Shapley sampling: 1 takes as many forward passes as leave-one-out, 10 ten times as many
 
 
 class Text(NamedTuple):
     """One text, as the model takes it.
 
     Attributes:
-        inputs: of `forward`, `[1, tokens]` each.
+        inputs: inputs of `forward`, `[1, tokens]` each.
         candidates: positions of the tokens that may be removed.
-        target: the class that is predicted.
+        target: the predicted class.
         pad_token_id: the id of the padding token, the baseline of integrated gradients.
-        mask_token_id: the id of the token for what is masked, the baseline of sequential integrated gradients; that of
-            padding where a tokenizer has none.
+        mask_token_id: the id of the mask token, the baseline of sequential integrated gradients; the id of the padding
+            token if a tokenizer has no mask token.
     """
 
     inputs: dict[str, Tensor]
@@ -58,7 +58,7 @@ def probabilities(model: CapsuleHeadForSequenceClassification, text: Text, **cha
 
 
 def credits(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return this package's credits, of all layers together, against the other classes."""
+    """Return this package's credits, summed over layers, against the other classes."""
     (explanation,) = explain(model, text.inputs)
     return explanation.against_others(explanation.by_token())[:, text.target]
 
@@ -70,7 +70,7 @@ def traced_credits(model: CapsuleHeadForSequenceClassification, text: Text) -> T
 
 
 def leave_one_out(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return how far the log of the probability falls without each token: a forward pass for each."""
+    """Return the fall of the log probability without each token, by a forward pass for each."""
     mask = text.inputs["attention_mask"]
     without_one = mask.expand(mask.shape[1], -1) * (1 - torch.eye(mask.shape[1], dtype=mask.dtype))
     found = probabilities(model, text, attention_mask=torch.cat([mask, without_one])).log()
@@ -98,9 +98,9 @@ def shapley_sampling(n_permutations: int) -> Method:
 
 
 def log_probability(model: CapsuleHeadForSequenceClassification, text: Text) -> Callable[[Tensor], Tensor]:
-    """Return the function from embeddings of tokens to the log of the probability of the predicted class.
+    """Return the function from embeddings of tokens to the log of the predicted class's probability.
 
-    It takes `[n, tokens, hidden_size]` and returns `[n]`.
+    The function takes `[n, tokens, hidden_size]` and returns `[n]`.
     """
     others = {name: x for name, x in text.inputs.items() if name != "input_ids"}
 
@@ -114,7 +114,7 @@ def log_probability(model: CapsuleHeadForSequenceClassification, text: Text) -> 
 def integrated_gradients(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
     """Return Captum's integrated gradients (Sundararajan et al., 2017).
 
-    They go from the embedding of padding to that of the text, in `N_STEPS` steps. Special tokens stay.
+    The path goes from the embeddings of padding to those of the text, in `N_STEPS` steps. Special tokens stay.
     """
     from captum.attr import IntegratedGradients
 
@@ -128,7 +128,7 @@ def integrated_gradients(model: CapsuleHeadForSequenceClassification, text: Text
 
 
 def gradient_x_input(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return Captum's gradient x input, of the embeddings."""
+    """Return Captum's gradient x input at the embeddings."""
     from captum.attr import InputXGradient
 
     with torch.no_grad():
@@ -140,7 +140,7 @@ def gradient_x_input(model: CapsuleHeadForSequenceClassification, text: Text) ->
 def sequential_integrated_gradients(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
     """Return sequential integrated gradients (Enguehard, 2023, arXiv 2305.15853).
 
-    For each token a path of its own, from the embedding of the mask token to that of the token, beside all the others.
+    Each token has a path of its own, from the embedding of the mask token to its own embedding, while all others stay.
     """
     ids, n = text.inputs["input_ids"], len(text.candidates)
     embed, compute = model.get_input_embeddings(), log_probability(model, text)
@@ -160,7 +160,7 @@ def sequential_integrated_gradients(model: CapsuleHeadForSequenceClassification,
 def attn_lrp(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
     """Return AttnLRP (Achtibat et al., 2024) of the log of the probability, at the output of the embeddings.
 
-    By the rules of `tracing`, which say where gradients differ; through the routing of a head they are the usual ones.
+    Gradients in the backbone follow the rules of `tracing`. Gradients through the routing of a head are the usual ones.
     """
     with traced(model, text.inputs) as run:
         outputs = model(hidden_states=run.states, attention_mask=text.inputs["attention_mask"])
@@ -170,10 +170,10 @@ def attn_lrp(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
 
 @torch.no_grad()
 def attention_rollout(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return the attention from all tokens to each, through all layers (Abnar and Zuidema, 2020); it knows no class."""
+    """Return the attention from all tokens to each, through all layers (Abnar and Zuidema, 2020), for no class."""
     backbone = model.backbone
     assert backbone is not None  # it has predicted the class
-    with attention_of(backbone, "eager"):  # the others return none
+    with attention_of(backbone, "eager"):  # other implementations return no attentions
         attentions = backbone(**text.inputs, output_attentions=True).attentions
     rollout = torch.eye(text.inputs["input_ids"].shape[1])
     for attention in attentions:
@@ -183,7 +183,7 @@ def attention_rollout(model: CapsuleHeadForSequenceClassification, text: Text) -
 
 
 def random_order(model: CapsuleHeadForSequenceClassification, text: Text) -> Tensor:
-    """Return random numbers: the control."""
+    """Return random numbers, as a control."""
     return torch.rand(text.inputs["input_ids"].shape[1])
 
 

@@ -1,7 +1,7 @@
-"""What the parts of a head respond to, in words: parts are learnt, and their numbers mean nothing to a reader.
+"""Descriptions of a head's parts by words. Parts are learned, and their numbers mean nothing to a reader.
 
-A part's credit for a class is exact. A word describes a part where inputs with the word get more of that credit than
-inputs do on the mean. This is a statement about inputs and not about the word alone.
+A part's credit for a class is exact. A word describes a part if inputs with the word get more of this credit than the
+mean over all inputs. This is a statement about inputs, and not about the word alone.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PARTS_FILE = "parts.json"  # beside a model
-MOST_INPUTS = 1000  # that are read for a description
-MOST_PARTS = 5  # of a class, those with the largest credits for it
-MOST_WORDS = 6  # of a part
-LEAST_COUNT = 3  # inputs that have a word
-LEAST_ERRORS = 2.0  # standard errors by which the mean over these is above that over all
-PRIOR_COUNT = 2  # inputs of no effect that a word is averaged with, as rare words come first by chance
+MOST_INPUTS = 1000  # most inputs that are read for a description
+MOST_PARTS = 5  # most parts of a class, those with the largest credits for it
+MOST_WORDS = 6  # most words of a part
+LEAST_COUNT = 3  # least number of inputs that have a word
+LEAST_ERRORS = 2.0  # standard errors by which the mean over these inputs has to exceed the mean over all
+PRIOR_COUNT = 2  # inputs without effect that are added to each mean, as rare words would else come first by chance
 
 
 class PartWord(NamedTuple):
-    """A word, what its inputs add to a part's mean credit, in logits, and the number of inputs that have it."""
+    """A word, what its inputs have above a part's mean credit, in logits, and the number of inputs that have it."""
 
     text: str
     credit: float
@@ -54,8 +54,9 @@ class PartDescriptions:
     """The parts that carry the scores of classes, and the words that they respond to.
 
     Attributes:
-        n_inputs: number of inputs that this was found over.
-        classes: for each class's name its parts, the largest mean credit first; none of a class never predicted.
+        n_inputs: number of inputs that the descriptions are based on.
+        classes: for each class's name its parts, the largest mean credit first. A class that is never predicted is
+            left out.
     """
 
     n_inputs: int
@@ -71,11 +72,11 @@ class PartDescriptions:
 
     @classmethod
     def load(cls, path: str | Path) -> PartDescriptions:
-        """Read what `save` wrote.
+        """Read descriptions that `save` wrote.
 
         Raises:
             OSError: If there is no such file.
-            ValueError: If it holds something else.
+            ValueError: If the file holds something else.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -88,35 +89,37 @@ class PartDescriptions:
             return cls(content["n_inputs"], classes)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} holds no descriptions of parts ({error}); expected those of describe_parts."
+                f"{path} holds no descriptions of parts ({error}); expected a file that PartDescriptions.save wrote."
             ) from None
 
 
 def describe_parts(model: CapsuleHeadClassifier, inputs: Any, processor: Any | None = None) -> PartDescriptions:
     """Describe the parts of a classifier of texts by the words that they respond to.
 
-    It costs a forward pass of each input; of more than `MOST_INPUTS` it takes a sample, evenly spaced.
+    This costs a forward pass for each input. Of more than `MOST_INPUTS` inputs, an evenly spaced sample is used.
 
     Args:
         model: a classifier whose head has parts.
-        inputs: texts, such as those of the training split; as `explain` takes them.
+        inputs: texts as `explain` takes them, such as the training split.
         processor: the tokenizer; by default the one that is saved with the model.
 
     Raises:
-        ValueError: If the model is a regression, its head has no parts, or it is of images or audio.
+        ValueError: If the model is a regression, its head has no parts, or it takes images or audio.
     """
     from ..models.processors import modality_of
 
     if "parts" not in model.head.explains:
         raise ValueError(f"A {type(model.head).__name__} has no parts to describe; expected a head with capsules.")
     if modality_of(model) != "text":
-        raise ValueError(f"Parts are described by words, and the model takes {modality_of(model)}; expected texts.")
+        raise ValueError(
+            f"The model takes {modality_of(model)}, and parts are described by words; expected a model of texts."
+        )
     rows = sample_of(len(inputs))
     return summarize_parts(explain(model, [inputs[row] for row in rows], processor, parts_only=True))
 
 
 def sample_of(n_inputs: int) -> range:
-    """Return which of some inputs `describe_parts` explains: `MOST_INPUTS` at most, evenly spaced."""
+    """Return the indices of the inputs that `describe_parts` explains: at most `MOST_INPUTS`, evenly spaced."""
     return range(0, n_inputs, max(1, -(-n_inputs // MOST_INPUTS)))
 
 
@@ -124,7 +127,7 @@ def summarize_parts(explanations: Sequence[Explanation]) -> PartDescriptions:
     """Describe parts by the words of inputs that are explained already.
 
     Args:
-        explanations: by one model. Those without words, such as of images, describe nothing.
+        explanations: explanations by one model. Explanations without words, as of images, are left out.
     """
     known = [(x, _words(x)) for x in explanations if x.spans]
     if not known:
@@ -148,7 +151,7 @@ def summarize_parts(explanations: Sequence[Explanation]) -> PartDescriptions:
 
 
 def load_parts(name_or_path: str) -> PartDescriptions | None:
-    """Return the descriptions that are saved with a model; None where there are none.
+    """Return the descriptions that are saved with a model; None without such descriptions.
 
     Args:
         name_or_path: a directory, or a name on the Hub.
@@ -159,12 +162,12 @@ def load_parts(name_or_path: str) -> PartDescriptions | None:
         path = cached_file(name_or_path, PARTS_FILE, _raise_exceptions_for_missing_entries=False)
         return None if path is None else PartDescriptions.load(path)
     except (OSError, ValueError) as error:
-        logger.warning("The parts of %s have no words: %s", name_or_path, error)
+        logger.warning("The parts of %s cannot be described by words: %s", name_or_path, error)
         return None
 
 
 def _words(explanation: Explanation) -> set[str]:
-    """Return the words of a text, without case and without those of punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     text = explanation.text or ""
     words = {text[start:end].casefold() for start, end, _ in explanation.spans}
     return {word for word in words if re.search(r"\w", word)}

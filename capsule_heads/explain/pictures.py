@@ -1,7 +1,7 @@
-"""Pictures of explanations: tokens by layers, patches over an image, layers, parts; and deletion curves.
+"""Pictures of explanations: tokens by layers, patches over an image, layers, parts, and deletion curves.
 
-Colours have one absolute scale, see `lead_per_credit`: an unsure prediction looks paler than a sure one. No side of a
-picture is longer than `MOST_INCHES`: of many tokens, layers or classes some are named.
+Colours have one absolute scale (see `lead_per_credit`), so an unsure prediction looks paler than a sure one. No side of
+a picture is longer than `MOST_INCHES`. If there are many tokens, layers or classes, only some have their names.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-PALETTE = "RdBu"  # red is against the class, blue is for it: told apart by those who see no green
+PALETTE = "RdBu"  # red is against the class, blue is for it; people who cannot see green can tell them apart
 BLUE, RED = "#2166ac", "#b2182b"
-FULL_COLOUR = 1.0  # logits of the lead
+FULL_COLOUR = 1.0  # share of the lead with the strongest colour, in logits
 SCALE = "share of the lead (logits)"
 SCALE_TICKS = (-1.0, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 1.0)  # up to a full colour
-MOST_INCHES = 16.0  # 2,400 pixels; Agg draws at most 65,535, and few screens have more
+MOST_INCHES = 16.0  # 2,400 pixels; few screens have more, and Agg draws at most 65,535
 INCHES_A_NAME = 0.34  # between the names of tokens, which are slanted
-INCHES_WITHOUT_NAMES = 9.0  # of audio
-INCHES_A_ROW = 0.24  # of a layer or class
+INCHES_WITHOUT_NAMES = 9.0  # width of a picture of audio
+INCHES_A_ROW = 0.24  # height of a layer or class
 MOST_CHARACTERS = 24  # of a name in a picture
-GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # of Pillow: one number a pixel, its brightness
+GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes with one number per pixel
 
 
 def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
-    """Return an empty figure of a width and height in inches, at most `MOST_INCHES` each; none of pyplot's.
+    """Return an empty figure of a width and height in inches, at most `MOST_INCHES` each, without pyplot.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -53,16 +53,16 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
 
 
 def shown_classes(explanation: Explanation) -> list[int]:
-    """Return the classes that are predicted, the most probable one first; of a multi-label model there may be several.
+    """Return the predicted classes, the most probable one first; a multi-label model may predict several.
 
-    Where no label is above its threshold the most probable one is shown, as that of a model with one class an input.
+    If no label is above its threshold, the most probable one is shown.
     """
     shown = explanation.predicted_classes or (explanation.predicted,)
     return sorted(shown, key=lambda k: -float(explanation.probabilities[k]))
 
 
 def lead_of(explanation: Explanation, target: int) -> float:
-    """Return how far a class is from the next one, in logits; of a multi-label model from a probability of 0.5."""
+    """Return the distance of a class to the next one, in logits; to a probability of 0.5 for a multi-label model."""
     logits = explanation.logits
     if explanation.is_multi_label or len(logits) == 1:
         return abs(float(logits[target]))
@@ -70,10 +70,10 @@ def lead_of(explanation: Explanation, target: int) -> float:
 
 
 def lead_per_credit(explanation: Explanation, target: int) -> float:
-    """Return what credits for a class are multiplied by, to be what a page and a picture show.
+    """Return the factor from credits for a class to the numbers that a page and a picture show.
 
-    They show how the lead of a class is divided among tokens, in logits, in proportion to their credits: without their
-    signs these numbers add up to the lead. Credits themselves are no scale of colours: they are often larger where a
+    These numbers divide the lead of a class among tokens, in logits, in proportion to their credits. Their absolute
+    values add up to the lead. Credits themselves do not suit as a scale of colours. They are often larger where a
     prediction is close, so a guess would look surer than a sure prediction.
     """
     credits = explanation.by_token() if explanation.is_uniform else torch.cat(explanation.credits)
@@ -82,22 +82,22 @@ def lead_per_credit(explanation: Explanation, target: int) -> float:
 
 
 def shade(share: float) -> float:
-    """Return how strong the colour of a share of the lead is, from 0 to 1.
+    """Return the strength of the colour for a share of the lead, from 0 to 1.
 
-    A root, as a text of hundreds of words has shares of hundredths of a logit.
+    It is a square root, as the words of a long text have shares of hundredths of a logit.
     """
     return min(1.0, math.sqrt(abs(share) / FULL_COLOUR))
 
 
 def percent(probability: float) -> str:
-    """Return a probability in percent, never one of 100% or 0% by rounding."""
+    """Return a probability in percent, never rounded to 100% or 0%."""
     if 0.995 <= probability < 1:
         return ">99%"
     return "<1%" if 0 < probability < 0.005 else f"{probability:.0%}"
 
 
 def has_patches(explanation: Explanation) -> bool:
-    """Return whether the credits of an image make a grid of patches."""
+    """Return whether the credits of an image form a grid of patches."""
     try:
         explanation.by_patch()
     except ValueError:
@@ -106,11 +106,11 @@ def has_patches(explanation: Explanation) -> bool:
 
 
 def draw_explanation(explanation: Explanation, target: int | None = None) -> Figure:
-    """Draw an explanation: patches over an image, tokens by layers, or layers where tokens make no such picture.
+    """Draw an explanation: patches over an image, tokens by layers, or only layers if tokens do not fit.
 
     Args:
-        explanation: of a text, image or audio.
-        target: the class. Default: the one that is predicted.
+        explanation: explanation of a text, image or audio.
+        target: the class; by default the predicted one.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -125,12 +125,12 @@ def draw_explanation(explanation: Explanation, target: int | None = None) -> Fig
 def draw_tokens(explanation: Explanation, target: int | None = None) -> Figure:
     """Draw a heat map of tokens at all layers, with the sums over layers above it.
 
-    All tokens are drawn. Where there is no room for all names, every second one has its name, or every third, and so
-    on, and the picture says how many.
+    All tokens are drawn. If there is no room for all names, every second token has its name, or every third, and so
+    on. The picture says how many tokens are named.
 
     Args:
-        explanation: of a text, or of anything whose hidden states have the same tokens, such as audio.
-        target: the class. Default: the one that is predicted.
+        explanation: explanation of a text, or of another input with the same tokens at all layers, such as audio.
+        target: the class; by default the predicted one.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -165,19 +165,19 @@ def draw_patches(explanation: Explanation, target: int | None = None) -> Figure:
     """Draw an image, and the credits of its patches over it.
 
     Args:
-        explanation: of an image.
-        target: the class. Default: the one that is predicted.
+        explanation: explanation of an image.
+        target: the class; by default the predicted one.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If there is no image, or its tokens make no grid.
+        ValueError: If there is no image, or its tokens form no grid.
     """
     k = explanation.predicted if target is None else target
     shares = _shares(explanation, explanation.by_patch(), k)
     figure = new_figure(8.0, 3.8)
     plain, over = figure.subplots(1, 2)
     image = _as_pixels(explanation.image)
-    extent = (0, image.shape[1], image.shape[0], 0)  # patches over all of the image, whatever was cropped
+    extent = (0, image.shape[1], image.shape[0], 0)  # patches over the complete image, even if it was cropped
     for axes in (plain, over):
         axes.imshow(image, extent=extent, cmap="gray", aspect="equal")
         axes.axis("off")
@@ -189,13 +189,13 @@ def draw_patches(explanation: Explanation, target: int | None = None) -> Figure:
 
 
 def draw_layers(explanation: Explanation, target: int | None = None) -> Figure:
-    """Draw the credits of layers, all tokens together, beside the image if there is one.
+    """Draw the credits of layers, summed over tokens, beside the image if there is one.
 
-    It serves backbones whose tokens differ from layer to layer, or make no grid.
+    This is for backbones whose tokens differ from layer to layer, or form no grid.
 
     Args:
-        explanation: of a text, image or audio.
-        target: the class. Default: the one that is predicted.
+        explanation: explanation of a text, image or audio.
+        target: the class; by default the predicted one.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -225,7 +225,7 @@ def _shares(explanation: Explanation, credits: torch.Tensor, target: int) -> NDA
 
 
 def _colours() -> dict[str, Any]:
-    """Return how a heat map of shares of the lead is coloured: as `shade` says."""
+    """Return the colours of a heat map of shares of the lead, which follow `shade`."""
     from matplotlib.colors import FuncNorm
 
     def root(x: NDArray) -> NDArray:
@@ -243,7 +243,7 @@ def _add_scale(figure: Figure, drawn: Any, axes: list[Axes]) -> None:
 
 
 def _set_title(axes: Axes, explanation: Explanation, target: int) -> None:
-    """Say for what the credits are, in lines that are no longer than the axes."""
+    """Write the class of the credits and its probability, in lines that are no longer than the axes."""
     names, style = _drawable(explanation.labels, "class ", [target])
     against = "" if explanation.is_multi_label or len(explanation.labels) == 1 else ", against the others"
     title = f"For {names[0]}{against}; probability {percent(float(explanation.probabilities[target]))}"
@@ -264,37 +264,37 @@ def _name_tokens(axes: Axes, tokens: Sequence[str], most: int) -> None:
 
 
 def _name_rows(axes: Axes, names: Sequence[object]) -> None:
-    """Name the rows of a picture, as many as there is room for."""
+    """Name the rows of a picture, or only as many as there is room for."""
     ticks = range(0, len(names), math.ceil(len(names) * INCHES_A_ROW / MOST_INCHES))
     shown, style = _drawable([str(name) for name in names], "class ", ticks)
     axes.set_yticks(ticks, shown, **style)
 
 
 def _drawable(names: Sequence[str], prefix: str, numbers: Sequence[int]) -> tuple[list[str], dict[str, Any]]:
-    """Return some names as they can be drawn, and how to draw them.
+    """Return some names in a form that can be drawn, and the options to draw them with.
 
     Args:
         names: names of tokens or classes.
-        prefix: what stands before the number of a name that no installed font can draw.
-        numbers: the indices of the names that are wanted.
+        prefix: text before the number of a name that no installed font can draw.
+        numbers: the indices of the names to return.
     """
     shown = ["".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in names[n]) for n in numbers]
     shown = [name if len(name) <= MOST_CHARACTERS else f"{name[: MOST_CHARACTERS - 1]}…" for name in shown]
     families, missing = _fonts(frozenset("".join(shown)))
     drawn = [f"{prefix}{n}" if missing.intersection(name) else name for n, name in zip(numbers, shown)]
-    return drawn, {"fontfamily": list(families), "parse_math": False}  # a dollar sign is one
+    return drawn, {"fontfamily": list(families), "parse_math": False}  # dollar signs do not mark formulas
 
 
 @functools.lru_cache(maxsize=64)
 def _fonts(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return families of installed fonts that have the characters, matplotlib's own first, and those that none has."""
+    """Return installed fonts that have the characters, matplotlib's own first, and characters that no font has."""
     from matplotlib import font_manager
 
     own = font_manager.FontProperties()
     missing = characters - _characters(font_manager.findfont(own))
     families = list(own.get_family())
     for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name):
-        # The font of last resort has a box for each character.
+        # The font "Last Resort" has a box for each character.
         if missing and font.style == "normal" and font.weight == 400 and not font.name.startswith("Last Resort"):
             found = missing & _characters(font.fname)
             missing -= found
@@ -303,7 +303,7 @@ def _fonts(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]
 
 
 def _characters(font: str) -> frozenset[str]:
-    """Return the characters of the font in a file; none of one that is gone since matplotlib listed it."""
+    """Return the characters of the font in a file; empty if the file is gone since matplotlib listed it."""
     from matplotlib import font_manager
 
     try:
@@ -314,7 +314,7 @@ def _characters(font: str) -> frozenset[str]:
 
 def _as_pixels(image: Any) -> NDArray:
     """Return an image of any kind as `[rows, columns]` or `[rows, columns, colours]`."""
-    mode = getattr(image, "mode", None)  # of Pillow, whose palettes and inks are no colours yet
+    mode = getattr(image, "mode", None)  # an image of Pillow, whose palettes and inks are not colours yet
     if isinstance(mode, str) and mode not in GREY_MODES:
         image = image.convert("RGB")
     pixels = np.asarray(image)
@@ -322,11 +322,11 @@ def _as_pixels(image: Any) -> NDArray:
     if pixels.dtype == np.uint8 or pixels.ndim < 3 or (pixels.min() >= 0 and pixels.max() <= 1):
         return pixels
     least, most = float(pixels.min()), float(pixels.max())
-    return (pixels - least) / (most - least or 1.0)  # such as 16 bits: matplotlib would clip them
+    return (pixels - least) / (most - least or 1.0)  # matplotlib would clip images of 16 bits, for example
 
 
 def draw_parts(explanations: Sequence[Explanation]) -> Figure:
-    """Draw what each part is used for: its mean credit for each class, over some explanations of one model.
+    """Draw the mean credit of each part for each class, over some explanations of one model.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -345,15 +345,15 @@ def draw_parts(explanations: Sequence[Explanation]) -> Figure:
     image = axes.imshow(credits.T, cmap=PALETTE, vmin=-most, vmax=most, aspect="auto")
     _name_rows(axes, labels)
     (last, first), style = _drawable(labels, "class ", [len(labels) - 1, 0])
-    axes.set_xlabel(f"parts, in order of what they say of {last} less {first}", **style)
+    axes.set_xlabel(f"parts, ordered by their credit for {last} less {first}", **style)
     of = "Credit of parts" if len(explanations) == 1 else f"Mean credit of parts over {len(explanations)} inputs"
-    axes.set_title(f"{of}; those of a class add up to its score")
+    axes.set_title(f"{of}; the credits for a class add up to its score")
     figure.colorbar(image, ax=axes, label="credit (logits)")
     return figure
 
 
 def draw_deletion(curves: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw deletion curves: the mean probability of what was predicted, as more and more tokens are removed.
+    """Draw deletion curves: the mean probability of the predicted class, as more and more tokens are removed.
 
     Args:
         curves: by method, `[len(DELETED)]`.
@@ -367,7 +367,7 @@ def draw_deletion(curves: Mapping[str, Sequence[float]]) -> Figure:
     for n, (name, curve) in enumerate(curves.items()):
         width = 2.4 if n == 0 else 1.4
         axes.plot([100 * fraction for fraction in DELETED], curve, styles[n % len(styles)], label=name, linewidth=width)
-    axes.set_xlabel("tokens removed, those named first before others (%)")
+    axes.set_xlabel("tokens removed, the highest-ranked first (%)")
     axes.set_ylabel("mean probability of the predicted class")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)

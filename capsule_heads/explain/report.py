@@ -1,7 +1,7 @@
-"""Explanations as one page of HTML, which needs no network and no other files; and the same for one prediction.
+"""Explanations as one page of HTML that needs no network and no other files, and one prediction as a part of a page.
 
-A page stays small whatever it shows: of many classes, words and tokens those are shown that matter most, and the page
-says how many.
+A page stays small whatever it shows. Of many classes, words or tokens it shows those that matter most, and says how
+many.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .pictures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_CLASSES = 10  # whose probabilities are shown, and for which a multi-label model's text is coloured
-MOST_WORDS = 1000  # that are coloured
-MOST_TOKENS = 100  # that are columns of a table
+MOST_CLASSES = 10  # most classes with a probability, or, for a multi-label model, with a coloured text
+MOST_WORDS = 1000  # most words that are coloured
+MOST_TOKENS = 100  # most columns of a table
 MOST_CHARACTERS = 40  # of a token in a table
-SURE, UNSURE = 0.9, 0.6  # probabilities: from the first on a prediction is sure, below the second it is unsure
+SURE, UNSURE = 0.9, 0.6  # a prediction is sure from the first probability on, and unsure below the second
 
-Truth = frozenset[int] | None  # the true classes of an input; None where they are not known
+Truth = frozenset[int] | None  # the true classes of an input; None if they are unknown
 
 
 def render_report(
@@ -48,23 +48,23 @@ def render_report(
     title: str = "Explanations",
     parts: PartDescriptions | None = None,
 ) -> str:
-    """Return a page with coloured texts, patches over images, or positions by layers of audio, of each explanation.
+    """Return a page that shows coloured texts, patches over images, or positions by layers of audio.
 
     Colours have one scale for all pages, see `pictures.lead_per_credit`.
 
     Args:
-        explanations: of texts, images or audio.
-        labels: the true class of each, a number of Python, NumPy, torch or pandas, or a 0 or 1 for each class of a
-            multi-label model; None, NaN or -1 where it is not known. Wrong predictions then come first, the most
-            confident one at the top, and right ones after them, the least confident one first. Without labels the
-            order is as given.
+        explanations: explanations of texts, images or audio.
+        labels: the true class of each input, as a number of Python, NumPy, torch or pandas. A multi-label model takes a
+            0 or 1 for each class. None, NaN or -1 means unknown. With labels, wrong predictions come first, the most
+            confident one at the top. Right predictions follow, the least confident one first. Without labels the order
+            is as given.
         title: the page's title.
-        parts: what the parts of the head respond to, as `describe_parts` found over other inputs. Default: what they
-            respond to among these explanations.
+        parts: descriptions of the head's parts, as `describe_parts` found them over other inputs; by default they are
+            found over these explanations.
 
     Raises:
-        ValueError: If there are not as many labels as explanations, or one is no class.
-        ImportError: If something else than texts is explained, and matplotlib is not installed.
+        ValueError: If there are not as many labels as explanations, or a label is not a class.
+        ImportError: If images or audio are explained, and matplotlib is not installed.
     """
     truths = _read_labels(labels, explanations)
     pairs = list(zip(explanations, truths))
@@ -87,8 +87,8 @@ def render_explanation(explanation: Explanation, parts: PartDescriptions | None 
     """Return one prediction as HTML to put into a page: probabilities, text in colours, parts, a picture, and a legend.
 
     Args:
-        explanation: of a text, an image or audio.
-        parts: what the parts of the head respond to; by default no parts are shown.
+        explanation: explanation of a text, an image or audio.
+        parts: descriptions of the head's parts; by default no parts are shown.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -111,9 +111,9 @@ def render_scores(
 
     Args:
         labels: names of the classes, or of the values of a regression.
-        scores: their probabilities, or the values.
-        problem_type: as in the model's configuration.
-        note: a sentence below them.
+        scores: probabilities of the classes, or the values.
+        problem_type: problem type as in the model's configuration.
+        note: a sentence below the scores.
         thresholds: for each class, the probability above which a multi-label model predicts it; None for 0.5.
     """
     if problem_type == "regression":
@@ -148,7 +148,7 @@ def _read_labels(labels: Any, explanations: Sequence[Explanation]) -> list[Truth
     """Return the true classes of each explanation."""
     if labels is None:
         return [None] * len(explanations)
-    labels = labels.to_numpy() if hasattr(labels, "to_numpy") else labels  # of pandas
+    labels = labels.to_numpy() if hasattr(labels, "to_numpy") else labels  # from pandas
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     if len(labels) != len(explanations):
         raise ValueError(f"There are {len(labels)} labels of {len(explanations)} explanations; expected one for each.")
@@ -171,7 +171,7 @@ def _read_label(n: int, label: Any, explanation: Explanation) -> Truth:
         if not explanation.is_multi_label and label in range(n_classes):
             return frozenset([int(label)])
     expected = f"{n_classes} numbers, 0 or 1" if explanation.is_multi_label else f"a class from 0 to {n_classes - 1}"
-    raise ValueError(f"labels[{n}] is {label!r}; expected {expected}, or None where it is not known.")
+    raise ValueError(f"labels[{n}] is {label!r}; expected {expected}, or None if the class is unknown.")
 
 
 def _is_unknown(label: Any, isna: Any) -> bool:
@@ -179,23 +179,23 @@ def _is_unknown(label: Any, isna: Any) -> bool:
 
 
 def _confidence(explanation: Explanation) -> float:
-    """Return the probability of what is predicted: of a multi-label model, of its least sure decision."""
+    """Return the probability of the prediction; for a multi-label model, of its least sure decision."""
     p = explanation.probabilities
     return float(torch.maximum(p, 1 - p).min() if explanation.is_multi_label else p[explanation.predicted])
 
 
-# What the template shows
+# Contents of the template
 
 
 def _entry(explanation: Explanation, truth: Truth, parts: PartDescriptions | None = None) -> dict[str, Any]:
-    """Return what the template shows of one explanation."""
+    """Return the template's contents for one explanation."""
     predicted, shown = explanation.predicted_classes, shown_classes(explanation)
     entry = _probabilities(
         explanation.labels, explanation.probabilities.tolist(), [k for k in shown if k in predicted], truth
     )
     if explanation.n_cut:
         more = "1 more token was" if explanation.n_cut == 1 else f"{explanation.n_cut:,} more tokens were"
-        entry["notes"].append(f"{more} cut off: the model takes no longer texts, and did not read the rest.")
+        entry["notes"].append(f"{more} cut off: the text is longer than the model takes, and the rest was not read.")
     if len(shown) > MOST_CLASSES:
         entry["notes"].append(f"Credits are shown for {MOST_CLASSES} of {len(shown)} labels, the most probable ones.")
     entry["views"] = [_view(explanation, k, parts) for k in shown[:MOST_CLASSES]]
@@ -205,7 +205,7 @@ def _entry(explanation: Explanation, truth: Truth, parts: PartDescriptions | Non
 def _probabilities(
     labels: Sequence[str], probabilities: Sequence[float], predicted: Sequence[int], truth: Truth
 ) -> dict[str, Any]:
-    """Return what is said of the probabilities: what is predicted, whether it is true, and the highest ones."""
+    """Return the template's contents for probabilities: the prediction, whether it is true, and the highest ones."""
     marks = {k: "" if truth is None else "✓ right" if k in truth else "✗ wrong" for k in predicted}
     verdict = [(labels[k], percent(probabilities[k]), mark, _sureness(probabilities[k])) for k, mark in marks.items()]
     order: Sequence[int] = range(len(labels))
@@ -225,7 +225,7 @@ def _sureness(probability: float) -> str:
 
 
 def _view(explanation: Explanation, target: int, parts: PartDescriptions | None) -> dict[str, Any]:
-    """Return what the template shows of the credits for a class."""
+    """Return the template's contents for the credits of a class."""
     view: dict[str, Any] = {
         "heading": explanation.labels[target] if explanation.is_multi_label else "",
         "lead": _describe_lead(explanation, target),
@@ -262,7 +262,7 @@ def _view(explanation: Explanation, target: int, parts: PartDescriptions | None)
 
 
 def _describe_lead(explanation: Explanation, target: int) -> str:
-    """Return a sentence on how far ahead a class is."""
+    """Return a sentence about the lead of a class."""
     lead, name = lead_of(explanation, target), explanation.labels[target]
     if explanation.is_multi_label or len(explanation.labels) == 1:
         side = "above" if explanation.logits[target] >= 0 else "below"
@@ -273,7 +273,7 @@ def _describe_lead(explanation: Explanation, target: int) -> str:
 
 
 def _parts(explanation: Explanation, target: int, parts: PartDescriptions) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a class that have words: these, which of them the text has, and the part's exact credit."""
+    """Yield the parts of a class that have words: these words, whether the text has them, and the part's credit."""
     own = {word.text.casefold() for word in explanation.by_word()} if explanation.spans else set()
     credits = explanation.against_others(explanation.parts)[:, target].tolist()
     for part in parts.classes.get(explanation.labels[target], ()):
@@ -289,17 +289,17 @@ def _with_words(parts: PartDescriptions) -> PartDescriptions:
 
 
 def _as_base64(figure: Figure) -> str:
-    """Return a picture for the page, which is a tenth of a PNG where there is a photograph."""
+    """Encode a picture for the page as WebP; with a photograph it has a tenth of the size of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="webp", pil_kwargs={"quality": 85})
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _segments(explanation: Explanation, target: int) -> Iterator[tuple[str, str, float, str]]:
-    """Yield a text in order: kind ("word", "plain", "cut" or "pair"), the text, and of a word its share and colour."""
+    """Yield segments of a text: kind ("word", "plain", "cut" or "pair"), text, and a word's share and colour."""
     text, end = explanation.text or "", 0
     words = explanation.by_word() if explanation.spans else []
-    is_cut = explanation.n_cut > 0 and bool(words)  # without words it is not known where
+    is_cut = explanation.n_cut > 0 and bool(words)  # without words the place of the cut is unknown
     shares = torch.zeros(0)
     if words:
         shares = explanation.against_others(torch.stack([word.credit for word in words]))[:, target]
@@ -313,7 +313,7 @@ def _segments(explanation: Explanation, target: int) -> Iterator[tuple[str, str,
 
 
 def _between(gap: str, is_cut: bool) -> Iterator[tuple[str, str, float, str]]:
-    """Yield what stands between words: the tab between the texts of a pair, and what was cut off."""
+    """Yield the segments between words: plain text, the tab between the texts of a pair, and text that was cut off."""
     for n, piece in enumerate(gap.split("\t")):
         if n:
             yield "pair", "", 0.0, ""
@@ -323,4 +323,4 @@ def _between(gap: str, is_cut: bool) -> Iterator[tuple[str, str, float, str]]:
 
 def _colour(share: float) -> str:
     red, green, blue = bytes.fromhex((BLUE if share > 0 else RED).removeprefix("#"))
-    return f"rgba({red},{green},{blue},{0.7 * shade(share):.3f})"  # pale enough to read what is on it
+    return f"rgba({red},{green},{blue},{0.7 * shade(share):.3f})"  # pale enough to read the text on it

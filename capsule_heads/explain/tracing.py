@@ -1,17 +1,17 @@
-"""Credits traced through the backbone, to the embeddings of tokens: for a backward pass of the backbone, per class.
+"""Credits traced through the backbone to the embeddings of tokens, by a backward pass of the backbone per class.
 
-A backbone mixes tokens: what a head reads at a token in a later layer came from other tokens too. The credit of a
-state, with all that it takes as given, is a linear function of the vectors that the head makes of it. Tracing follows
-it from there to the output of the embeddings, as gradient x input, by the rules of AttnLRP (Achtibat et al., 2024,
-arXiv 2402.05602):
+A backbone mixes tokens, so the state that a head reads at a token in a later layer also came from other tokens. The
+credit of a state, with all that it takes as given, is a linear function of the vectors that the head makes from the
+state. Tracing follows this function back to the output of the embeddings, as gradient x input, by the rules of AttnLRP
+(Achtibat et al., 2024, arXiv 2402.05602):
 
 - a normalisation scales by a constant (the identity rule for its variance);
 - an activation function scales each number by a constant, `f(x) / x` (the identity rule);
-- a product of two tensors gives each of them half (the uniform rule): queries and keys, attention and values, the two
-  branches of a gated layer. The softmax of attention keeps its derivative.
+- a product of two tensors gives each of them half (the uniform rule). This holds for queries and keys, attention and
+  values, and the two branches of a gated layer. The softmax of attention keeps its derivative.
 
-What of a credit is no function of the state stays with its token. What biases of the backbone add on the way belongs to
-no token: it is in the baseline, so that credits still add up.
+Parts of a credit that do not depend on the state stay with its token. Contributions of the backbone's biases belong to
+no token. They are in the baseline, so credits still add up.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 if TYPE_CHECKING:
     from ..models.modeling_capsule_head import CapsuleHeadClassifier
 
-ATTENTION = "capsule_heads_traced"  # as an implementation of attention in transformers
-# Layers of one module whose outputs are multiplied with one another, or the halves of whose output are.
+ATTENTION = "capsule_heads_traced"  # name of an implementation of attention in transformers
+# Layers of one module whose outputs are multiplied with each other, or one layer, if the halves of its output are.
 GATED = (("gate_proj", "up_proj"), ("Wi",))
 ACTIVATIONS: Any = (nn.GELU, nn.SiLU, nn.ReLU, *(x[0] if isinstance(x, tuple) else x for x in ACT2CLS.values()))
 
 
 class TracedStates(NamedTuple):
-    """Hidden states of a batch, with a graph down to the embeddings by the rules of the module.
+    """Hidden states of a batch, with a graph down to the embeddings by the rules of this module.
 
     Attributes:
         embeddings: `[batch, tokens, hidden_size]`, hidden state 0.
-        states: those that the head takes, per layer `[batch, tokens, hidden_size]`.
+        states: the states that the head takes, per layer `[batch, tokens, hidden_size]`.
         masks: per layer `[batch, tokens]`.
     """
 
@@ -51,11 +51,11 @@ class TracedStates(NamedTuple):
 
 
 def check_traceable(model: CapsuleHeadClassifier) -> None:
-    """Check that tokens can be told apart at the embeddings of a model.
+    """Check that credits can be traced to the embeddings of a model.
 
     Raises:
-        ValueError: If it has no backbone, cuts texts into windows, is read from a decoder that an encoder feeds, or
-            its attention cannot be exchanged.
+        ValueError: If the model has no backbone, cuts texts into windows, or reads a decoder that an encoder feeds, or
+            if the backbone's attention cannot be replaced.
     """
     config, backbone = model.config, model.backbone
     reason = None
@@ -73,26 +73,27 @@ def check_traceable(model: CapsuleHeadClassifier) -> None:
 
 def _not_traced(reason: str) -> ValueError:
     return ValueError(
-        f"through_backbone is True, and the model {reason}; leave it out, to explain by the states that the head reads."
+        f"through_backbone is True, and the model {reason}; leave through_backbone out, to explain by the states that "
+        "the head reads."
     )
 
 
 @contextlib.contextmanager
 def traced(model: CapsuleHeadClassifier, inputs: Mapping[str, Any]) -> Iterator[TracedStates]:
-    """Run a backbone with the rules of this module; they hold until the end of the context.
+    """Run a backbone with the rules of this module, which hold until the end of the context.
 
     Args:
-        model: with a backbone that `check_traceable` accepts.
-        inputs: of `forward`, on the model's device.
+        model: a model that `check_traceable` accepts.
+        inputs: inputs of `forward`, on the model's device.
 
     Raises:
-        ValueError: If they are hidden states.
+        ValueError: If the inputs are hidden states.
     """
     if "hidden_states" in inputs:
-        raise _not_traced("was given hidden states, which come from no backbone here")
+        raise _not_traced("was given hidden states instead of inputs of its backbone")
     backbone = model.backbone
     assert backbone is not None  # check_traceable refuses such a model
-    # Text comes as numbers of tokens: the graph begins behind them.
+    # Text comes as ids of tokens, so the graph begins after the embeddings.
     given = {name: x.detach().requires_grad_() if _is_float(name, x) else x for name, x in inputs.items()}
     with contextlib.ExitStack() as until_the_end, attention_of(backbone, ATTENTION):
         for module, hook in _rules(model):
@@ -112,7 +113,7 @@ def traced(model: CapsuleHeadClassifier, inputs: Mapping[str, Any]) -> Iterator[
 
 @contextlib.contextmanager
 def attention_of(backbone: Any, implementation: str) -> Iterator[None]:
-    """Let a backbone compute attention by another implementation of transformers, until the end of the context."""
+    """Use another of transformers' implementations of attention in a backbone, until the end of the context."""
     before = backbone.config._attn_implementation
     backbone.set_attn_implementation(implementation)
     try:
@@ -122,15 +123,15 @@ def attention_of(backbone: Any, implementation: str) -> Iterator[None]:
 
 
 def trace(credits: Sequence[Tensor], read: Sequence[Tensor], run: TracedStates) -> Tensor:
-    """Return credits of states as those of embeddings, `[batch, tokens, n_out]`.
+    """Trace credits of states to credits of embeddings, `[batch, tokens, n_out]`.
 
     Args:
         credits: per layer `[batch, tokens, n_out]`, with a graph down to `read`.
         read: the states of `run` as the head read them, without a graph of their own.
-        run: what `traced` returned.
+        run: the states that `traced` yielded.
 
     Raises:
-        ValueError: If layers of the backbone read something else than hidden state 0, or differ in tokens.
+        ValueError: If layers of the backbone do not read hidden state 0, or differ in tokens.
     """
     shapes = {x.shape[:2] for x in (*read, run.embeddings)}
     if len(shapes) > 1:
@@ -141,7 +142,7 @@ def trace(credits: Sequence[Tensor], read: Sequence[Tensor], run: TracedStates) 
         of_class = [x[..., k] for x in credits]
         slopes = torch.autograd.grad([x.sum() for x in of_class], read, retain_graph=True)
         total = torch.zeros_like(of_class[0])
-        for x, slope, state in zip(of_class, slopes, read):  # layers that are traced have one shape
+        for x, slope, state in zip(of_class, slopes, read):  # all traced layers have one shape
             total = total + x.detach() - (slope * state.detach()).sum(-1)
         of_embeddings = sum(slopes[n] for n in range(len(read)) if n not in later)
         if later:
@@ -150,7 +151,7 @@ def trace(credits: Sequence[Tensor], read: Sequence[Tensor], run: TracedStates) 
                 states, run.embeddings, [slopes[n] for n in later], retain_graph=True, allow_unused=True
             )
             if through is None:
-                raise _not_traced("has a backbone whose layers read something else than hidden state 0")
+                raise _not_traced("has a backbone whose layers do not read hidden state 0")
             of_embeddings = of_embeddings + through
         found.append((total + (of_embeddings * run.embeddings).sum(-1)).detach())
     return torch.stack(found, dim=-1)
@@ -161,7 +162,7 @@ def _is_float(name: str, x: object) -> bool:
 
 
 def _rules(model: CapsuleHeadClassifier) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-    """Yield the modules whose derivatives are not the usual ones, and the hooks that see to it."""
+    """Yield the modules whose derivatives are replaced, and the hooks that replace them."""
     for module in model.modules():
         children = dict(module.named_children())
         yield from ((children[name], _halved) for names in GATED if children.keys() >= set(names) for name in names)
@@ -176,7 +177,7 @@ def _as_leaf(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Te
 
 
 def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor with the gradient of another one."""
+    """Return the value of a tensor with the gradient of another tensor."""
     return value.detach() + (other - other.detach())
 
 
@@ -203,7 +204,7 @@ def _halved(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Ten
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute attention: values get half of what comes back, queries and keys half of the other half each."""
+    """Compute attention such that values get half of the gradient, and queries and keys a quarter each."""
     query, key = (_with_gradient_of(x, x / 4) for x in (query, key))
     return sdpa_attention_forward(module, query, key, _with_gradient_of(value, value / 2), attention_mask, **options)
 

@@ -1,7 +1,7 @@
 """Heads: modules that turn a backbone's hidden states into class scores.
 
-Each head is one file that registers itself. `TokenDepthHead` and `SpatialPoseHead` are the paper's; the others are
-controls without capsules, on the same inputs, and `EnsembleHead` is several of these in one. `register` adds a head of
+Each head is one file that registers itself. `TokenDepthHead` and `SpatialPoseHead` are the paper's. The others are
+controls without capsules on the same inputs. `EnsembleHead` combines several trained heads. `register` adds a head of
 your own.
 """
 

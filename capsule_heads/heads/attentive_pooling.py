@@ -18,26 +18,26 @@ class AttentivePoolingOptions(HeadOptions):
     """The options of `AttentivePoolingHead`."""
 
     d_inp: int = option(64, "Size of the vectors that hidden states become, and of a query.")
-    n_queries: int = option(1, "Number of queries; each attends for its own slice of the vectors.")
+    n_queries: int = option(1, "Number of queries; each pools its own slice of the vectors.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.d_inp % self.n_queries:
             raise ValueError(
                 f"n_queries is {self.n_queries}, and d_inp {self.d_inp}; expected a divisor of d_inp: each query "
-                "attends for an equal slice of the vectors."
+                "pools an equal slice of the vectors."
             )
 
 
 @register("attentive_pooling")
 class AttentivePoolingHead(TokenHead):
-    """Learned queries that attend to all tokens at all layers, and an affine map of what they find.
+    """Learned queries that attend to all tokens at all layers, and an affine map of the pooled vectors.
 
-    Hidden states become vectors `x_i` as in `TokenDepthHead`: layer embedding, affine map, swish, normalisation. These
-    are cut into slices `x_iq`, one for each query. With a mask `f_i`, the weight `w_iq` is `f_i exp(q x_i /
-    sqrt(d_inp))`, over the sum of all inputs. A score is then a sum over tokens and layers, `sum_i sum_q w_iq (A_q
-    x_iq)_k`, and a bias. Several queries are Efficient Probing's, without its other parts (Psomas et al., 2026, arXiv
-    2506.10178).
+    Hidden states become vectors `x_i` as in `TokenDepthHead`: layer embedding, affine map, swish, normalisation. Each
+    vector is cut into slices `x_iq`, one for each query. The weight `w_iq` is `f_i exp(q x_i / sqrt(d_inp))` with the
+    mask `f_i`, divided by its sum over all inputs. A score is a sum over tokens and layers plus a bias,
+    `sum_i sum_q w_iq (A_q x_iq)_k + b_k`. Several queries are taken from Efficient Probing, without its other parts
+    (Psomas et al., 2026, arXiv 2506.10178).
 
     Args:
         hidden_sizes: size of each hidden state.
@@ -54,7 +54,7 @@ class AttentivePoolingHead(TokenHead):
         super().__init__(hidden_sizes=hidden_sizes, n_out=n_out, **options)
         self.detect_parts = self.make_detectors(self.options.d_inp)
         n_queries, d_inp = self.options.n_queries, self.options.d_inp
-        # One query is a vector, as it was in models that could not have several.
+        # A single query is a vector, as in checkpoints from before there could be several.
         self.query = nn.Parameter(torch.empty(d_inp) if n_queries == 1 else torch.empty(n_queries, d_inp))
         self.affine = nn.Linear(self.options.d_inp, n_out)
         self.reset_parameters()

@@ -1,7 +1,7 @@
 """The interface of a head, and the registry of all heads.
 
-A head is one file: a subclass of `Head` with its options, put into the registry by `register`. Configuration, command
-line, model card, results and explanations read what it declares, so nothing else names it.
+A head is one file: a subclass of `Head` with its options, put into the registry by `register`. The configuration,
+command line, model card, results and explanations read what a head declares, so no other file names the head.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_hidden_sizes, check_size, plain, shown
 
-DEFAULT_HEAD = "token_depth"  # the paper's
+DEFAULT_HEAD = "token_depth"  # the paper's text head
 Mix = Callable[[Tensor], Tensor]  # mixes the samples of a batch, `[batch, ...]` to the same shape
 
 
 class HeadOutput(NamedTuple):
-    """What a head returns.
+    """The output of a head.
 
     Attributes:
         a_out: `[batch, n_out]`, scores of the outputs, as logits.
         mu_out: `[batch, n_out, d_cov, d_cap]`, poses of the output capsules (means); None for a head without capsules.
-        sig2_out: `[batch, n_out, d_cov, d_cap]`, variances of the votes for them; None for a head without capsules.
-        routing_probabilities: `[batch, n_inp, n_out]` per routing; None unless they were asked for.
+        sig2_out: `[batch, n_out, d_cov, d_cap]`, variances of the votes for these capsules; None for a head without
+            capsules.
+        routing_probabilities: `[batch, n_inp, n_out]` per routing; None unless requested.
     """
 
     a_out: Tensor
@@ -44,9 +45,9 @@ def option(default: Any, help: str, *, choices: Sequence[str] | None = None, des
     Args:
         default: the value of an option that is not given.
         help: a noun phrase that says what the option is, for `--help` and the documentation.
-        choices: the values of an option that is one of several words.
-        describes: whether the option tells two heads apart, on a model card and in a table of results. False for
-            options that change how a head is computed, and not what it computes.
+        choices: the allowed words, for an option whose value is one of several words.
+        describes: whether the option tells two heads apart, on a model card and in a table of results. False for an
+            option that changes how a head computes its scores, but not the scores.
     """
     metadata = {"help": help, "describes": describes} | ({"choices": tuple(choices)} if choices else {})
     return dataclasses.field(default=default, metadata=metadata)
@@ -56,8 +57,8 @@ def option(default: Any, help: str, *, choices: Sequence[str] | None = None, des
 class HeadOptions:
     """The options of a head: a subclass has one field per option, made by `option`.
 
-    Values are checked by the annotation of their field: `int` is a positive whole number, `bool` is True or False, and
-    a field with `choices` is one of them. A subclass checks more in its own `__post_init__`.
+    The annotation of a field decides how its value is checked. An `int` has to be a positive whole number, a `bool`
+    True or False, and a field with `choices` one of them. A subclass checks more in its own `__post_init__`.
 
     Raises:
         ValueError: If a value is not what its field expects.
@@ -91,11 +92,11 @@ class HeadOptions:
 class Head(nn.Module, abc.ABC):
     """A module that turns hidden states into class scores.
 
-    A subclass declares itself by class attributes, builds its modules in `__init__` and computes in `score`.
+    A subclass declares its properties in class attributes, builds its modules in `__init__` and computes in `score`.
 
     Args:
         hidden_sizes: size of each hidden state that the head takes.
-        n_out: number of outputs; None for a head that stops at its parts, which only a head with parts can.
+        n_out: number of outputs; None to stop at the parts, for a head that has parts.
         **options: fields of `Options`.
 
     Attributes:
@@ -104,12 +105,12 @@ class Head(nn.Module, abc.ABC):
         Options: the dataclass of the head's options.
         takes_one_layer: whether the head takes a single hidden state, by default the last.
         has_parts: whether the head can stop at its parts.
-        explains: what the head's scores can be attributed to: "parts", "tokens"; empty for a head that says neither.
-            A head that does not route, and has "tokens", computes them in `credits`.
-        made_by: the function that makes this head of trained models; None for a head that is trained.
+        explains: what the head's scores can be attributed to, "parts" or "tokens" or both; empty for no attributions.
+            A head that does not route and has "tokens" computes the attributions in `credits`.
+        made_by: the function that makes this head from trained models; None for a head that is trained itself.
 
     Raises:
-        ValueError: If a size or an option is not what is expected.
+        ValueError: If a size or an option is not valid.
         TypeError: If an option is unknown.
     """
 
@@ -133,7 +134,7 @@ class Head(nn.Module, abc.ABC):
 
     @classmethod
     def make_options(cls, given: Mapping[str, Any]) -> HeadOptions:
-        """Return the head's options, those that are not given at their defaults.
+        """Return the head's options; an option that is not given has its default.
 
         Raises:
             TypeError: If an option is unknown.
@@ -159,16 +160,17 @@ class Head(nn.Module, abc.ABC):
         Args:
             hidden_states: one tensor `[batch, tokens, hidden_size]` per layer.
             mask: `[batch, tokens]`, from 0 to 1: 1 for a token, 0 for padding, between them for a fraction of a token
-                (mixup); or one such tensor per layer.
-            return_routing_probabilities: whether to return the probabilities of each routing, of a head that routes.
-            mix: mixes the samples of a batch (mixup). The hidden states are mixed with it; the mask is taken as given.
+                (mixup). A sequence of such tensors has one per layer.
+            return_routing_probabilities: whether to return the probabilities of each routing; only heads that route
+                have them.
+            mix: mixes the samples of a batch (mixup). It is applied to the hidden states, not to the mask.
 
         Returns:
             A `HeadOutput`, in float32 or wider.
 
         Raises:
             ValueError: If there are more or fewer hidden states than the head was built for, or shapes do not fit.
-            TypeError: If something else than tensors is given.
+            TypeError: If an input is not a tensor.
         """
         masks = check_inputs(hidden_states, mask, self.hidden_sizes)
         return self.score(hidden_states, masks, return_routing_probabilities, mix)
@@ -181,25 +183,25 @@ class Head(nn.Module, abc.ABC):
         return_routing_probabilities: bool,
         mix: Mix | None,
     ) -> HeadOutput:
-        """Compute what `forward` returns, from checked inputs with one mask per layer."""
+        """Compute the output of `forward` from checked inputs, with one mask per layer."""
 
     def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return what each token at each layer adds to the scores, of a head whose scores are sums.
+        """Return what each token at each layer adds to the scores, for a head whose scores are such sums.
 
-        What is taken as given, such as weights of attention, is a constant in its graph.
+        Quantities that the head takes as given, such as attention weights, are constants in the autograd graph.
 
         Args:
             hidden_states: as in `forward`.
             masks: one per layer.
 
         Returns:
-            Per layer `[batch, tokens, n_out]`, in logits: with the scores of an input that is all masked they add up to
+            Per layer `[batch, tokens, n_out]`, in logits. Added to the scores of a completely masked input, they give
             the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} explains tokens; expected it to have a method credits.")
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters again: those of each module in the head that knows how."""
+        """Initialise all parameters again, in every module of the head that can initialise its own."""
         reset(*self.children())
 
 
@@ -211,9 +213,9 @@ def reset(*modules: nn.Module) -> None:
 
 
 def self_initialised(module: nn.Module) -> Iterator[Any]:
-    """Yield the outermost modules in a module, or itself, that initialise their own parameters.
+    """Yield the outermost modules that initialise their own parameters: the given module, or modules in it.
 
-    The method of `Head` only passes on to the modules in a head, and does not count.
+    `Head.reset_parameters` does not count, as it only resets the modules in a head.
     """
     method = getattr(type(module), "reset_parameters", None)
     if method is not None and method is not Head.reset_parameters:
@@ -230,7 +232,7 @@ AnyHead = TypeVar("AnyHead", bound=type[Head])
 def register(name: str) -> Callable[[AnyHead], AnyHead]:
     """Return a decorator that puts a head into the registry.
 
-    The head then trains, saves and loads under this name, and its options are in `capsule-heads train --help`. A
+    The head then trains, saves and loads under this name, and `capsule-heads train --help` lists its options. A
     process that loads such a model has to register the head too.
 
     Args:
@@ -238,7 +240,7 @@ def register(name: str) -> Callable[[AnyHead], AnyHead]:
 
     Raises:
         ValueError: If another head has the name.
-        TypeError: If the class is no subclass of `Head`, or an option was not made by `option`.
+        TypeError: If the class is not a subclass of `Head`, or an option was not made by `option`.
 
     Example:
         >>> @register("mean")
@@ -258,7 +260,7 @@ def register(name: str) -> Callable[[AnyHead], AnyHead]:
             if "help" not in field.metadata:
                 raise TypeError(f"The option {field.name} of {cls.__name__} has no help; make it with heads.option().")
         known = _HEADS.get(name)
-        # A notebook cell that is run again defines its head again.
+        # Running a notebook cell again defines its head again.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"head_type {name!r} is {known.__module__}.{known.__qualname__}; choose another name.")
         cls.name = name
@@ -290,19 +292,19 @@ def get_head(name: str) -> type[Head]:
 
 
 def check_trainable(head: type[Head]) -> None:
-    """Check that a head is one to train.
+    """Check that a head can be trained.
 
     Raises:
-        ValueError: If it is made of trained models instead.
+        ValueError: If the head is made from trained models instead.
     """
     if head.made_by is not None:
         raise ValueError(
-            f'head_type="{head.name}" cannot be trained: {head.made_by}(models) makes it of trained models.'
+            f'head_type="{head.name}" cannot be trained: {head.made_by}(models) makes it from trained models.'
         )
 
 
 def mixed(x: Tensor, mix: Mix | None) -> Tensor:
-    """Return a batch with its samples mixed, or as it is where there is no mixup."""
+    """Return a batch with its samples mixed, or unchanged without mixup."""
     return x if mix is None else mix(x)
 
 
@@ -313,20 +315,20 @@ def check_inputs(
 
     Raises:
         ValueError: If there are more or fewer hidden states than the head takes, or shapes or devices do not fit.
-        TypeError: If the hidden states are no sequence of tensors.
+        TypeError: If the hidden states are not a sequence of tensors.
     """
     if not isinstance(hidden_states, Sequence | Tensor):
         raise TypeError(f"hidden_states is a {type(hidden_states).__name__}; expected a sequence of tensors.")
     if len(hidden_states) != len(hidden_sizes):
         raise ValueError(
             f"{len(hidden_states)} hidden states were passed to a head built for {len(hidden_sizes)}; expected one per "
-            "layer: the embeddings, say, and the output of every layer."
+            "layer, such as the embeddings and the output of every layer."
         )
     masks = [mask] * len(hidden_sizes) if isinstance(mask, Tensor) else list(mask or ())
     if len(masks) != len(hidden_sizes) or not all(isinstance(x, Tensor) for x in [*hidden_states, *masks]):
         raise ValueError(
             f"The hidden states are {len(hidden_states)} of {_types(hidden_states)} and the masks {len(masks)} of "
-            f"{_types(masks)}; expected tensors, a hidden state per layer and one mask for all or for each."
+            f"{_types(masks)}; expected tensors, a hidden state per layer and one mask for all layers or for each."
         )
     for x, m, size in zip(hidden_states, masks, hidden_sizes, strict=True):
         if x.ndim != 3 or x.shape[-1] != size or x.shape[:-1] != m.shape:

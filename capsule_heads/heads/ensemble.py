@@ -1,4 +1,4 @@
-"""An ensemble: several trained heads in one, whose probabilities are averaged."""
+"""An ensemble: one head that averages the probabilities of several trained heads."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ class EnsembleOptions(HeadOptions):
     """The options of `EnsembleHead`. `capsule_heads.make_ensemble` writes them."""
 
     members: Sequence[dict[str, Any]] | None = option(None, "Descriptions of the heads; see Member.", describes=False)
-    averages: str = option("classes", "Kind of what is averaged: classes, labels or values.", choices=AVERAGES)
+    averages: str = option("classes", "Outputs to average: classes, labels or values.", choices=AVERAGES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.members, list) or len(self.members) < 2:
             raise ValueError(
                 f"members is {shown(self.members)}; expected the descriptions of two heads or more: {MADE_BY}(models) "
-                "makes an ensemble of trained models."
+                "makes an ensemble from trained models."
             )
         for member in self.members:
             check_member(member)
 
 
 class Member(nn.Module):
-    """A head of an ensemble, with all that a classifier has beside its head and its backbone.
+    """A head of an ensemble, with everything that its classifier had except the backbone.
 
-    The names of its weights are those of the classifier that it is from.
+    Its weights have the same names as in that classifier.
 
     Args:
         hidden_sizes: size of each hidden state of the ensemble.
         n_out: number of the ensemble's outputs.
-        is_regression: whether they are values of a regression.
-        described: `head_type`, the head's name in the registry; its `options`; `layers`, which of the ensemble's hidden
-            states it takes, by their index among them; `linear_term`, whether there is one beside it; and
-            `calibration_temperature`, what its logits are divided by.
+        is_regression: whether the outputs are values of a regression.
+        described: a mapping with five keys. `head_type` is the head's name in the registry, and `options` are its
+            options. `layers` are the indices of the hidden states that the head takes, among the ensemble's.
+            `linear_term` says whether a linear term stands beside the head. `calibration_temperature` divides the
+            logits.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Member(nn.Module):
         """Return the logits, or the values of a regression in its own unit, `[batch, n_out]`, in float32 or wider.
 
         Args:
-            hidden_states: all those of the ensemble, per layer `[batch, tokens, hidden_size]`.
+            hidden_states: all hidden states of the ensemble, per layer `[batch, tokens, hidden_size]`.
             masks: per layer `[batch, tokens]`.
             mix: as in `Head.forward`.
         """
@@ -80,13 +81,13 @@ class Member(nn.Module):
 
 @register("ensemble_of_heads")
 class EnsembleHead(Head):
-    """Several trained heads. Its probabilities are the means of theirs, and so are the values of a regression.
+    """Several trained heads, with the means of their probabilities, or of the values of a regression.
 
-    The scores are logits of the mean probabilities: for classes their logarithms, which a softmax turns into the
-    probabilities again.
+    The scores are logits of the mean probabilities. For classes they are the logarithms of the mean probabilities, and
+    a softmax of the scores returns these.
 
     Args:
-        hidden_sizes: size of each hidden state that some of the heads take.
+        hidden_sizes: size of each hidden state that at least one of the heads takes.
         n_out: number of class scores, or of a regression's values.
         **options: fields of `EnsembleOptions`.
     """
@@ -110,7 +111,7 @@ class EnsembleHead(Head):
         return_routing_probabilities: bool,
         mix: Mix | None,
     ) -> HeadOutput:
-        """Average what the heads say; see `Head.score`.
+        """Average the outputs of the heads; see `Head.score`.
 
         Raises:
             ValueError: In training mode.
@@ -128,7 +129,7 @@ class EnsembleHead(Head):
 
 
 def log_mean(logarithms: Tensor) -> Tensor:
-    """Return the logarithm of the mean over the first dimension of what the logarithms are of."""
+    """Return the logarithm of a mean over the first dimension, from the logarithms of its terms."""
     return logarithms.logsumexp(0) - math.log(len(logarithms))
 
 
@@ -136,7 +137,7 @@ def check_member(member: object) -> None:
     """Check the description of a head of an ensemble.
 
     Raises:
-        ValueError: If it lacks a key, has another one, or a value is not what is expected.
+        ValueError: If the description lacks a key, has an unknown key, or has a value that is not valid.
         TypeError: If an option of the head is unknown.
     """
     expected: dict[str, Callable[[Any], bool]] = {
@@ -157,10 +158,10 @@ def check_member(member: object) -> None:
 
 
 def check_layers(members: Sequence[Mapping[str, Any]], n_layers: int) -> None:
-    """Check that the heads of an ensemble take the hidden states that it has.
+    """Check that the heads of an ensemble take exactly the ensemble's hidden states.
 
     Raises:
-        ValueError: If one takes a hidden state that is not there, or none takes one that is.
+        ValueError: If a head takes a hidden state that the ensemble lacks, or if no head takes one that it has.
     """
     taken = sorted({layer for member in members for layer in member["layers"]})
     if taken != list(range(n_layers)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .base import HeadOptions, HeadOutput, Mix, option, register, reset
 from .inputs import TokenHead, attend
 
-_EPS = 1e-3  # variance that every part has at least: votes have a variance of about 1
+_EPS = 1e-3  # smallest variance of a part: votes have a variance of about 1
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,23 @@ class GatedRoutingOptions(HeadOptions):
     d_inp: int = option(64, "Size of the vectors that hidden states become, and of the query.")
     d_cap: int = option(2, "Size of a vote for a part.")
     n_parts: int = option(16, "Number of parts, each with a linear classifier of its own.")
-    n_iters: int = option(2, "Iterations of routing; 1 to weight all parts alike.")
+    n_iters: int = option(2, "Iterations of routing; 1 weights all parts alike.")
 
 
 @register("gated_routing")
 class GatedRoutingHead(TokenHead):
-    """A query weights tokens and layers, routing gives each to parts, and each part has a linear classifier.
+    """A query weights tokens and layers, routing assigns each to parts, and each part has a linear classifier.
 
     Hidden states become vectors `x_i` as in `TokenDepthHead`, with mask `f_i`. The gate `g_i` is `f_i exp(q x_i /
-    sqrt(d_inp))`, over the sum of all inputs. Votes `V_ij = x_i W_j + B_j` are routed as in a mixture of Gaussians:
+    sqrt(d_inp))`, divided by its sum over all inputs. Votes `V_ij = x_i W_j + B_j` are routed as in a mixture of
+    Gaussians:
 
         E-step   R_ij = 1 / n_parts; later softmax_j(log n_j + p_j + s log N(V_ij; mu_j, sig2_j + eps))
         M-step   D_ij = g_i R_ij;  n_j = sum_i D_ij;  mu_j, sig2_j: mean and variance of V_ij with weights D_ij / n_j
 
-    with a learned prior `p_j` and a learned factor `s`. With `D_ij` of the last E-step, a score is a sum over tokens
-    and layers, `sum_i sum_j D_ij (u_jk x_i + v_jk)`, and a bias. Credits are the terms of this sum; gate and
-    probabilities are taken as given.
+    The prior `p_j` and the factor `s` are learned. A score is a sum over tokens and layers plus a bias,
+    `sum_i sum_j D_ij (u_jk x_i + v_jk) + b_k`, with `D_ij` from the last E-step. Credits are the terms of this sum.
+    They take gate and probabilities as given.
 
     Args:
         hidden_sizes: size of each hidden state.
@@ -78,7 +79,7 @@ class GatedRoutingHead(TokenHead):
         return_routing_probabilities: bool,
         mix: Mix | None,
     ) -> HeadOutput:
-        """Route, and score what each part was given; see `Head.score`."""
+        """Route, and score the inputs of each part; see `Head.score`."""
         x, gate, R = self._route(hidden_states, masks, mix)
         D = gate.unsqueeze(-1) * R
         scores = torch.einsum("bjd,jkd->bk", D.mT @ x, self.W_out) + D.sum(1) @ self.B_out + self.bias
@@ -104,7 +105,7 @@ class GatedRoutingHead(TokenHead):
         R = x.new_full((*x.shape[:2], n_parts), 1 / n_parts)
         for _ in range(self.options.n_iters - 1):
             D = gate.unsqueeze(-1) * R
-            n = D.sum(1, keepdim=True).clamp_min(torch.finfo(D.dtype).tiny)  # [b1j]; 0 where all is masked
+            n = D.sum(1, keepdim=True).clamp_min(torch.finfo(D.dtype).tiny)  # [b1j]; 0 where every input is masked
             shares = (D / n).unsqueeze(2)
             mu = (shares * votes).sum(1, keepdim=True)
             distance = (votes - mu).square()

@@ -1,4 +1,4 @@
-"""What heads on all tokens at all layers have in common: the vectors that hidden states become."""
+"""The base of heads that take all tokens at all layers: it turns hidden states into vectors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class PartDetector(nn.Module):
     """Turns hidden states of one size into vectors: layer embedding, affine map, swish, layer normalisation.
 
     Args:
-        n_layers: number of hidden states of that size.
-        hidden_size: the size.
+        n_layers: number of hidden states of this size.
+        hidden_size: size of the hidden states.
         d_inp: size of the vectors.
     """
 
@@ -36,9 +36,9 @@ class PartDetector(nn.Module):
         self.norm.reset_parameters()
 
     def project(self, hidden_states: Sequence[Tensor]) -> list[Tensor]:
-        """Return hidden states with their layer embeddings, through the affine map.
+        """Add the layer embeddings to hidden states, and return their affine map.
 
-        Hidden states may be of any dtype. Those in half precision are converted one at a time.
+        Hidden states may have any dtype. Hidden states in half precision are converted one at a time.
 
         Args:
             hidden_states: `n_layers` tensors `[batch, tokens, hidden_size]`.
@@ -46,7 +46,7 @@ class PartDetector(nn.Module):
         Returns:
             `n_layers` tensors `[batch, tokens, d_inp]`.
         """
-        # W (x + e) + b = W x + (W e + b): no tensor of the size of the hidden states is made.
+        # W (x + e) + b = W x + (W e + b) makes no tensor of the size of the hidden states.
         offsets = self.affine(self.depth_emb)
         projected, scratch = [], None
         for x, offset in zip(hidden_states, offsets, strict=True):
@@ -59,15 +59,15 @@ class PartDetector(nn.Module):
         return projected
 
     def project_together(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """Return what `project` returns as one tensor, `[batch, tokens, n_layers, d_inp]`, for states of one shape.
+        """Do what `project` does for states of one shape, and return one tensor, `[batch, tokens, n_layers, d_inp]`.
 
-        On a GPU it takes a few launches for all of them, instead of several for each.
+        On a GPU this takes a few launches for all states, instead of several for each.
         """
         first = hidden_states[0]
         if first.device.type != "cuda" or torch.compiler.is_compiling():
             return torch.stack(self.project(hidden_states), dim=2)
         offsets, weight = self.affine(self.depth_emb), self.affine.weight
-        if torch.is_autocast_enabled("cuda"):  # it does not see products that are written to where they stay
+        if torch.is_autocast_enabled("cuda"):  # autocast does not apply to products that write to `out=`
             weight = weight.to(torch.get_autocast_dtype("cuda"))
         return _ProjectTogether.apply(weight, offsets.to(weight.dtype), *hidden_states)
 
@@ -77,11 +77,10 @@ class PartDetector(nn.Module):
 
 
 class TokenHead(Head):
-    """A head on vectors that it makes of all tokens at all layers.
+    """A head on vectors, one for each token at each layer.
 
-    Hidden states of several sizes, such as those of hierarchical image models, have a `PartDetector` per size. The
-    vectors are ordered `token * n_layers + layer` where all hidden states have one shape, and layer after layer where
-    they do not.
+    Hidden states of several sizes, as in hierarchical image models, have a `PartDetector` per size. If all hidden
+    states have one shape, the vectors are ordered `token * n_layers + layer`. Otherwise one layer follows another.
 
     Attributes:
         detect_parts: one `PartDetector` for each size of hidden states; a subclass makes them with `make_detectors`.
@@ -109,7 +108,7 @@ class TokenHead(Head):
         """
         detectors: Sequence[PartDetector] = list(self.detect_parts)  # type: ignore[arg-type]  # what is in a ModuleList
         if len(detectors) == 1 and all(x.shape == hidden_states[0].shape for x in hidden_states):
-            # What mixes samples commutes with the affine map, and has less to mix behind it.
+            # Mixing samples commutes with the affine map, and has less to mix after it.
             x = mixed(detectors[0].project_together(hidden_states), mix)
             x = detectors[0].activate(x).flatten(1, 2)
             if all(m is masks[0] for m in masks):
@@ -127,7 +126,7 @@ class TokenHead(Head):
         return a, x.unsqueeze(-2)
 
     def split_by_layer(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
-        """Return values of the vectors, `[batch, n_inp, ...]`, as `[batch, tokens, ...]` per layer."""
+        """Split values of the vectors, `[batch, n_inp, ...]`, into `[batch, tokens, ...]` per layer."""
         if len(self.detect_parts) == 1 and len(set(n_tokens)) == 1:
             return list(values.unflatten(1, (n_tokens[0], len(n_tokens))).unbind(2))
         return list(values.split(list(n_tokens), dim=1))
@@ -138,20 +137,21 @@ def attend(scores: Tensor, a: Tensor) -> Tensor:
 
     Args:
         scores: `[..., n_inp]`.
-        a: logit of the mask, of the same shape or one that is expanded to it; -inf for what is masked.
+        a: logit of the mask, of the same shape or one that expands to it; -inf for a masked input.
 
     Returns:
-        `[..., n_inp]`; where all is masked the weights are 0.
+        `[..., n_inp]`; if all inputs are masked, the weights are 0.
     """
     masked = scores + F.logsigmoid(a).clamp_min(torch.finfo(torch.float32).min)
     return masked.softmax(-1) * (a > -torch.inf)
 
 
 class _LinearOfHalf(torch.autograd.Function):
-    """Product of an affine map that keeps its input for the backward pass as it is, in half precision.
+    """Product of an affine map that keeps its half-precision input for the backward pass, without converting it.
 
-    Autograd by itself would keep the input converted to the dtype of the weight: twice the memory. One scratch
-    tensor `[..., hidden_size]` of that dtype serves all layers in turn: a new one each time fragments the heap.
+    Autograd by itself would keep the input converted to the dtype of the weight, which takes twice the memory. One
+    scratch tensor `[..., hidden_size]` of that dtype serves all layers in turn. A new one each time would fragment the
+    heap.
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ class _LinearOfHalf(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
-        ctx.scratch = inputs[2]  # not saved: what is in it changes
+        ctx.scratch = inputs[2]  # not saved: its values change
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -171,10 +171,10 @@ class _LinearOfHalf(torch.autograd.Function):
 
 
 class _ProjectTogether(torch.autograd.Function):
-    """The products of an affine map with many hidden states, and its offsets, in few launches.
+    """The products of an affine map with many hidden states, plus its offsets, in few launches.
 
-    Some states at a time are copied side by side, in the dtype of the weight, and multiplied in one batched product.
-    What they are copied to is small: for the backward pass the states are kept as they were given.
+    A few states at a time are copied side by side into a small buffer, in the dtype of the weight, and multiplied in
+    one batched product. For the backward pass the states are kept as they were given.
     """
 
     @staticmethod
@@ -203,11 +203,11 @@ class _ProjectTogether(torch.autograd.Function):
         return d_weight, d_offsets, *d_states
 
 
-_SIDE_BY_SIDE = 2**24  # numbers of hidden states that are copied at a time: 64 MiB in float32
+_SIDE_BY_SIDE = 2**24  # how many numbers of hidden states are copied at a time: 64 MiB in float32
 
 
 def _side_by_side(states: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a few states at a time: which they are, and `[states, batch * tokens, hidden_size]`, in one buffer."""
+    """Yield a few states at a time: their slice of all states, and a buffer `[states, batch * tokens, hidden_size]`."""
     flat = [x.flatten(0, -2) for x in states]
     n_together = min(len(flat), max(1, _SIDE_BY_SIDE // max(1, flat[0].numel())))
     buffer = flat[0].new_empty(n_together, *flat[0].shape, dtype=dtype)
@@ -217,7 +217,7 @@ def _side_by_side(states: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tupl
 
 
 def _is_kept_in_half(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a hidden state has less precision than the weight, and is kept so until the backward pass."""
+    """Return whether a hidden state has a narrower dtype than the weight, and keeps it until the backward pass."""
     is_narrower = x.dtype.itemsize < weight.dtype.itemsize
     has_gradient = torch.is_grad_enabled() and weight.requires_grad
     return is_narrower and has_gradient and not x.requires_grad and not torch.is_autocast_enabled(x.device.type)

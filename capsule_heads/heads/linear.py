@@ -19,7 +19,7 @@ class LinearOptions(HeadOptions):
 
     pooling: str = option(
         "mean",
-        "Pooling of tokens: the mean of all, or the first (BERT's [CLS]) or last one that is no padding.",
+        "Pooling of tokens: the mean of all, or the first (BERT's [CLS]) or last one that is not padding.",
         choices=("mean", "first", "last"),
     )
 
@@ -69,7 +69,7 @@ class LinearHead(Head):
 
 
 def pool_tokens(x: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Return `[batch, hidden_size]` from `[batch, tokens, hidden_size]`; zero where all tokens are masked.
+    """Pool `[batch, tokens, hidden_size]` to `[batch, hidden_size]`; zero if all tokens are masked.
 
     Args:
         x: the tokens.
@@ -80,13 +80,13 @@ def pool_tokens(x: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def token_weights(mask: Tensor, pooling: str) -> Tensor:
-    """Return the weight of each token in what is pooled, `[batch, tokens]`.
+    """Return the weight of each token in the pooled vector, `[batch, tokens]`.
 
     Args:
         mask: `[batch, tokens]`, from 0 to 1.
         pooling: one of the choices of `LinearOptions`.
     """
-    if pooling == "first":  # where the mask rises: of texts that were mixed there may be two
+    if pooling == "first":  # where the mask rises, which may be at two tokens for texts that were mixed
         mask = (mask - F.pad(mask, (1, 0))[:, :-1]).clamp_min(0)
     elif pooling == "last":  # where it falls
         mask = (mask - F.pad(mask, (0, 1))[:, 1:]).clamp_min(0)

@@ -1,4 +1,4 @@
-"""The linear term of a classifier: what a regression on pooled hidden states says, beside the head."""
+"""The linear term of a classifier: a regression on pooled hidden states, beside the head."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .linear import pool_tokens, token_weights
 
 
 class LinearTerm(nn.Module):
-    """An affine map of the hidden states, each a mean over its tokens, beside a head.
+    """An affine map of the means of all hidden states over their tokens, beside a head.
 
     `y_k = b_k + sum_l w_lk . mean_t h_tl` is a sum over tokens `t` and layers `l`, so its credits are exact:
-    `w_lk . h_tl / n_tokens`, and the bias, which belongs to no token. It starts at 0; `CapsuleTrainer` solves for it
-    before training (`capsule_heads.training.regression`), and its weights stay what they then are.
+    `w_lk . h_tl / n_tokens` for each token, and the bias for no token. The weights start at 0. `CapsuleTrainer` solves
+    for them before training (`capsule_heads.training.regression`), and training leaves them as they are.
 
     Args:
         hidden_sizes: size of each hidden state.
@@ -26,7 +26,7 @@ class LinearTerm(nn.Module):
     def __init__(self, hidden_sizes: Sequence[int], n_out: int) -> None:
         super().__init__()
         self.hidden_sizes = list(hidden_sizes)
-        # Nothing is drawn: what a training draws later is then the same with a linear term and without.
+        # No random number is drawn here, so a training run draws the same ones with a linear term and without.
         affine = nn.Linear(sum(hidden_sizes), n_out, device="meta")
         self.affine = affine.to_empty(device=torch.get_default_device())
         self.requires_grad_(False)
@@ -55,7 +55,7 @@ class LinearTerm(nn.Module):
         Args:
             hidden_states: as in `pool`.
             masks: as in `pool`, before mixup.
-            mix: mixes the samples of a batch (mixup); the means over tokens are mixed with it.
+            mix: mixes the samples of a batch (mixup). It is applied to the means over tokens.
         """
         pooled = mixed(self.pool(hidden_states, masks), mix)
         with torch.autocast(pooled.device.type, enabled=False):
@@ -63,7 +63,7 @@ class LinearTerm(nn.Module):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return the terms of the sum per layer, `[batch, tokens, n_out]`: with the bias they add up to the scores."""
+        """Return the terms of the sum per layer, `[batch, tokens, n_out]`; added to the bias, they give the scores."""
         weight = self.affine.weight
         of_layers = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(self.hidden_sizes, dim=1)
         credits = []

@@ -1,4 +1,4 @@
-"""What heads that route have in common: their options, and the way from inputs through one routing after another."""
+"""The base of heads that route: their options, and the path of the inputs through one routing after another."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .base import Head, HeadOptions, HeadOutput, Mix, option
 
 @dataclass(frozen=True)
 class RoutingOptions(HeadOptions):
-    """The options of a head that routes; a subclass has the sizes."""
+    """The options of a head that routes; a subclass adds the sizes."""
 
     n_parts: int = option(64, "Number of part capsules.")
     n_iters: int = option(3, "Iterations of each routing.")
     p_model: str = option("gaussian", "Model of the votes: gaussian, or skm (soft k-means).", choices=P_MODELS)
-    single_beta: bool = option(False, "One beta for use and ignorance of data, instead of two.")
+    single_beta: bool = option(False, "One beta for using and for ignoring data, instead of two.")
     eps: float = option(1e-5, "Number added to counts of data and to variances in routing.")
     strategy: str = option(
-        "auto", "Way of computing the routing to the parts: auto, or the name of a strategy.", describes=False
+        "auto", "Strategy that computes the routing to the parts: auto, or the name of one.", describes=False
     )
 
     def __post_init__(self) -> None:
@@ -35,10 +35,10 @@ class RoutingOptions(HeadOptions):
 class RoutingHead(Head, abc.ABC):
     """A head that routes its inputs to parts and, unless it stops there, the parts to output capsules.
 
-    A subclass builds `routings` with `make_routings`, and says what the inputs of the first routing are.
+    A subclass builds `routings` with `make_routings`, and computes the inputs of the first routing in `detect`.
 
     Attributes:
-        routings: the routing to the parts and, unless `n_out` is None, that from the parts to the outputs.
+        routings: the routing to the parts and, unless `n_out` is None, the routing from the parts to the outputs.
         pose_shape: rows and columns of the pose of an output capsule.
     """
 
@@ -49,10 +49,10 @@ class RoutingHead(Head, abc.ABC):
     pose_shape: tuple[int, int]
 
     def make_routings(self, d_cov: int, d_inp: int, d_cap: int) -> nn.ModuleList:
-        """Return the routing of inputs `d_cov x d_inp` to parts `d_cov x d_cap`, and that from parts to outputs.
+        """Return the routing from inputs `d_cov x d_inp` to parts `d_cov x d_cap`, and the routing to the outputs.
 
-        The strategy of the options is that of the first routing, which does almost all the work. The second one, whose
-        parts each have weights of their own, takes "auto".
+        The strategy in the options is for the first routing, which does almost all the work. The second routing, where
+        each part has weights of its own, uses "auto".
         """
         self.pose_shape = d_cov, d_cap
         o = self.options
@@ -84,14 +84,14 @@ class RoutingHead(Head, abc.ABC):
 
     @abc.abstractmethod
     def split_by_layer(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
-        """Return values of the inputs of the first routing by layer and token.
+        """Split values of the inputs of the first routing by layer and token.
 
         Args:
             values: `[batch, n_inp, ...]`.
             n_tokens: number of tokens of each layer.
 
         Returns:
-            Per layer `[batch, tokens, ...]`, the sum over the inputs that a token has there.
+            Per layer `[batch, tokens, ...]`, the sum over a token's inputs at that layer.
         """
 
     def score(

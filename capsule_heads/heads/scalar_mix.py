@@ -25,7 +25,7 @@ class ScalarMixOptions(HeadOptions):
 class ScalarMixHead(Head):
     """A learned mix of all layers (Peters et al., 2018, arXiv 1802.05365), its mean over tokens, and a hidden layer.
 
-    `gamma sum_l s_l h_l` with `s = softmax(w)`; swish between the two affine maps.
+    The mix is `gamma sum_l s_l h_l` with `s = softmax(w)`. A swish stands between the two affine maps.
 
     Args:
         hidden_sizes: size of each hidden state, all the same.
@@ -33,7 +33,7 @@ class ScalarMixHead(Head):
         **options: fields of `ScalarMixOptions`.
 
     Raises:
-        ValueError: If hidden states differ in size: they cannot be mixed.
+        ValueError: If hidden states differ in size, and so cannot be mixed.
     """
 
     title = "A control head without capsules, which mixes layers,"
@@ -70,7 +70,7 @@ class ScalarMixHead(Head):
     ) -> HeadOutput:
         """Score the mix; see `Head.score`."""
         dtype = self.hidden.weight.dtype
-        # A mean over tokens of a mix of layers is a mix of means, which are small.
+        # The mean over tokens of a mix of layers is the mix of the layers' means, which are small.
         means = [pool_tokens(mixed(x.to(dtype), mix), mask, "mean") for x, mask in zip(hidden_states, masks)]
         pooled = self.gamma * torch.einsum("l,lbd->bd", self.w.softmax(0), torch.stack(means))
         return HeadOutput(self.affine(F.silu(self.hidden(pooled))).float())
@@ -78,9 +78,9 @@ class ScalarMixHead(Head):
     def credits(self, hidden_states: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return how the scores are divided among tokens and layers; see `Head.credits`.
 
-        What comes before the swish is a sum of terms of each token at each layer. What a hidden unit gains by all of
-        them together is divided in proportion to the terms: that is the integral of the gradient along the straight
-        path from nothing (integrated gradients, Sundararajan et al., 2017), which has a closed form here.
+        The input of the swish is a sum of terms, one for each token at each layer. The rise of a hidden unit from all
+        terms together is divided in proportion to the terms. This is the closed form of integrated gradients
+        (Sundararajan et al., 2017) along the straight path from zero terms.
         """
         weight, bias = self.hidden.weight.double(), self.hidden.bias.double()
         shares = self.gamma.double() * self.w.double().softmax(0)

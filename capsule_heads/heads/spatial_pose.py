@@ -37,13 +37,14 @@ class PositionConv(nn.Conv1d):
 
 @register("spatial_pose")
 class SpatialPoseHead(RoutingHead):
-    """The paper's vision head: parts at every position of a feature map, routed to parts, routed to classes.
+    """The paper's vision head: capsules at every position of a feature map, routed to parts, routed to classes.
 
-    Batch normalisation and a 1x1 convolution give `n_parts` scores at each position; another pair gives as many poses
-    of `d_cov x d_cap`. All are routed to `n_parts` capsules, and those to `n_out` capsules of the same shape, whose
-    scores are the logits (Heinsen, 2019, section 4.1). To 1x1 convolutions positions are what tokens are to an affine
-    map: the head takes feature maps flattened to `[batch, positions, channels]`, or the tokens of any backbone. The
-    logarithm of the mask is added to the scores, so a masked position has none.
+    Batch normalisation and a 1x1 convolution give `n_parts` scores at each position. Another such pair gives `n_parts`
+    poses of `d_cov x d_cap`. All these capsules are routed to `n_parts` part capsules, and the parts to `n_out` output
+    capsules of the same shape, whose scores are the logits (Heinsen, 2019, section 4.1). A 1x1 convolution treats
+    positions as an affine map treats tokens. So the head takes feature maps flattened to `[batch, positions,
+    channels]`, or the tokens of any backbone. The logarithm of the mask is added to the scores, so a masked position
+    has a score of -inf.
 
     The inputs of the first routing are ordered `part * positions + position`.
 
@@ -78,5 +79,5 @@ class SpatialPoseHead(RoutingHead):
         return a.flatten(1), poses.flatten(1, 2)
 
     def split_by_layer(self, values: Tensor, n_tokens: Sequence[int]) -> list[Tensor]:
-        """Return values by position, summed over the parts there; see `RoutingHead.split_by_layer`."""
+        """Sum values over the parts of each position; see `RoutingHead.split_by_layer`."""
         return [values.unflatten(1, (self.options.n_parts, *n_tokens)).sum(1)]

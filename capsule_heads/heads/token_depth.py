@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 @functools.cache  # once in a process: a head is built more than once
 def _warn_of_one_iteration() -> None:
     logger.warning(
-        "n_iters is 1: scores of classes do not depend on the hidden states, as the first iteration weights all votes "
+        "n_iters is 1, so class scores do not depend on the hidden states, as the first iteration weights all votes "
         "alike; expected 2 or more (the paper uses 3), unless the head is a control."
     )
 
@@ -35,11 +35,11 @@ class TokenDepthOptions(RoutingOptions):
 class TokenDepthHead(TokenHead, RoutingHead):
     """The paper's text head: every token at every layer is a capsule, routed to parts, routed to classes.
 
-    A learned embedding of the layer is added to the hidden states; an affine map, swish and layer normalisation make
-    each one a capsule of `1 x d_inp`, with its token's mask as score; these are routed to `n_parts` capsules of
-    `1 x d_cap`, and those to `n_out` capsules of `1 x d_cap`, whose scores are the logits (Heinsen, 2019, section
-    4.2). Hidden states of several sizes, such as those of hierarchical image models, have one affine map and
-    normalisation per size.
+    A learned embedding of the layer is added to the hidden states. An affine map, swish and layer normalisation then
+    make each token at each layer a capsule of `1 x d_inp`, with the logit of the token's mask as its score. These
+    capsules are routed to `n_parts` part capsules of `1 x d_cap`. The parts are routed to `n_out` output capsules of
+    `1 x d_cap`, whose scores are the logits (Heinsen, 2019, section 4.2). Hidden states of several sizes, as in
+    hierarchical image models, have one affine map and normalisation per size.
 
     Args:
         hidden_sizes: size of each hidden state.

@@ -1,4 +1,4 @@
-"""Routing of vectors (Heinsen, 2022), and a head made of it."""
+"""Routing of vectors (Heinsen, 2022), and a head that uses it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .inputs import TokenHead
 class VectorRouting(nn.Module):
     """Routing of vectors to the vectors that best predict them (Heinsen, 2022, arXiv 2211.11754), in efficient form.
 
-    With inputs `x_i [d]`, outputs `y_j [h]`, a mask `m_i` and `n = sum_i m_i`, `N` for normalisation to mean 0 and
-    variance 1, and `*` element by element:
+    The inputs are `x_i [d]`, the outputs `y_j [h]`, and the mask is `m_i` with `n = sum_i m_i`. `N` normalises to mean
+    0 and variance 1, and `*` multiplies element by element:
 
         z_i = x_i / sqrt(n)          f_i = m_i sigmoid(w_A z_i + b_A)
         V_ij = (w_F1_j * z_i) W_F2 + b_F2_j                              votes
@@ -30,10 +30,10 @@ class VectorRouting(nn.Module):
         M-step   credit_ij = beta_use_ij D_use_ij - beta_ign_ij D_ign_ij
                  y_j = sum_i credit_ij V_ij = (w_F1_j * sum_i credit_ij z_i) W_F2 + b_F2_j sum_i credit_ij
 
-    The last form needs no votes: memory is linear in inputs and outputs. Without `n_inp`, one set of parameters serves
-    any number of inputs, and the betas are affine functions of `x_i`. The equations are those of the author's published
-    implementation, not checked line by line against the paper. It has no mask; with one, padding changes
-    nothing. Outputs of a size above 1 are normalised at the end.
+    The last form needs no votes, so memory is linear in inputs and outputs. Without `n_inp`, one set of parameters
+    serves any number of inputs, and the betas are affine functions of `x_i`. The equations are those of the author's
+    published implementation, not checked line by line against the paper. The mask is an addition to them: with it,
+    padding changes nothing. Outputs of a size above 1 are normalised at the end.
 
     Args:
         n_out: number of outputs, 2 or more.
@@ -67,7 +67,7 @@ class VectorRouting(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters again, with the paper's scales; betas that depend on inputs as an affine map."""
+        """Initialise all parameters again, with the paper's scales; betas of inputs have the scale of `nn.Linear`."""
         d_inp, d_out = self.W_F2.shape
         for weight in (self.W_A, self.W_F2):
             nn.init.normal_(weight, std=2 * d_inp**-0.5)
@@ -92,7 +92,7 @@ class VectorRouting(nn.Module):
             `x_out [...jh]`, and the credits `[...ij]` of the last iteration.
 
         Raises:
-            ValueError: If there are more or fewer inputs than the layer was built for, or their size is another.
+            ValueError: If there are more or fewer inputs than the layer was built for, or if they have another size.
         """
         if x_inp.ndim < 2 or x_inp.shape[-1] != len(self.W_F2):
             raise ValueError(f"x_inp has shape {tuple(x_inp.shape)}; expected [..., n_inp, d_inp={len(self.W_F2)}].")
@@ -138,10 +138,10 @@ class VectorRoutingOptions(HeadOptions):
 
 @register("vector_routing")
 class VectorRoutingHead(TokenHead):
-    """All tokens at all layers, routed as vectors to parts, and those to class scores (Heinsen, 2022).
+    """All tokens at all layers, routed as vectors to parts, routed to class scores (Heinsen, 2022).
 
-    Hidden states become vectors as in `TokenDepthHead`, with its mask; `n_parts` vectors of the same size are routed
-    to one number for each class.
+    Hidden states become vectors as in `TokenDepthHead`, with the same mask. They are routed to `n_parts` vectors of
+    the same size, and these to one number for each class.
 
     Args:
         hidden_sizes: size of each hidden state.
@@ -167,7 +167,7 @@ class VectorRoutingHead(TokenHead):
         return_routing_probabilities: bool,
         mix: Mix | None,
     ) -> HeadOutput:
-        """Route; see `Head.score`. Vector routing has credits instead of probabilities, which are not returned."""
+        """Route; see `Head.score`. Vector routing has credits instead of probabilities, and returns none."""
         a, x = self.detect(hidden_states, masks, mix)
         parts, _ = self.to_parts(x.squeeze(-2), a.sigmoid())
         scores, _ = self.to_classes(parts)

@@ -1,7 +1,7 @@
-"""The strategies that stream, as differentiable operations of torch, and ones that `torch.compile` takes whole.
+"""The streaming strategies, as differentiable operations of torch that `torch.compile` does not break up.
 
-The two directions are custom operators, which the compiler leaves alone: a loop over blocks, unrolled into a graph for
-one number of inputs, would compile for minutes and gain nothing.
+Forward and backward are custom operators, which the compiler leaves alone. It would otherwise unroll the loop over
+blocks into a graph for one number of inputs, compile for minutes and gain nothing.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from . import streaming
 from .passes import Passes
 from .strategy import IN_EXPORTS, Call, Strategy, n_votes
 
-# With fewer numbers than this in all votes, time goes into calls and not arithmetic: double precision costs nothing.
+# With fewer numbers than this in all votes, time goes into calls and not arithmetic, so float64 costs nothing.
 SMALL_VOTES = 500_000
-# "capsule_heads", or of a copy that came along with a checkpoint: a second operator of one name would break the first.
+# "capsule_heads", or another name for a copy that came with a checkpoint: operators of the same name would clash.
 NAMESPACE = __name__.rpartition(".")[0].removesuffix(".ops").replace(".", "_")
 
 
 class StreamingStrategy(Strategy, Passes):
     """A strategy that goes over blocks of inputs, forward and backward. A subclass provides the passes.
 
-    Second derivatives raise a `NotImplementedError`.
+    Computing second derivatives raises a `NotImplementedError`.
     """
 
     def unserved(self, call: Call) -> str | None:
-        """Return None if it serves a call, else the reason; see `Strategy`."""
+        """Return None if the strategy serves a call, else the reason; see `Strategy`."""
         if torch.compiler.is_exporting():
             return IN_EXPORTS
         if call.n_own > 1:
@@ -39,9 +39,9 @@ class StreamingStrategy(Strategy, Passes):
         return self.missing()
 
     def needs_double(self, n_votes: int, p_model: str, is_split: bool) -> bool:
-        """Return whether to compute float32 inputs in float64: few votes cost nothing, see `SMALL_VOTES`.
+        """Return whether to compute float32 inputs in float64, which costs nothing for few votes; see `SMALL_VOTES`.
 
-        Processes may hold parts of unequal size, and have to compute alike.
+        Processes that share inputs may hold parts of unequal size but have to compute alike, so they never do.
         """
         return not is_split and n_votes < SMALL_VOTES
 
@@ -66,7 +66,7 @@ class StreamingStrategy(Strategy, Passes):
         n_samples, d_out = math.prod(batch), W.shape[-1]
         is_double = self.needs_double(n_votes(mu_inp, n_out, d_out), p_model, group is not None)
         dtype = torch.float64 if is_double else mu_inp.dtype
-        # Parameters are few. In float64, their gradients are rounded once, after they are summed over what shares them.
+        # Parameters are few. In float64, their gradients are rounded once, after the sum over all that share them.
         outputs = _Route.apply(
             self.name,
             (n_iters, p_model, eps, return_R, group),
@@ -87,7 +87,7 @@ class StreamingStrategy(Strategy, Passes):
 
 
 class _Route(torch.autograd.Function):
-    """The two operators as one function; shapes as in `streaming.forward`."""
+    """The operators of both directions as one function; shapes as in `streaming.forward`."""
 
     @staticmethod
     def forward(
@@ -108,8 +108,8 @@ class _Route(torch.autograd.Function):
 
 
 def _passes(strategy: str) -> Passes:
-    """Return the passes of a strategy: operators take its name, as they take no objects."""
-    from .routing import STRATEGIES  # here, as the strategies in this table are made of what this module has
+    """Return the passes of a strategy by its name, as operators take no objects."""
+    from .routing import STRATEGIES  # imported here, as the strategies in this table are built on this module
 
     passes = STRATEGIES[strategy]
     assert isinstance(passes, Passes)
@@ -193,7 +193,8 @@ def no_second_derivative(ctx: Any, *_: Tensor) -> None:
         NotImplementedError: If it is called.
     """
     raise NotImplementedError(
-        'The fast strategies of routing have first derivatives only; for second ones, route with strategy="reference".'
+        "The fast strategies of routing have first derivatives only; for second derivatives, route with "
+        'strategy="reference".'
     )
 
 

@@ -1,4 +1,4 @@
-"""Blocks of inputs, what happens within one, and the buffers that its temporaries live in."""
+"""Blocks of inputs, the arithmetic within a block, and the buffers for its temporaries."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def blocks(n_samples: int, n_inp: int, block_size: int) -> Iterator[tuple[slice,
 def block_size(tensor: Tensor, floats_per_input: int) -> int:
     """Return the number of inputs of a block.
 
-    Its temporaries take eight times the second-level cache, which was best where it was measured (with smaller blocks,
-    calls take the time), or a small part of a GPU's memory.
+    On the CPU its temporaries take eight times the second-level cache, which was best in measurements: with smaller
+    blocks, calls take the time. On a GPU they take a small part of its memory.
     """
     if tensor.device.type == "cpu":
         n_bytes = 8 * _cache_bytes_per_core() * torch.get_num_threads()
@@ -52,10 +52,10 @@ def _cache_bytes_per_core() -> int:
 
 
 def exp_(logits: Tensor) -> Tensor:
-    """Compute `exp` in place, or 0 where it is close to the smallest normal number: below 1e-34 in float32.
+    """Compute `exp` in place, with 0 for results close to the smallest normal number (below 1e-34 in float32).
 
-    Beside the weight of the largest logit, 1, that is as good as 0. And processors are many times slower with numbers
-    below the smallest normal one: `exp` where it underflows, and whatever else multiplies its results.
+    Beside the weight of the largest logit, which is 1, such results are as good as 0. Processors are many times slower
+    with numbers below the smallest normal one, both in `exp` and in products with its results.
     """
     lowest = 0.9 * math.log(torch.finfo(logits.dtype).tiny)
     weights = logits.clamp_min_(lowest).exp_()
@@ -69,7 +69,7 @@ def use(weights: Tensor, sum_weights: Tensor, f_inp: Tensor, R: Tensor | None) -
         weights: `[n,j,i]`.
         sum_weights: `[n,1,i]`.
         f_inp: `[n,1,i]`.
-        R: `[n,i,j]`, to write to; or None.
+        R: `[n,i,j]`, to write the probabilities to; or None.
 
     Returns:
         `D [n,j,i]`.
@@ -83,8 +83,8 @@ def use(weights: Tensor, sum_weights: Tensor, f_inp: Tensor, R: Tensor | None) -
 def use_backward(D: Tensor, d_D: Tensor, f_inp: Tensor, d_f_inp: Tensor, d_logits_of_R: Tensor | None) -> Tensor:
     """Go back through a block's `D = f softmax(logits)`: add to `d_f_inp [n,i]`, and return `d_logits [n,j,i]`.
 
-    The memory of `d_D` is reused. Where `f` is 0, so is `D`, and so is the gradient of the score, whatever is added to
-    that of `f`.
+    The memory of `d_D` is reused. Where `f` is 0, `D` is 0 too. The gradient of the score is then 0, whatever is added
+    to the gradient of `f`.
     """
     d_logits = d_D.mul_(D)
     d_f = d_logits.sum(1, keepdim=True) / f_inp.clamp_min(torch.finfo(f_inp.dtype).tiny)
@@ -94,7 +94,7 @@ def use_backward(D: Tensor, d_D: Tensor, f_inp: Tensor, d_f_inp: Tensor, d_logit
 
 
 def d_logits_of_R(weights: Tensor, sum_weights: Tensor, d_R: Tensor | None) -> Tensor | None:
-    """Return what the gradient `[n,i,j]` of `R`, if it is an output, adds to that of a block's logits, `[n,j,i]`."""
+    """Return what the gradient of `R`, `[n,i,j]` or None, adds to the gradient of a block's logits, `[n,j,i]`."""
     if d_R is None:
         return None
     R = weights / sum_weights
@@ -105,16 +105,16 @@ def d_logits_of_R(weights: Tensor, sum_weights: Tensor, d_R: Tensor | None) -> T
 class Workspace(threading.local):
     """Buffers for the temporaries of a block. The next block and the next call use them again.
 
-    Allocating them anew would cost page faults on the CPU. Each thread that routes keeps as much as a block takes. On
-    another device they are allocated anew: it has memory of its own for each stream and each graph, and two of them may
-    run at once.
+    New allocations would cost page faults on the CPU. Each thread that routes keeps the memory of one block. Other
+    devices allocate their buffers anew: each stream and each graph has memory of its own, and two of them may run at
+    once.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialised tensor, which is valid until the same name is asked for again."""
+        """Return an uninitialised tensor, which is valid until the same name is requested again."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         numel = math.prod(shape)
@@ -126,7 +126,7 @@ class Workspace(threading.local):
         return buffer[:numel].view(shape)
 
     def like(self, name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return one with the dtype and device of a tensor, and its shape unless another is given."""
+        """Return a buffer with the dtype and device of a tensor, and its shape unless another is given."""
         return self(name, tensor.shape if shape is None else shape, tensor.dtype, tensor.device)
 
 

@@ -1,7 +1,7 @@
 """Strategy "cpu": fused kernels for the CPU, compiled by numba. README.md explains how they cut the work.
 
-The first call for a dtype takes about half a minute to compile forward and backward. What is compiled is kept on disk,
-if there is a place for it.
+The first call for a dtype takes about half a minute to compile forward and backward. Compiled kernels are kept on disk
+if a directory can be written to.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .strategy import Call, is_installed
 from .terms import EStep, Inputs, Statistics, UseGradient
 from .threads import run_on_threads
 
-_N_CHUNKS = 16  # shares of the work, whatever the number of threads: sums depend on it
-MAX_KEPT = 2**25  # bytes of votes
-# Inputs in a tile: of more, less fits in the first-level cache, and of fewer, vectors are short beside their loops.
+_N_CHUNKS = 16  # parts of the work, the same for any number of threads, as sums depend on it
+MAX_KEPT = 2**25  # most bytes of votes that are kept
+# Inputs in a tile. With more, less fits in the first-level cache; with fewer, vectors are short beside their loops.
 _MAX_TILE = 512
 _TILE_BYTES = 2**20  # half of a second-level cache
-NARROW = 8  # d_inp up to which votes are cheaper to make than to keep
+NARROW = 8  # largest d_inp for which votes are cheaper to make again than to keep
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Cpu(StreamingStrategy):
         return missing_numba()
 
     def unserved(self, call: Call) -> str | None:
-        """Return None if it serves a call, else the reason."""
+        """Return None if the strategy serves a call, else the reason."""
         if call.mu_inp.device.type != "cpu":
             return f"runs on the CPU, and the inputs are on {call.mu_inp.device}"
         return super().unserved(call)
@@ -53,14 +53,14 @@ class Cpu(StreamingStrategy):
     def needs_double(self, n_votes: int, p_model: str, is_split: bool) -> bool:
         """Return whether to compute float32 inputs in float64.
 
-        Nothing scales the distances of soft k-means: where they are large, their rounding decides between outputs.
+        Nothing scales the distances of soft k-means, so the rounding of large distances decides between outputs.
         """
         return p_model == "skm"
 
     def uniform_statistics(self, inputs: Inputs) -> tuple[Statistics, Tensor]:
         """Add up statistics of the first iteration; see `Passes`."""
         direction = _Direction.of(inputs)
-        if direction.keeps_votes:  # nothing to make: a pass over them is less work than second moments
+        if direction.keeps_votes:  # a pass over kept votes is less work than second moments
             return _statistics(inputs, None, None), uniform.no_moments(inputs)
         if direction.is_narrow:
             moments = direction.uniform_moments()
@@ -74,9 +74,7 @@ class Cpu(StreamingStrategy):
         direction = _Direction.of(inputs)
         if direction.keeps_votes:
             direction.gradients(None, d_use, None, d_mu_inp, d_f_inp)
-            return direction.gradients_of_votes(
-                d_mu_inp
-            )  # of all iterations: this one is the last to be differentiated
+            return direction.gradients_of_votes(d_mu_inp)  # for all iterations, as this one is differentiated last
         if direction.is_narrow:
             constant, half, d_W = uniform.quadratic_form(inputs, moments, d_use)
             direction.uniform_gradients(constant, half, d_mu_inp, d_f_inp)
@@ -107,7 +105,7 @@ class Cpu(StreamingStrategy):
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """Return the kernels. Importing them needs numba, which not everyone has."""
+    """Return the kernels. They are imported here, as that needs numba."""
     from . import cpu_kernels
 
     say_compiling(cpu_kernels, cpu_kernels.statistics)
@@ -115,27 +113,27 @@ def _kernels() -> ModuleType:
 
 
 def missing_numba() -> str | None:
-    """Return None, or a clause about numba where it is not installed."""
+    """Return None, or a clause that says how to install numba if it is missing."""
     if is_installed("numba"):
         return None
     return 'is made of kernels that numba compiles, and numba is not installed: `pip install "capsule-heads[cpu]"`'
 
 
 def say_compiling(kernels: ModuleType, one: Any) -> None:
-    """Say that kernels are about to be compiled, unless they were on this machine.
+    """Log that kernels are about to be compiled, unless this machine has compiled them before.
 
     Args:
-        kernels: their module.
-        one: of its kernels.
+        kernels: the module of the kernels.
+        one: one of the kernels.
     """
-    folder = one.stats.cache_path  # None where there is no place
+    folder = one.stats.cache_path  # None if no directory can be written to
     name = kernels.__name__.rpartition(".")[2]
     if folder is None or not any(Path(folder).glob(f"{name}.*.nbi")):
         logger.warning("Compiling the kernels of routing, once on this machine: the first step takes 20 to 60 seconds.")
 
 
 def _statistics(inputs: Inputs, e_step: EStep | None, R: Tensor | None) -> Statistics:
-    """Add up statistics; without an `e_step`, those of the first iteration."""
+    """Add up statistics; without an `e_step`, the statistics of the first iteration."""
     direction = _Direction.of(inputs)
     sums = direction.statistics(e_step, R)
     counts, means, scatters = sums[:, :1], *sums[:, 1:].chunk(2, dim=1)
@@ -149,13 +147,13 @@ def _statistics(inputs: Inputs, e_step: EStep | None, R: Tensor | None) -> Stati
 
 
 class _Plan(NamedTuple):
-    """How inputs are cut into tiles, and tiles are dealt to chunks. A segment is a chunk's part of a sample.
+    """The division of inputs into tiles, and of tiles into chunks. A segment is a chunk's part of a sample.
 
     Attributes:
-        tiles: `[tiles,4]`: sample, first input, count and segment.
-        chunks: `[chunks+1]`: the first tile of each, and the end.
-        samples: `[segments]`: the sample of each.
-        firsts: `[samples]`: the first segment of each.
+        tiles: `[tiles,4]`, sample, first input, count and segment of each tile.
+        chunks: `[chunks+1]`, the first tile of each chunk, and the end.
+        samples: `[segments]`, the sample of each segment.
+        firsts: `[samples]`, the first segment of each sample.
     """
 
     tiles: np.ndarray
@@ -178,19 +176,19 @@ def _plan(n_samples: int, n_inp: int, tile_size: int) -> _Plan:
 
 
 class _Direction:
-    """What the passes of one direction of a call share: the forward passes, or the backward passes.
+    """Data and buffers that all passes of a call in one direction share, forward or backward.
 
     Attributes:
-        is_narrow: whether votes are cheaper to make than to keep.
+        is_narrow: whether votes are cheaper to make again than to keep.
         keeps_votes: whether votes are made once for all passes.
-        plan: how the work is cut.
+        plan: how inputs are cut into tiles and chunks.
     """
 
     def __init__(self, inputs: Inputs) -> None:
         n, i, c, d = inputs.mu_inp.shape
         h, j, _ = inputs.W.shape
         self._dtype = inputs.mu_inp.dtype
-        n_rows = -(-h * j // 4) * 4  # of weights, padded; and so are their columns
+        n_rows = -(-h * j // 4) * 4  # rows of the weights, padded as their columns are
         self.is_narrow = d <= NARROW
         n_planes = 4 if self.is_narrow else c * n_rows
         n_bytes = (n_planes + 2 * j + 2 * c * d) * inputs.mu_inp.element_size()
@@ -214,7 +212,7 @@ class _Direction:
 
     @classmethod
     def of(cls, inputs: Inputs) -> _Direction:
-        """Return the one for these inputs."""
+        """Return the direction that belongs to these inputs."""
         if cls not in inputs.memo:
             inputs.memo[cls] = cls(inputs)
         return inputs.memo[cls]
@@ -233,7 +231,7 @@ class _Direction:
     def statistics(self, e_step: EStep | None, R: Tensor | None) -> Tensor:
         """Return counts, means and scatters, `[segments,1+2p,j]`, float64. Write `R [n,i,j]` if it is given.
 
-        Without an `e_step`, they are those of the first iteration.
+        Without an `e_step`, do the first iteration.
         """
         sums = self._new_sums()
         self._run(
@@ -252,10 +250,11 @@ class _Direction:
     def gradients(
         self, e_step: EStep | None, d_use: UseGradient, d_R: Tensor | None, d_mu_inp: Tensor, d_f_inp: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Add to `d_mu_inp` (unless it keeps votes, and so their gradient) and to `d_f_inp`.
+        """Add to `d_f_inp` and, unless votes and their gradient are kept, to `d_mu_inp`.
 
         Returns:
-            `[segments,1+2p,j]`, float64, see `cpu_kernels.gradients`; and the gradient of `W` (0 if it keeps votes).
+            Sums `[segments,1+2p,j]`, float64, see `cpu_kernels.gradients`, and the gradient of `W` (0 if votes are
+            kept).
         """
         sums = self._new_sums()
         d_W = torch.zeros(0, 0, 0, dtype=torch.float64) if self.keeps_votes else self._new_d_W()
@@ -283,13 +282,13 @@ class _Direction:
         return sums, d_W.sum() if self.keeps_votes else self._unpadded(d_W)
 
     def gradients_of_votes(self, d_mu_inp: Tensor) -> Tensor:
-        """Add to `d_mu_inp` what comes through the votes that it keeps, and return the gradient of `W`."""
+        """Add the gradient through the kept votes to `d_mu_inp`, and return the gradient of `W`."""
         d_W = self._new_d_W()
         self._run(_kernels().gradients_of_kept, self._d_votes, d_mu_inp.numpy(), d_W.numpy())
         return self._unpadded(d_W)
 
     def per_sample(self, x: Tensor) -> Tensor:
-        """Sum what segments have added up, `[segments,...]`, to `[n,...]`."""
+        """Sum `[segments,...]` over the segments of each sample, to `[n,...]`."""
         n = len(self._inputs[0])
         if len(x) in (0, n):
             return x.new_zeros(n, *x.shape[1:]) if len(x) == 0 else x
@@ -303,11 +302,11 @@ class _Direction:
         def run(thread: int) -> None:
             kernel(self._inputs, plan, (thread, n_threads), *arguments)
 
-        with torch.profiler.record_function(f"capsule_heads::{kernel.__name__}"):  # torch would not see it
+        with torch.profiler.record_function(f"capsule_heads::{kernel.__name__}"):  # else unknown to torch's profiler
             run_on_threads(run, n_threads)
 
     def _e_step(self, e_step: EStep | None) -> np.ndarray:
-        """Pack as `[n,2+3p,j]`, see `cpu_kernels`. Priors are relative to the largest, as large logits lose digits."""
+        """Pack an E-step as in `cpu_kernels`, `[n,2+3p,j]`, with priors less the largest: large logits lose digits."""
         if e_step is None:
             n, c, h, j, _ = self._sizes
             return torch.zeros(n, 2 + 3 * c * h, j, dtype=self._dtype).numpy()

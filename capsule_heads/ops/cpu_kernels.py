@@ -1,13 +1,12 @@
 """The kernels of strategy "cpu": one fused loop over tiles of inputs for each pass, on one thread, without the GIL.
 
-README.md explains tiles and chunks. Rows in scratch memory are planes `[i]`. The planes `u_ijch = (x W)_ijch` are made
-in blocks of four, in the order `q = (j, h)` for each `c`: from the inputs, by a product of small blocks in registers,
-or they have been kept from an earlier pass. What a tile adds up is of the dtype of the inputs; what tiles add up is
-float64.
+README.md explains tiles and chunks. Rows in scratch memory are planes `[i]`. The planes `u_ijch = (x W)_ijch` come in
+blocks of four, in the order `q = (j, h)` for each `c`. They are kept from an earlier pass, or made from the inputs by
+products of small blocks in registers. Sums within a tile have the dtype of the inputs. Sums over tiles are float64.
 
-In the shapes `q` counts outputs and their columns, padded to a multiple of four like `d`; `p` counts `c` and `h`; `T`
-is the largest number of inputs in a tile, and some more. numba keeps what it compiles until this file changes: what the
-passes call has to be in it.
+In the shapes `q` counts outputs and their columns, padded to a multiple of four like `d`, and `p` counts `c` and `h`.
+`T` is the largest number of inputs in a tile, plus padding. numba keeps compiled code until this file changes, so all
+functions that the passes call have to be in this file.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-try:  # also a sign to transformers, which else refuses code that comes with a checkpoint where numba is not installed
+try:  # without it, transformers would refuse a checkpoint's code if numba is not installed
     import numba
     from numba.extending import intrinsic, overload
 except ImportError as error:
     raise ImportError(
-        'numba is not installed, and strategy "cpu" is made of its kernels: `pip install "capsule-heads[cpu]"`, or '
+        'numba is not installed, and strategy "cpu" needs it: `pip install "capsule-heads[cpu]"`, or '
         'use strategy="auto".'
     ) from error
 
@@ -36,25 +35,25 @@ def _jit(*fastmath: str) -> Callable[[_Function], _Function]:
     """Compile a function when it is first called.
 
     Args:
-        fastmath: what the compiler may do with numbers. Infinities stay exact.
+        fastmath: liberties that the compiler may take with numbers. Infinities stay exact.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
 
     def decorate(function: _Function) -> _Function:
         try:
             return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no directory to write to, neither beside this file nor the user's
+        except RuntimeError:  # neither the directory of this file nor the user's cache can be written to
             return numba.njit(**options)(function)
 
     return decorate
 
 
-_jit_sums = _jit("contract", "nsz", "reassoc")  # sums may be reordered, else they would not be vectors
+_jit_sums = _jit("contract", "nsz", "reassoc")  # sums may be reordered, as they would else not be vectorised
 _jit_exact = _jit("contract")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# exp, without a library's: numba's own is a call for each number, and no vector
+# exp without a library: numba's own exp is a call for each number, and is not vectorised
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +71,7 @@ def _float_of_bits(typing_context: Any, bits: Any) -> tuple[Any, Callable[..., A
 @_jit_exact  # the two parts of log 2 must not be added before they are subtracted
 def _exp32(x: np.float32) -> np.float32:
     y = max(x, np.float32(-80.0))
-    n = np.int32(y * np.float32(1.4426950408889634) - np.float32(0.5))  # towards zero: y is not above it
+    n = np.int32(y * np.float32(1.4426950408889634) - np.float32(0.5))  # rounded towards zero, as y is at most 0
     r = y - np.float32(n) * np.float32(0.693359375)
     r = r + np.float32(n) * np.float32(2.12194440e-4)
     p = np.float32(1 / 5040) * r + np.float32(1 / 720)
@@ -82,7 +81,7 @@ def _exp32(x: np.float32) -> np.float32:
     p = p * r + np.float32(0.5)
     p = p * (r * r) + r + np.float32(1.0)
     bits = np.int32((n + 127) << 23)
-    # Zero in good time before the smallest normal number: processors are slow with smaller ones and their products
+    # Zero well above the smallest normal number: processors are slow with smaller numbers and their products
     return p * _float_of_bits(bits) if x > np.float32(-78.0) else np.float32(0.0)  # type: ignore[call-arg]  # see there
 
 
@@ -92,7 +91,7 @@ def _exp64(x: float) -> float:
 
 
 def _exp(x: float) -> Any:
-    """Return `exp(x)` for `x <= 0`, or 0 where that is next to nothing. Only compiled code calls it."""
+    """Return `exp(x)` for `x <= 0`, or 0 where that is almost 0. Only compiled code calls this."""
 
 
 @overload(_exp)
@@ -102,7 +101,7 @@ def _(x) -> Callable[[Any], Any]:  # type: ignore[no-untyped-def]  # numba compa
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products with a block of four planes. Sixteen factors stay in registers while lanes run over the inputs.
-# Rows are indexed, here and below, and not taken as arrays: each array would be counted by reference, which takes long.
+# Here and below, rows are indexed and not taken as arrays: counting the references to each array would take long.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +154,7 @@ def _product_backward(
             d_x[c, d + 1, i] += w01 * b0 + w11 * b1 + w21 * b2 + w31 * b3
             d_x[c, d + 2, i] += w02 * b0 + w12 * b1 + w22 * b2 + w32 * b3
             d_x[c, d + 3, i] += w03 * b0 + w13 * b1 + w23 * b2 + w33 * b3
-        for k in range(0, 4, 2):  # two rows at a time: their sums are as many as AVX2 has registers for
+        for k in range(0, 4, 2):  # two rows at a time, as AVX2 has registers for no more sums
             s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
             for i in range(width):
                 a0, a1, a2, a3 = x[c, d, i], x[c, d + 1, i], x[c, d + 2, i], x[c, d + 3, i]
@@ -185,7 +184,7 @@ def _load(
     count: int,
     width: int,
 ) -> None:
-    """Load a tile's inputs, centred, `x [c,d,T]`, and their `f_tile [T]`; zeros fill the last vectors."""
+    """Load a tile's centred inputs `x [c,d,T]` and their `f_tile [T]`, and fill the last vectors with zeros."""
     for c in range(centre.shape[0]):
         for d in range(centre.shape[1]):
             middle = centre[c, d]
@@ -216,9 +215,9 @@ def _e_step(
     n_c, n_q, n_out = x.shape[0], W.shape[0], weights.shape[0]
     n_p = e_step.shape[0] // 3
     n_h = n_p // n_c
-    group = 4 if n_h % 4 == 0 else 2 if n_h % 2 == 0 else 1  # of planes of one output
+    group = 4 if n_h % 4 == 0 else 2 if n_h % 2 == 0 else 1  # planes of one output at a time
     for j in range(n_out):
-        # The same for all outputs, so no matter: near zero, where an energy often is, least is lost.
+        # A constant for all outputs changes nothing. It brings a typical energy near zero, where rounding loses least.
         for i in range(width):
             weights[j, i] = -0.5 * n_p
         if len(d_use):
@@ -258,7 +257,7 @@ def _add_energy(
     n_p: int,
     width: int,
 ) -> None:
-    """Add `z^2`, `z = scale (u - mean)`, of one, two or four planes at once: fewer steps through memory."""
+    """Add `z^2` with `z = scale (u - mean)`, for one, two or four planes at once to save steps through memory."""
     m0, s0, r0 = e_step[p, j], e_step[p + n_p, j], e_step[p + 2 * n_p, j]
     if group == 1:
         for i in range(width):
@@ -323,7 +322,7 @@ def _moments(
         return zero, zero
     distance = first / n_used
     scatter = second - first * distance
-    if not scatter + scatter >= second:  # the difference has lost digits: again, about the mean
+    if not scatter + scatter >= second:  # the difference has lost digits, so sum again about the mean
         scatter = zero
         for i in range(width):
             v = planes[at, i] - middle - distance
@@ -337,12 +336,12 @@ def _moments(
 # Arguments of all passes, or of most:
 #     inputs: `mu_inp [n,i,c,d]`, `f_inp [n,i]`, `centre [n,c,d]` and `W [q,d]`, padded.
 #     plan: `tiles [tiles,4]` (sample, first input, count, segment), `chunks` (first tile of each, and the end), `T`.
-#     share: which chunks are this call's, the first, and how far it is from each to the next.
-#     kept: `[tiles,c*q,T]`, the planes of all tiles; or of no tiles.
-#     n_scratch: otherwise, how many planes there is room for: all, or four, which are then computed twice.
+#     share: the chunks of this call, as the first one and the step from each to the next.
+#     kept: `[tiles,c*q,T]`, the planes of all tiles; empty if planes are not kept.
+#     n_scratch: number of planes that scratch memory holds if planes are not kept: all, or four, computed twice.
 #     uniform: whether it is the first iteration, in which all logits are 0.
-#     e_step: `[n,2+3p,j]`: `log_prior`, means, scales, what scales lose to rounding, and what `log_prior` loses: that
-#         would be the same for all inputs, and not average out.
+#     e_step: `[n,2+3p,j]`: `log_prior`, means, scales, and the rounding errors of scales and of `log_prior`. The latter
+#         is the same for all inputs, and would not average out.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +362,7 @@ def statistics(
 
     Beside the arguments of all passes:
         fill: whether to compute `kept`, rather than read it.
-        R: `[n,i,j]` to write to, or of no samples.
+        R: `[n,i,j]` to write to, or empty.
         sums: `[segments,1+2p,j]`, float64, zeros: counts, means and scatters are written here.
     """
     mu_inp, f_inp, centre, W = inputs
@@ -406,7 +405,7 @@ def statistics(
 def _merge(
     sums: np.ndarray, segment: int, p: int, n_p: int, j: int, n_used: float, mean: float, scatter: float
 ) -> None:
-    """Add a tile's mean and scatter to those of the tiles before it, which with it have the count of `sums`."""
+    """Merge a tile's mean and scatter into `sums`, whose count already includes the tile."""
     if n_used > 0:
         count = sums[segment, 0, j]
         distance, fraction = mean - sums[segment, p, j], n_used / count
@@ -437,14 +436,14 @@ def gradients(
 
     Beside the arguments of all passes:
         d_use: `[n,1+3p,j]`: constant, means, `linear` and `square`.
-        d_R: `[n,i,j]`, or of no samples.
-        d_kept: like `kept`: the gradient of what is kept, instead of those of the inputs and `W`.
+        d_R: `[n,i,j]`, or empty.
+        d_kept: like `kept`, the gradient of the kept planes, instead of the gradients of the inputs and `W`.
         add: whether to add to `d_kept`, rather than write it.
         d_mu_inp: `[n,i,c,d]`, added to.
         d_f_inp: `[n,i]`, added to.
         d_W: `[chunks,q,d]`, float64, added to.
-        sums: `[segments,1+2p,j]`, float64, zeros. With `g` the gradient of a logit and `y = u - mean`, `sum_i g`,
-            `sum_i g y` and `sum_i g y^2` are written here.
+        sums: `[segments,1+2p,j]`, float64, zeros. `sum_i g`, `sum_i g y` and `sum_i g y^2` are written here, where `g`
+            is the gradient of a logit and `y = u - mean`.
     """
     mu_inp, f_inp, centre, W = inputs
     tiles, chunks, T = plan
@@ -493,7 +492,7 @@ def gradients_of_kept(
     d_mu_inp: np.ndarray,
     d_W: np.ndarray,
 ) -> None:
-    """Add to the gradients of the inputs and the weights, from that of the planes that were kept."""
+    """Add to the gradients of the inputs and the weights, from the gradient of the kept planes."""
     mu_inp, f_inp, centre, W = inputs
     tiles, chunks, T = plan
     n_c, n_q = mu_inp.shape[2], W.shape[0]
@@ -515,7 +514,7 @@ def gradients_of_kept(
 def uniform_moments(inputs: _Inputs, plan: _PlanOfTiles, share: tuple[int, int], moments: np.ndarray) -> None:
     """Add `sum_i f_i x_ic x_ic^T`, and `sum_i f_i x_ic` in the last column, to `moments [segments,c,d,d+1]`, float64.
 
-    For narrow inputs: it makes one pass over a tile for each of these sums.
+    This is for narrow inputs, as it makes one pass over a tile for each of these sums.
     """
     mu_inp, f_inp, centre, _ = inputs
     tiles, chunks, T = plan
@@ -554,8 +553,8 @@ def uniform_gradients(
     """Go back through the first iteration, in which `D_ij` has the same gradient for all `j`, quadratic in `x_i`.
 
     Beside the arguments of all passes:
-        constant: `[n]`, its constant term.
-        half: `[n,c,d+1,d]`: the matrix of the quadratic form and, in the last row, half its linear term.
+        constant: `[n]`, the constant term of this gradient.
+        half: `[n,c,d+1,d]`, the matrix of its quadratic form and, in the last row, half its linear term.
         d_mu_inp: `[n,i,c,d]`, added to.
         d_f_inp: `[n,i]`, added to.
     """

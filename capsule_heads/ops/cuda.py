@@ -1,4 +1,4 @@
-"""Strategy "cuda": Triton kernels, one launch an iteration. README.md explains how they divide the work."""
+"""Strategy "cuda": Triton kernels, one launch per iteration. README.md explains how they divide the work."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from .strategy import IN_EXPORTS, IN_GROUPS, Call, Strategy, is_installed
 
 logger = logging.getLogger(__name__)
 
-MAX_COLUMNS = 1024  # of a block, n_out * d_out, each rounded up to a power of two: more do not fit into registers
+MAX_COLUMNS = 1024  # n_out * d_out, each rounded up to a power of two; a block with more does not fit into registers
 MAX_ROWS = 16  # d_cov
-MAX_OWN = 16384  # numbers of the votes of inputs with weights of their own
+MAX_OWN = 16384  # numbers in the votes, for inputs with weights of their own
 
 _TILE = 4096  # numbers of a block in float32
-_TILE_OF_W = 8192  # and of the weights that it is multiplied with
+_TILE_OF_W = 8192  # numbers of the weights that a block is multiplied with
 _N_WARPS = 8
 _BLOCK = 64  # numbers that a program sums
-_MARK = "compiled"  # a file in Triton's cache
-_MAX_BUFFER = 2**25  # numbers of the buffer for the gradients of W of all programs: 128 MiB in float32
+_MARK = "compiled"  # name of a file in Triton's cache
+_MAX_BUFFER = 2**25  # numbers in the buffer for all programs' gradients of W: 128 MiB in float32
 
 
 class Cuda(Strategy):
     """Routing by the kernels in `cuda_kernels`.
 
-    Second derivatives raise a `NotImplementedError`.
+    Computing second derivatives raises a `NotImplementedError`.
     """
 
     name = "cuda"
@@ -46,7 +46,7 @@ class Cuda(Strategy):
         return "is made of kernels that Triton compiles, and Triton is not installed: on Linux, `pip install triton`"
 
     def unserved(self, call: Call) -> str | None:
-        """Return None if it serves a call, else the reason."""
+        """Return None if the strategy serves a call, else the reason."""
         if torch.compiler.is_exporting():
             return IN_EXPORTS
         missing = self.missing()
@@ -85,7 +85,7 @@ class Cuda(Strategy):
 
 
 def _kernels() -> ModuleType:
-    """Return the kernels. Importing them needs Triton, which not everyone has."""
+    """Return the kernels. They are imported here, as that needs Triton."""
     from . import cuda_kernels
 
     return cuda_kernels
@@ -98,7 +98,7 @@ def is_interpreted() -> bool:
 
 
 class Sizes(NamedTuple):
-    """Sizes of a routing, and of the blocks that the kernels make of it.
+    """Sizes of a routing, and of the blocks that the kernels cut it into.
 
     Attributes:
         C: rows of a capsule; D: columns of an input; J: outputs; H: columns of an output.
@@ -125,7 +125,7 @@ class Sizes(NamedTuple):
 
     @property
     def is_narrow(self) -> bool:
-        """Return whether the kernels for narrow inputs serve these sizes. They name each number of a vote."""
+        """Return whether the kernels for narrow inputs serve these sizes. They hold each number of a vote by itself."""
         return self.D < 16 and self.C * self.H <= 16 and self.C * self.D <= 32
 
     @property
@@ -139,18 +139,18 @@ class Sizes(NamedTuple):
         """Choose blocks such that few registers spill to memory, or none."""
         tile = _TILE // 4 if is_double else _TILE
         BC, BH = _power(d_cov), _power(d_out)
-        BJ = max(_power(n_out), 16 // BH, 1)  # a matrix product takes 16 columns at least
+        BJ = max(_power(n_out), 16 // BH, 1)  # a matrix product takes at least 16 columns
         N = BJ * BH
         sizes = cls(d_cov, d_inp, n_out, d_out, 1, BC, _power(d_inp), BJ, BH, max(1, tile // (BC * N)))
         if sizes.is_narrow:
-            # An input and output for each thread; twice the rows at a time were a quarter slower.
+            # Each thread has one input and one output. Merging twice as many rows at a time was a quarter slower.
             return sizes._replace(BI=max(1, 32 * _N_WARPS // BJ), BP=max(1, sizes.BP // 2))
         BI = max(16 // BC, 1, min(128, tile // N) // BC)
         return sizes._replace(BI=BI, BD=max(16, min(64, _power(d_inp), _TILE_OF_W // N)))
 
 
 def _power(n: int) -> int:
-    """Return the smallest power of two that is not less."""
+    """Return the smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
 
 
@@ -173,7 +173,7 @@ def unserved_sizes(call: Call) -> str | None:
             f"each size rounded up to a power of two, and the kernels hold up to {MAX_OWN}"
         )
     if call.mu_inp.numel() == 0:
-        return "does not serve these inputs: there are none"
+        return "does not serve these inputs: they are empty"
     return None
 
 
@@ -210,7 +210,7 @@ class _Route(torch.autograd.Function):
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return the tensor contiguous, and beginning at a multiple of 16 bytes: the kernels are compiled for that."""
+    """Return the tensor contiguous and aligned to 16 bytes, as the kernels are compiled for such tensors."""
     x = x.contiguous()
     if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0:
         return x
@@ -225,8 +225,8 @@ def _aligned(x: Tensor) -> Tensor:
 class Launcher:
     """Launches a kernel with the same constants, on tensors of one dtype and device.
 
-    Triton looks at all arguments of a launch to see whether it has compiled the kernel for their kind, which takes
-    longer than the launch. Here they are always of one kind: numbers are not specialised, tensors are aligned.
+    At each launch, Triton examines all arguments to find the kernel that it compiled for their kinds. That takes longer
+    than the launch. Here the kinds never change, as numbers are not specialised and tensors are aligned.
     """
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -235,7 +235,7 @@ class Launcher:
         self._constants: tuple[Any, ...] = ()
 
     def __call__(self, n_programs: int, *arguments: Tensor | int) -> None:
-        """Launch it. Everything that the strategy runs on the GPU goes through here."""
+        """Launch the kernel. Everything that the strategy runs on the GPU goes through here."""
         grid = (n_programs, 1, 1)
         if self._compiled is not None:
             self._compiled[grid](*arguments, *self._constants)
@@ -248,7 +248,7 @@ class Launcher:
 
     @contextlib.contextmanager
     def _compiling(self, arguments: Sequence[Tensor | int]) -> Iterator[None]:
-        """Say that kernels are compiled, if Triton's cache has no mark for this one, and put one there afterwards."""
+        """Log that kernels are compiled if Triton's cache has no mark for this one, and then leave a mark."""
         from triton import __version__
         from triton.runtime.cache import get_cache_manager
 
@@ -278,12 +278,12 @@ def _say_that_kernels_are_compiled() -> None:
 
 @functools.cache
 def _launcher(name: str, about: Any, dtype: torch.dtype, device: torch.device, *flags: bool) -> Launcher:
-    """Return the launcher of a kernel, for what its `about` says of a call; see `_OPTIONS`."""
+    """Return the launcher of a kernel for the calls that `about` describes; see `_OPTIONS`."""
     return Launcher(name, **_OPTIONS[name](about, *flags))
 
 
 def _direction(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """Return a direction, or the operator of it where that is needed: it takes the host longer than a launch."""
+    """Return a direction or, only if needed, its operator, which takes the host longer than a launch."""
     return _OPERATORS[run] if torch.compiler.is_compiling() or torch.is_grad_enabled() else run
 
 
@@ -307,7 +307,7 @@ def _on_device(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
 
 
 class _Shared(NamedTuple):
-    """What the kernels of a call have as constants."""
+    """The sizes and options that are constants in the kernels of a call."""
 
     sizes: Sizes
     n_iters: int
@@ -339,7 +339,7 @@ def _statistics_options(about: _Shared, first: bool, last: bool, has_R: bool) ->
 
 
 def _two_programs(is_needed: bool) -> dict[str, int]:
-    """Limit registers such that a multiprocessor holds two programs: what does not fit is of the merge at the end."""
+    """Limit registers such that a multiprocessor holds two programs; only the merge at the end spills to memory."""
     return {"maxnreg": 65536 // (2 * 32 * _N_WARPS)} if is_needed else {}
 
 
@@ -360,7 +360,7 @@ def _parameters_options(about: _Shared) -> dict[str, Any]:
 
 
 def _programs(mu_inp: Tensor, inputs_of_block: int, most: int) -> tuple[int, int]:
-    """Return how many programs share the blocks of a sample, and how many blocks each has; all samples have `most`."""
+    """Return the number of programs of a sample, at most `most` for all samples together, and the blocks of each."""
     n_blocks = -(-mu_inp.shape[1] // inputs_of_block)
     n_programs = max(1, min(most // len(mu_inp), n_blocks))
     n_blocks_each = -(-n_blocks // n_programs)
@@ -368,14 +368,14 @@ def _programs(mu_inp: Tensor, inputs_of_block: int, most: int) -> tuple[int, int
 
 
 def _programs_of_gradients(mu_inp: Tensor, s: Sizes) -> tuple[int, int]:
-    """Return the same for a backward pass: for wide inputs a multiprocessor holds but one program of it."""
+    """Return the result of `_programs` for a backward pass, where a multiprocessor holds one program of wide inputs."""
     most = _n_programs(mu_inp.device) // (1 if s.is_narrow else 2)
     return _programs(mu_inp, s.BI, min(most, _MAX_BUFFER // (s.D * s.N * s.rows_of_program)))
 
 
 @functools.cache
 def _n_programs(device: torch.device) -> int:
-    """Return how many programs keep all multiprocessors busy; in the interpreter a few."""
+    """Return how many programs keep all multiprocessors busy; a few in the interpreter."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
@@ -388,7 +388,7 @@ def _new_outputs(mu_inp: Tensor, W: Tensor, return_R: bool) -> list[Tensor]:
 
 
 def _new_results(mu_inp: Tensor, W: Tensor, n_iters: int, return_R: bool) -> list[Tensor]:
-    """Allocate what `forward` returns."""
+    """Allocate the results of `forward`."""
     n, _, d_cov, d_inp = mu_inp.shape
     s = Sizes.of(d_cov, d_inp, W.shape[-1], W.shape[1], mu_inp.dtype == torch.float64)
     new = mu_inp.new_empty
@@ -411,20 +411,20 @@ def forward(
     """Route.
 
     Args:
-        a_inp: `[n,i]`, like all contiguous and of one dtype.
+        a_inp: `[n,i]`. All tensors are contiguous and have one dtype.
         mu_inp: `[n,i,c,d]`.
         W: `[1,j,d,h]`.
         B: `[1,j,c,h]`.
         beta_use: `[1,j]`.
         beta_ign: `[1,j]`.
-        n_iters: as in `routing.route`, like the others.
+        n_iters: as in `routing.route`, like the options after it.
         p_model: see there.
         eps: see there.
         return_R: see there.
 
     Returns:
-        `a_out [n,j]`, `mu_out` and `sig2_out [n,j,c,h]`, `R [n,i,j]` (empty unless asked for); and what `backward`
-        needs beside the inputs: packed weights, centre, E-steps, state, and counters, which every merge leaves at 0.
+        `a_out [n,j]`, `mu_out` and `sig2_out [n,j,c,h]`, and `R [n,i,j]` (empty unless requested). The remaining
+        results are for `backward`: packed weights, centre, E-steps, state, and counters, which every merge resets to 0.
     """
     n, n_inp, d_cov, d_inp = mu_inp.shape
     is_double = mu_inp.dtype == torch.float64
@@ -494,7 +494,7 @@ def backward(
 
 
 class _Own(NamedTuple):
-    """What the kernels of a call have as constants: sizes, the parameters that each input has its own of, options."""
+    """The constants in the kernels of a call: sizes, which parameters differ between inputs, and options."""
 
     n_inp: int
     d_cov: int
@@ -508,14 +508,14 @@ class _Own(NamedTuple):
 
     @classmethod
     def of(cls, mu_inp: Tensor, parameters: Sequence[Tensor], n_iters: int, p_model: str, eps: float) -> _Own:
-        """Return them for a call's tensors and options."""
+        """Return the constants for a call's tensors and options."""
         _, n_out, _, d_out = parameters[0].shape
         own = tuple(x.shape[0] > 1 for x in parameters)
         n_inp, d_cov, d_inp = mu_inp.shape[1:]
         return cls(n_inp, d_cov, d_inp, n_out, d_out, own, n_iters, p_model, eps)
 
     def constants(self) -> dict[str, Any]:
-        """Return those of both directions."""
+        """Return the constants of both directions."""
         blocks = {
             "BI": _power(self.n_inp),
             "BC": _power(self.d_cov),
@@ -543,7 +543,7 @@ def _sum_options(about: _Own) -> dict[str, Any]:
 
 
 def _new_own_results(mu_inp: Tensor, W: Tensor, n_iters: int, return_R: bool) -> list[Tensor]:
-    """Allocate what `own_forward` returns."""
+    """Allocate the results of `own_forward`."""
     n_columns = _power(W.shape[1]) * _power(W.shape[3])
     state = mu_inp.new_empty(len(mu_inp), n_iters, 1 + 2 * mu_inp.shape[2], n_columns)
     return [*_new_outputs(mu_inp, W, return_R), state]
@@ -554,7 +554,7 @@ def own_forward(
     a_inp: Tensor, mu_inp: Tensor, W: Tensor, B: Tensor, beta_use: Tensor, beta_ign: Tensor,
     n_iters: int, p_model: str, eps: float, return_R: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Route with parameters `[i or 1,j,...]`. Else as `forward`; `own_backward` needs but the state of iterations."""
+    """Route as `forward` does, with parameters `[i or 1,j,...]`. `own_backward` needs only the state of iterations."""
     parameters = (W, B, beta_use, beta_ign)
     about = _Own.of(mu_inp, parameters, n_iters, p_model, eps)
     *outputs, R, state = _new_own_results(mu_inp, W, n_iters, return_R)
@@ -609,7 +609,7 @@ _OPTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 def _operator(name: str, run: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]) -> Callable:
     operator = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=())
     operator.register_fake(fake)
-    operator.register_autograd(no_second_derivative)  # of a forward direction nobody asks: `_Route` has its own
+    operator.register_autograd(no_second_derivative)  # never used by a forward direction, as `_Route` has its own
     return operator
 
 
@@ -629,7 +629,7 @@ def _fake_backward(
     return [torch.empty_like(x) for x in arguments[:6]]
 
 
-# What `torch.compile` takes whole. They are also what refuses second derivatives.
+# Operators that `torch.compile` does not break up. They also refuse second derivatives.
 _OPERATORS = {
     forward: _operator("route_cuda", forward, _fake(_new_results)),
     backward: _operator("route_cuda_backward", backward, _fake_backward),

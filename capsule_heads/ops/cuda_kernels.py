@@ -1,15 +1,15 @@
-"""The kernels of strategy "cuda", in Triton: what a program computes, and what the last program of a sample adds to it.
+"""The kernels of strategy "cuda", in Triton: the work of each program, and of the last program of a sample.
 
-A program takes some blocks of one sample's inputs, one after another, and writes what it adds up to rows of its own.
-The program of a sample that finishes last merges the rows of all of them in float64, in one order, and does the M-step
-on the result: so an iteration is one launch, nothing waits for another program, and no bit changes from run to run.
+A program goes over some blocks of one sample's inputs, one after another, and writes its sums to rows of its own. The
+program of a sample that finishes last merges the rows of all its programs in float64, in a fixed order, and does the
+M-step on the result. So an iteration is one launch, no program waits for another, and no bit changes from run to run.
 
 A block is a matrix with a row for each row `c` of each input, `i * BC + c`, and a column for each number of a vote,
 `n = j * BH + h`. `BI`, `BJ`, `BC` and `BH` are powers of two: rows and columns beyond the real ones are zero. Votes are
 `u + bias` with `u = (mu_inp - centre) W`, as in `streaming`, whose names these kernels use.
 
-Small tensors are laid out in rows of `N = BJ * BH` numbers, a number for each column; a row with a number for each
-output has it in its first `BJ`:
+Small tensors are laid out in rows of `N = BJ * BH` numbers, a number for each column. A row with a number for each
+output has them in its first `BJ` places:
 
 | tensor    | of                | rows                                                                            |
 | --------- | ----------------- | ------------------------------------------------------------------------------- |
@@ -19,18 +19,17 @@ output has it in its first `BJ`:
 | `sums`    | all M-steps       | `d_bias` (C), `d_beta_use`, `d_beta_ign`, `d_total`; float64                    |
 | `partial` | a program's block | statistics as above, or sums of `d_logits`, of `d_z` (C) and of `d_z z` (C)     |
 
-Two kinds of kernels go over all inputs. Those for wide inputs make the votes of a block as a matrix product. For narrow
-ones (`narrow_...`) a block is a matrix `[BI,BJ]` for each `c` and `h`, and a thread has all numbers of its inputs and
-outputs: what is summed over inputs, it sums by itself.
+Two kinds of kernels go over all inputs. The kernels for wide inputs make the votes of a block as a matrix product. In
+the kernels for narrow inputs (`narrow_...`) a block is a matrix `[BI,BJ]` for each `c` and `h`. A thread then has all
+numbers of its inputs and outputs, and does its own sums over inputs.
 """
 
-try:  # also a sign to transformers, which else refuses code that comes with a checkpoint where Triton is not installed
+try:  # without it, transformers would refuse a checkpoint's code if Triton is not installed
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError(
-        'Triton is not installed, and strategy "cuda" is made of its kernels: on Linux, `pip install triton`, or use '
-        'strategy="auto".'
+        'Triton is not installed, and strategy "cuda" needs it: on Linux, `pip install triton`, or use strategy="auto".'
     ) from error
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def _probabilities(energy, log_prior_ptr, J: tl.constexpr, BI: tl.constexpr, BJ:
 
 @triton.jit
 def _is_last(counter_ptr, n_programs):
-    """Return whether all other programs of the sample have written what they add up; the counter is then 0 again."""
+    """Return whether all other programs of the sample have written their sums, and if so reset the counter to 0."""
     tl.debug_barrier()  # every thread has written
     is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_programs - 1
     tl.debug_barrier()
@@ -139,7 +138,7 @@ def _is_last(counter_ptr, n_programs):
 def _merged(count, mean, scatter, other_count, other_mean, other_scatter):
     """Merge two counts `[N]`, means and scatters about them `[BC,N]` by Chan's formula."""
     total = count + other_count
-    fraction = (other_count / tl.maximum(total, 1e-30))[None, :]  # a total below that is nothing beside eps
+    fraction = (other_count / tl.maximum(total, 1e-30))[None, :]  # a total below 1e-30 is nothing beside eps
     distance = other_mean - mean
     return (
         total,
@@ -150,7 +149,7 @@ def _merged(count, mean, scatter, other_count, other_mean, other_scatter):
 
 @triton.jit
 def _merge_programs(row_ptr, n_programs, C: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, BP: tl.constexpr):
-    """Merge what the programs of a sample have added up, in float64: counts `[N]`, means and scatters `[BC,N]`."""
+    """Merge the statistics of a sample's programs in float64: counts `[N]`, means and scatters `[BC,N]`."""
     ROW: tl.constexpr = (1 + 2 * C) * N
     n, p, c = tl.arange(0, N), tl.arange(0, BP), tl.arange(0, BC)
     count = tl.zeros([N], dtype=tl.float64)
@@ -175,7 +174,7 @@ def _merge_programs(row_ptr, n_programs, C: tl.constexpr, BC: tl.constexpr, N: t
 def _sum_programs(
     row_ptr, n_programs, C: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr
 ):  # fmt: skip
-    """Sum rows of all programs of a sample in float64: one with a number for each output, `[N]`; two of `[BC,N]`."""
+    """Sum the rows of a sample's programs in float64: `[N]`, with a number for each output, and two of `[BC,N]`."""
     N: tl.constexpr = BJ * BH
     ROW: tl.constexpr = (1 + 2 * C) * N
     n, p, c = tl.arange(0, N), tl.arange(0, BP), tl.arange(0, BC)
@@ -237,10 +236,10 @@ def _load_m_step(state_ptr, beta_use_ptr, beta_ign_ptr, t, T: tl.constexpr, J: t
 
 @triton.jit
 def _log_prior(a_out, sig2_out, is_real, J: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, SKM: tl.constexpr):
-    """Return the E-step's log prior, `[BJ]`, less the largest: far from zero, logits lose digits."""
+    """Return the E-step's log prior, `[BJ]`, less the largest, as logits far from zero lose digits."""
     a_out = tl.max(tl.reshape(a_out, [BJ, BH]), axis=1)  # the same in all columns of an output
     log_prior = tl.minimum(a_out, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(a_out)))
-    if not SKM:  # the log-softmax of the paper is a constant of each input, which the softmax takes out
+    if not SKM:  # the paper's log-softmax adds a constant to each input's logits, which the softmax removes
         log_variance = tl.sum(tl.where(is_real, tl.log(sig2_out), 0.0), axis=0)
         log_prior -= 0.5 * tl.sum(tl.reshape(log_variance, [BJ, BH]), axis=1)
     log_prior = tl.where(tl.arange(0, BJ) < J, log_prior, float("-inf"))
@@ -252,7 +251,7 @@ def _use_gradient(
     d_a_out, d_mean, d_sig2_out, d_mu_out, n_used, mean, scatter, total, bias, beta_use, beta_ign, use_ptr, sums_ptr,
     C: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of `D` to `use`, and add to `sums` those of what else the M-step reads.
+    """Write the gradient of `D` to `use`, and add the gradients of the M-step's other inputs to `sums`.
 
     See `streaming.MStep.backward`.
     """
@@ -262,7 +261,7 @@ def _use_gradient(
     d_mean -= 2.0 * square * n_used[None, :] * gap
     linear = (d_mean + d_mu_out) / count[None, :]
     of_squares = tl.sum(tl.reshape(tl.sum(square * squares / count[None, :], axis=0), [BJ, BH]), axis=1)
-    # A number for each output is the same in all its columns: the first of them has it.
+    # A number for each output is the same in all columns of the output, and is taken from the first of them.
     n, j = tl.arange(0, N), tl.arange(0, BJ)
     of_a_out = tl.max(tl.reshape((beta_use + beta_ign) * d_a_out, [BJ, BH]), axis=1)
     _store_rows(use_ptr, 0, linear, C, BC, N)
@@ -298,9 +297,9 @@ def prepare_kernel(
     T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, J: tl.constexpr, H: tl.constexpr,
     BC: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, BX: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Pack `W` to `[D,N]`; and of each sample find `total`, `centre [C,D]` and `bias [C,N]`, which is `centre W + B`.
+    """Pack `W` to `[D,N]`, and compute each sample's `total`, `centre [C,D]` and `bias [C,N]`, `centre W + B`.
 
-    The function does not depend on the centre: it need not be exact.
+    The outputs do not depend on the centre, so it need not be exact.
     """
     N: tl.constexpr = BJ * BH
     CD: tl.constexpr = C * D
@@ -447,7 +446,7 @@ def statistics_kernel(
             tl.store(R_ptr + i[:, None] * J + jj[None, :], R, mask=(i < n_inp)[:, None] & (jj < J)[None, :])
         D_use = _per_input(_load_f(a_ptr, block, n_inp, BI)[:, None] * R, BI, BC, BJ, BH)
 
-        # The scatter about the block's own mean: a scatter about any other would lose digits to their distance.
+        # The scatter is about the block's own mean: about another, it would lose digits to the distance of the means.
         n_block = tl.max(tl.sum(D_use, axis=0), axis=0)  # the same for each c
         own_mean = tl.sum(D_use * z, axis=0) / tl.maximum(n_block, 1e-30)[None, :]
         distance = z - own_mean[None, :, :]
@@ -470,7 +469,7 @@ def statistics_kernel(
 def _narrow_inputs(mu_ptr, centre_ptr, i, n_inp, C: tl.constexpr, D: tl.constexpr, BJ: tl.constexpr):
     """Load the numbers of the inputs `i [BI]`, less their centre: a tuple of `[BI,BJ]`, row after row.
 
-    Each thread loads what it needs, though its neighbours load the same: to hand it on would take a barrier.
+    Each thread loads what it needs, though its neighbours load the same, as handing numbers on would take a barrier.
     """
     at = tl.broadcast_to(i[:, None] * (C * D), [i.shape[0], BJ])
     x = ()
@@ -491,7 +490,7 @@ def _narrow_weights(W_ptr, D: tl.constexpr, H: tl.constexpr, BI: tl.constexpr, B
 
 @triton.jit
 def _narrow_votes(x, W, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
-    """Make planes of votes, a tuple of `[BI,BJ]`, `c` after `c` and for each one `h` after `h`."""
+    """Make planes of votes, a tuple of `[BI,BJ]` in the order `(c, h)`."""
     u = ()
     for p in tl.static_range(C * H):
         plane = x[(p // H) * D] * W[p % H]
@@ -651,7 +650,7 @@ def _finish_gradients(
 def _store_d_f(
     d_f_ptr, sums_ptr, i, n_inp, f, d_f, C: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, ADD: tl.constexpr
 ):  # fmt: skip
-    """Add to the gradient of the sigmoids of scores; at the first iteration, the last to come, make it the scores'."""
+    """Add to the gradient of the scores' sigmoids; in the first iteration, which comes last, make it the scores'."""
     if ADD:
         d_f += tl.load(d_f_ptr + i, mask=i < n_inp, other=0.0)
     if FIRST:
@@ -663,7 +662,7 @@ def _store_d_f(
 def _through_softmax(
     R, d_D, d_f, D_use, d_R_ptr, i, n_inp, J: tl.constexpr, BJ: tl.constexpr, HAS_D_R: tl.constexpr
 ):  # fmt: skip
-    """Return the gradient of the logits, `[BI,BJ]`, from those of `D = f R` and, where it is an output, of `R`."""
+    """Return the gradient of the logits, `[BI,BJ]`, from those of `D = f R` and, if `R` is an output, of `R`."""
     d_logits = D_use * (d_D - d_f[:, None])
     if HAS_D_R:
         j = tl.arange(0, BJ)
@@ -675,7 +674,7 @@ def _through_softmax(
 
 @triton.jit
 def _d_W_of_bias(centre_ptr, sums_ptr, start, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    """Return rows `start` to `start + BD` of what the gradient of `bias = centre W + B` adds to that of `W`."""
+    """Return what the gradient of `bias = centre W + B` adds to that of `W`, rows `start` to `start + BD`."""
     d = start + tl.arange(0, BD)
     d_W = tl.zeros([BD, N], dtype=centre_ptr.dtype.element_ty)
     for c in tl.static_range(C):
@@ -693,10 +692,10 @@ def gradients_kernel(
     EPS: tl.constexpr, SKM: tl.constexpr, PRECISION: tl.constexpr,
     FIRST: tl.constexpr, ADD: tl.constexpr, HAS_D_R: tl.constexpr,
 ):  # fmt: skip
-    """Go back through an iteration, and through the M-step before it: `use` is then that of the iteration before.
+    """Go back through an iteration and the M-step before it, which leaves the `use` of the iteration before.
 
-    Writes, or with `ADD` adds to, the gradients of the inputs, of their sigmoids, and each program's part of that of
-    `W`. In the first iteration the gradient of the sigmoids becomes that of the scores.
+    This writes the gradients of the inputs and of their scores' sigmoids, and each program's part of the gradient of
+    `W`. With `ADD`, it adds to them. In the first iteration the gradient of the sigmoids becomes that of the scores.
     """
     N: tl.constexpr = BJ * BH
     ROWS: tl.constexpr = 1 + 2 * C
@@ -726,7 +725,7 @@ def gradients_kernel(
         f = _load_f(a_ptr, block, n_inp, BI)
         has_row = (row % BC < C) & (block * BI + row // BC < n_inp)
         at_row = (block * BI + row // BC) * C + row % BC
-        if ONE_CHUNK:  # what is read of the inputs is read at once: the GPU waits but once
+        if ONE_CHUNK:  # all that is read of the inputs is read at once, so the GPU waits only once
             has_x = has_row[:, None] & (d < D)[None, :]
             x = _load_x(mu_ptr, centre_ptr, block, n_inp, 0, C, D, BI, BC, BD)
             d_x = tl.zeros([BI * BC, BD], dtype=dtype)
@@ -907,7 +906,7 @@ def narrow_gradients_kernel(
             new_d_W = new_d_W + (of_W,)  # noqa: RUF005
         d_W = new_d_W
         for c in tl.static_range(C):
-            for start in tl.static_range(0, D, 4):  # four sums over outputs at a time: they share their barriers
+            for start in tl.static_range(0, D, 4):  # four sums over outputs at a time share their barriers
                 of_x = _zero_planes(4, BI, BJ, dtype)
                 products = ()
                 for k in tl.static_range(4):
@@ -993,7 +992,7 @@ def parameters_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights of each input's own: few inputs, all of a sample's in one program, which keeps their votes
+# Weights of each input's own: inputs are few, and one program has all inputs of a sample and keeps their votes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1002,7 +1001,7 @@ def _own_places(
     J: tl.constexpr, H: tl.constexpr, C: tl.constexpr, N_INP: tl.constexpr,
     BI: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Return the places of the votes `[BI,BC,N]` in `[i,j,c,h]`, and which of them are real."""
+    """Return the indices of the votes `[BI,BC,N]` in `[i,j,c,h]`, and which of them are real."""
     j, h, is_real = _columns(J, H, C, BJ, BH, BC)
     i, c = tl.arange(0, BI), tl.arange(0, BC)
     at = ((i[:, None, None] * J + j[None, None, :]) * C + c[None, :, None]) * H + h[None, None, :]
@@ -1080,7 +1079,7 @@ def own_forward_kernel(
     beta_use, beta_ign = _own_betas(beta_use_ptr, beta_ign_ptr, OWN_USE, OWN_IGN, N_INP, J, BI, BJ)
     R = tl.broadcast_to((tl.where(jj < J, 1.0, 0.0).to(V.dtype) / J)[None, :], [BI, BJ])
     for t in range(T):
-        if HAS_R:  # that of the last iteration stays
+        if HAS_R:  # the R of the last iteration stays
             at_R = R_ptr + (sample * N_INP + i)[:, None] * J + jj[None, :]
             tl.store(at_R, R, mask=(i < N_INP)[:, None] & (jj < J)[None, :])
         D_use = f[:, None] * R
@@ -1112,7 +1111,7 @@ def own_backward_kernel(
     T: tl.constexpr, EPS: tl.constexpr, SKM: tl.constexpr,
     HAS_A: tl.constexpr, HAS_MU: tl.constexpr, HAS_SIG2: tl.constexpr, HAS_D_R: tl.constexpr,
 ):  # fmt: skip
-    """Go back through all iterations of a sample. `parts` gets parts of the parameters' gradients, in their order."""
+    """Go back through all iterations of a sample, and write its part of each parameter's gradient to `parts`."""
     N: tl.constexpr = BJ * BH
     sample = tl.program_id(0).to(tl.int64)
     state_ptr += sample * (T * (1 + 2 * C) * N)
@@ -1152,7 +1151,7 @@ def own_backward_kernel(
         R = _own_probabilities(V, a_before, mu_before, sig2_before, J, H, C, SKM, BI, BC, BJ, BH)
         R = tl.where(t > 0, R, uniform)
 
-        # The M-step. The mean moves with what it is the mean of; the scatter is about it, but for eps.
+        # The M-step. The scatter is about the mean, so moving the mean changes it only by a term with eps.
         D_use = f[:, None] * R
         weights = _per_input(D_use, BI, BC, BJ, BH)
         count = tl.max(tl.sum(weights, axis=0), axis=0) + EPS
@@ -1171,7 +1170,7 @@ def own_backward_kernel(
         d_probability = f[:, None] * d_D + d_R
         d_logits = R * (d_probability - tl.sum(R * d_probability, axis=1)[:, None])
         d_logits = tl.where(t > 0, d_logits, 0.0)
-        d_R = tl.zeros([BI, BJ], dtype=V.dtype)  # only the last iteration's is an output
+        d_R = tl.zeros([BI, BJ], dtype=V.dtype)  # only the R of the last iteration is an output
         of_distance = _per_input(d_logits, BI, BC, BJ, BH)
         distance = V - mu_before[None, :, :]
         if SKM:

@@ -1,4 +1,4 @@
-"""Strategy "kept": fused kernels for the CPU on votes in memory, for small calls. README.md says which these are."""
+"""Strategy "kept": fused kernels for the CPU on votes in memory, for small calls. README.md says which calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cpu import missing_numba, say_compiling
 from .strategy import IN_EXPORTS, IN_GROUPS, Call, Strategy
 from .threads import run_on_threads
 
-PER_THREAD = 50_000  # numbers in votes that keep a thread busy for longer than it takes to start
+PER_THREAD = 50_000  # numbers of votes that keep a thread busy for longer than its start takes
 
 
 class Kept(Strategy):
@@ -29,7 +29,7 @@ class Kept(Strategy):
         return missing_numba()
 
     def unserved(self, call: Call) -> str | None:
-        """Return None if it serves a call, else the reason."""
+        """Return None if the strategy serves a call, else the reason."""
         if torch.compiler.is_exporting():
             return IN_EXPORTS
         if call.mu_inp.device.type != "cpu":
@@ -90,7 +90,7 @@ class _Route(torch.autograd.Function):
         elif n_iters == 1:
             last = R.new_full((*f_inp.shape, V.shape[-1]), 1.0 / V.shape[-1])
         else:
-            last = R[-1].clone()  # what is kept for the backward pass is not the caller's
+            last = R[-1].clone()  # the caller may change it, and the backward pass needs the original
         return kept[-1].clone(), last
 
     @staticmethod
@@ -104,7 +104,7 @@ class _Route(torch.autograd.Function):
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """Return the kernels. Importing them needs numba, which not everyone has."""
+    """Return the kernels. They are imported here, as that needs numba."""
     from . import kept_kernels
 
     say_compiling(kept_kernels, kept_kernels.forward)
@@ -114,7 +114,7 @@ def _kernels() -> ModuleType:
 def _run(kernel: Any, V: Tensor, *arguments: object) -> None:
     """Run a kernel on all samples, on as many threads as torch would use.
 
-    No sum is over samples, so no bit depends on the number of threads.
+    No sum goes over samples, so no bit depends on the number of threads.
     """
     n, votes = len(V), V.numpy()
     n_threads = max(1, min(torch.get_num_threads(), n, -(-V.numel() // PER_THREAD)))
@@ -122,12 +122,13 @@ def _run(kernel: Any, V: Tensor, *arguments: object) -> None:
     def run(thread: int) -> None:
         kernel(votes, *arguments, n * thread // n_threads, n * (thread + 1) // n_threads)
 
-    with torch.profiler.record_function(f"capsule_heads::{kernel.__name__}_of_kept_votes"):  # torch would not see it
+    # Without this, torch's profiler would not see the kernel.
+    with torch.profiler.record_function(f"capsule_heads::{kernel.__name__}_of_kept_votes"):
         run_on_threads(run, n_threads)
 
 
 def _new_results(V: Tensor, f_inp: Tensor, n_iters: int) -> tuple[Tensor, Tensor]:
-    """Return what is kept of iterations, and `R` of all but the first, uninitialised; see `kept_kernels.forward`."""
+    """Allocate `kept` and `R` of `kept_kernels.forward`."""
     n, i, p, j = V.shape
     return f_inp.new_empty(n_iters, n, 2 + 2 * p, j), f_inp.new_empty(n_iters - 1, n, i, j)
 

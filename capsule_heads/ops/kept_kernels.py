@@ -1,7 +1,7 @@
 """The kernels of strategy "kept": all iterations of a sample in one loop, on one thread, without the GIL.
 
-Vector lanes run over the outputs `j`. Votes are of the dtype of the call, and all else is float64, for which small
-calls have time. In the shapes `p` counts the rows and columns of an output capsule.
+Vector lanes run over the outputs `j`. Votes have the dtype of the call. All else is float64, for which small calls have
+time. In the shapes `p` counts the rows and columns of an output capsule.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import numpy as np
 
 from .cpu_kernels import _float_of_bits, _jit_exact, _jit_sums
 
-# Rows of what is kept of an iteration, `[2+2p,j]`: scores, counts, means, variances.
+# Rows of the results that are kept of an iteration, `[2+2p,j]`: scores, counts, means, variances.
 A_OUT, N_USED, FIRST_MEAN = 0, 1, 2
 
 
 @_jit_exact  # the two parts of log 2 must not be added before they are subtracted
 def _exp(x: float) -> float:
-    """Return `exp(x)` for `x <= 0`, or 0 where that is next to nothing: a polynomial, which takes vectors."""
+    """Return `exp(x)` for `x <= 0`, or 0 where that is almost 0, by a polynomial, which can be vectorised."""
     y = max(x, -650.0)
-    n = np.int32(y * 1.4426950408889634 - 0.5)  # towards zero: y is not above it
+    n = np.int32(y * 1.4426950408889634 - 0.5)  # rounded towards zero, as y is at most 0
     r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
     p = 1.0 / 6227020800.0
     p = p * r + 1.0 / 479001600.0
@@ -66,7 +66,7 @@ def _routing_probabilities(
 def _e_step(
     kept: np.ndarray, is_gaussian: bool, prior: np.ndarray, mean: np.ndarray, half_precision: np.ndarray
 ) -> None:
-    """Compute the next E-step's parameters from what is kept of an iteration, `[2+2p,j]`."""
+    """Compute the next E-step's parameters from the kept results of an iteration, `[2+2p,j]`."""
     n_p, n_j = mean.shape
     for j in range(n_j):
         a = kept[A_OUT, j]
@@ -105,10 +105,10 @@ def forward(
         is_gaussian: whether the mixture is of Gaussians.
         eps: as in `routing.route`.
         kept: `[iterations,n,2+2p,j]`, float64, to write to.
-        R: `[iterations-1,n,i,j]`, float64, to write to: of all iterations but the first.
-        wants_R: whether `R` of inputs that change nothing is wanted too.
-        first: a sample.
-        last: the one behind the last.
+        R: `[iterations-1,n,i,j]`, float64, to write to, for all iterations but the first.
+        wants_R: whether to compute `R` of masked inputs too, which change nothing.
+        first: the first sample.
+        last: the sample after the last one.
     """
     n_i, n_p, n_j = V.shape[1:]
     has_own = beta_use.shape[0] > 1
@@ -118,7 +118,7 @@ def forward(
     uniform = np.full(n_j, 1.0 / n_j)
     for s in range(first, last):
         mean[:] = 0.0
-        for i in range(n_i):  # sums are of differences to a number nearby, so that squares lose no digits
+        for i in range(n_i):  # sums are of differences from a number nearby, so squares lose no digits
             if f_inp[s, i] > 0.0:
                 mean[:] = V[s, i]
                 break
@@ -152,7 +152,7 @@ def forward(
             for p in range(n_p):
                 for j in range(n_j):
                     count = n_used[j] + eps
-                    # eps draws the mean to zero, away from that of the differences
+                    # eps draws the mean to zero, away from the mean of the differences
                     moved = (linear[p, j] - eps * mean[p, j]) / count
                     scatter = square[p, j] - moved * (2.0 * linear[p, j] - moved * n_used[j])
                     kept[t, s, FIRST_MEAN + p, j] = mean[p, j] + moved
@@ -190,14 +190,15 @@ def backward(
         eps: see there.
         kept: see there.
         R: see there.
-        d_kept: `[n,2+2p,j]`, float64, the gradient of the last iteration's, overwritten. That of counts is not read.
-        d_R: `[n,i,j]`, float64, that of the last `R`; empty for none.
+        d_kept: `[n,2+2p,j]`, float64, the gradient of the last iteration's results. It is overwritten, and its row of
+            counts is not read.
+        d_R: `[n,i,j]`, float64, the gradient of the last `R`; empty for none.
         d_V: `[n,i,p,j]`, to write to.
         d_f_inp: `[n,i]`, float64, zeros, to add to.
         d_beta_use: `[n,i or 1,j]`, float64, zeros, to add to.
         d_beta_ign: `[n,i or 1,j]`, float64, zeros, to add to.
-        first: a sample.
-        last: the one behind the last.
+        first: the first sample.
+        last: the sample after the last one.
     """
     n_i, n_p, n_j = V.shape[1:]
     has_own = beta_use.shape[0] > 1

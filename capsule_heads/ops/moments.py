@@ -26,9 +26,9 @@ class Quadratic(NamedTuple):
         return torch.cat([square.flatten(2), linear.flatten(2), self.constant[..., None]], dim=2)
 
     def backward(self, W: Tensor, d_coefficients: Tensor) -> tuple[Quadratic, Tensor]:
-        """Return the gradients of the form and of `W [h,j,d]`, from that of the coefficients.
+        """Return the gradients of the form and of `W [h,j,d]`, from the gradient of the coefficients.
 
-        The moments `D^T phi` are such a gradient too, and give the moments of `u`.
+        Applied to the moments `D^T phi`, which have the same shape, it returns the moments of `u`.
         """
         c, d = self.linear.shape[1], W.shape[-1]
         square, linear, constant = d_coefficients.split([c * d * (d + 1) // 2, c * d, 1], dim=2)
@@ -43,7 +43,7 @@ class Quadratic(NamedTuple):
         symmetric = W.new_empty(*W.shape[:2], d, d)
         symmetric[..., rows, columns] = d_products
         symmetric[..., columns, rows] = d_products
-        d_W = 2.0 * (symmetric @ W[..., None])[..., 0]  # off the diagonal `_products` has each twice
+        d_W = 2.0 * (symmetric @ W[..., None])[..., 0]  # `_products` counts each product off the diagonal twice
         return d_form, d_W + torch.einsum("njcd,nchj->hjd", linear, self.linear)
 
 
@@ -107,7 +107,7 @@ class Moments(StreamingStrategy):
             D = use(weights, sum_weights, f, None)
             d_logits = use_backward(D, d_D, f, d_f_inp[samples, part], of_R)
             d_theta[samples] += d_logits @ phi.mT
-            # `both` now has D, which the coefficients of d_D multiply, and d_logits, which those of the logits do
+            # `both` now has D and d_logits. The coefficients of d_D multiply D, and those of the logits d_logits.
             d_phi = torch.matmul(theta_swapped[samples].mT, both, out=workspace.like("d_phi", phi))
             _features_backward(phi, d_phi, d_mu_inp[samples, part])
 
@@ -167,6 +167,6 @@ def _features_backward(phi: Tensor, d_phi: Tensor, d_mu_inp: Tensor) -> None:
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Do a softmax over `j` in place, up to the last division: weights `[n,j,i]` and their sum `[n,1,i]`."""
+    """Do a softmax over `j` in place but for the division, and return weights `[n,j,i]` and their sum `[n,1,i]`."""
     weights = exp_(logits.sub_(logits.amax(1, keepdim=True)))
     return weights, weights.sum(1, keepdim=True)

@@ -26,13 +26,13 @@ class Passes(ABC):
     ) -> Tensor:
         """Add to `d_mu_inp [n,i,c,d]` and `d_f_inp [n,i]`, and return the gradient of `W [h,j,d]`, float64.
 
-        It is called after all `gradients`.
+        This is called after all calls of `gradients`.
         """
         return uniform.uniform_gradients(inputs, moments, d_use, d_mu_inp, d_f_inp)
 
     @abstractmethod
     def statistics(self, inputs: Inputs, e_step: EStep, R: Tensor | None) -> Statistics:
-        """Add up `D_ij = f_i R_ij` of an iteration; write `R [n,i,j]` if it is given."""
+        """Return the statistics of `D_ij = f_i R_ij` in an iteration, and write `R [n,i,j]` if it is given."""
 
     @abstractmethod
     def gradients(

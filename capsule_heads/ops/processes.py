@@ -1,6 +1,6 @@
-"""Sums over the processes that route one input together, each holding a part of it.
+"""Sums over processes that route together, each with a part of the inputs.
 
-A group of processes goes by its name here, as operators of torch take no group; None is this process alone.
+A group of processes is given by its name here, as operators of torch take no group. None is this process alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def n_processes(group: str | None) -> int:
 
 
 def summed(group: str | None, *tensors: Tensor) -> list[Tensor]:
-    """Sum tensors over all processes, in one all-reduce in float64: every process gets the same bits."""
+    """Sum tensors over all processes, in one all-reduce in float64; every process gets the same bits."""
     if group is None:
         return list(tensors)
     flat = torch.cat([tensor.flatten().double() for tensor in tensors])
@@ -26,5 +26,5 @@ def summed(group: str | None, *tensors: Tensor) -> list[Tensor]:
 
 
 def _resolved(group: str) -> dist.ProcessGroup:
-    # As torch's own functional collectives do. Some versions of torch have a type of their own for names.
+    # As in torch's own functional collectives. Some versions of torch have a type of their own for group names.
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]

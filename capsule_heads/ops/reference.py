@@ -13,12 +13,12 @@ from .strategy import IN_GROUPS, Call, Strategy
 
 
 class Reference(Strategy):
-    """The literal loop, which serves everything but groups of processes; see `Strategy`."""
+    """The literal loop, which serves all calls except those with a group of processes; see `Strategy`."""
 
     name = "reference"
 
     def unserved(self, call: Call) -> str | None:
-        """Return None if it serves a call, else the reason."""
+        """Return None if the strategy serves a call, else the reason."""
         return IN_GROUPS if call.is_split else None
 
     def route(
@@ -56,8 +56,8 @@ def _e_step(V: Tensor, a_out: Tensor, mu_out: Tensor, sig2_out: Tensor, p_model:
         log_p = -(squared_distance / (2.0 * sig2)).sum((-2, -1)) - sig2.sqrt().log().sum((-2, -1))
     else:
         log_p = F.log_softmax(-squared_distance.sum((-2, -1)), dim=-1)
-    # logsigmoid(a), which ONNX only has as log(sigmoid(a)): -inf from some -18 on in ONNX Runtime.
-    log_sigmoid = -F.softplus(-a_out, threshold=80.0)  # beyond, exp might overflow, and both are linear
+    # logsigmoid(a). ONNX has F.logsigmoid only as log(sigmoid(a)), which is -inf below about -18 in ONNX Runtime.
+    log_sigmoid = -F.softplus(-a_out, threshold=80.0)  # above 80, exp might overflow, and softplus is linear
     return torch.softmax(log_sigmoid.unsqueeze(-2) + log_p, dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""`route`: its checks, the table of strategies, and which of them "auto" takes."""
+"""`route`, with its checks, the table of strategies and the choice of "auto"."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy for strategy in (Reference(), Moments(), Votes(), Kept(), Cpu(), Cuda())
 }
 P_MODELS = ("gaussian", "skm")
-# Numbers in all votes, with fewer of which a strategy is done on the CPU before a pass over blocks is set up.
+# With fewer numbers than this in all votes, a strategy is done on the CPU before a pass over blocks is set up.
 SMALL = {"kept": 1_000_000, "reference": 250_000}
 
 
 def _is_small(call: Call, strategy: str) -> bool:
-    """Return whether votes are few; processes that share inputs may differ in size, and choose alike."""
+    """Return whether votes are few; False for a group, whose processes may differ in size but have to choose alike."""
     return call.mu_inp.device.type == "cpu" and not call.is_split and call.n_votes < SMALL[strategy]
 
 
 def _has_few_moments(call: Call) -> bool:
-    """Return whether the moments of an input are few beside its votes, and float64 is enough to square them in."""
+    """Return whether an input has few moments beside its votes, and float64 is precise enough for their squares."""
     d_cov, d_inp = call.mu_inp.shape[-2:]
     return call.dtype == torch.float32 and d_cov * d_inp * (d_inp + 3) // 2 + 1 <= 8 * d_cov * call.d_out
 
@@ -52,7 +52,7 @@ AUTO: tuple[tuple[str, Callable[[Call], bool]], ...] = (
 
 
 def check_routing_options(*, n_iters: int, p_model: str, eps: float, strategy: str) -> None:
-    """Check the options that routing has beside its tensors.
+    """Check the options of a routing.
 
     Args:
         n_iters: number of iterations.
@@ -61,7 +61,7 @@ def check_routing_options(*, n_iters: int, p_model: str, eps: float, strategy: s
         strategy: "auto" or one of `STRATEGIES`.
 
     Raises:
-        ValueError: If an option has another value. The message names it, what was given and what was expected.
+        ValueError: If an option has a value that is not valid.
     """
     if isinstance(n_iters, bool) or not isinstance(n_iters, int) or n_iters < 1:
         raise ValueError(
@@ -95,30 +95,30 @@ def route(
 ) -> tuple[Tensor, ...]:
     """Route input capsules to output capsules (Heinsen, 2019, arXiv 1911.00792, section 3).
 
-    It computes in float32, or in float64 where an argument is float64. Autocast and half-precision arguments do not
-    change that: variances near `eps` need float32. In the shapes, `i` counts inputs, `j` outputs, `c` rows of a
-    capsule, `d` columns of an input capsule, `h` columns of an output capsule; `...` is any number of batch
-    dimensions, also none. A parameter's dimension of size 1 is shared by all inputs, or all outputs.
+    The computation is in float32, or in float64 if an argument is float64. Autocast and half-precision arguments do
+    not change that, as variances near `eps` need float32. In the shapes, `i` counts inputs, `j` outputs, `c` rows of a
+    capsule, `d` columns of an input capsule and `h` columns of an output capsule. `...` is any number of batch
+    dimensions, or none. A parameter whose dimension `i` or `j` is 1 is shared by all inputs, or all outputs.
 
     Args:
-        a_inp: `[...i]`, input scores, as logits. `-inf` masks an input: it then changes nothing.
+        a_inp: `[...i]`, input scores, as logits. A score of `-inf` masks an input, which then changes nothing.
         mu_inp: `[...icd]`, input capsules.
         W: `[i or 1, j or 1, d, h]`, the linear part of the votes `V_ij = mu_inp_i W_ij + B_ij`.
-        B: `[i or 1, j or 1, c, h]`, their constant part.
+        B: `[i or 1, j or 1, c, h]`, the constant part of the votes.
         beta_use: `[i or 1, j or 1]`, net benefit of using a unit of data.
-        beta_ign: `[i or 1, j or 1]`, net cost of ignoring one.
+        beta_ign: `[i or 1, j or 1]`, net cost of ignoring a unit of data.
         n_out: number of output capsules.
         n_iters: number of iterations.
         p_model: "gaussian", a mixture of Gaussians, or "skm", soft k-means.
         eps: added to counts of data and to variances.
         return_R: whether to return the routing probabilities too.
         strategy: "auto" or one of `STRATEGIES`.
-        group: processes that hold the inputs together; None if this process has all inputs. Each process has a part
-            of them, of any size, also none, and the same weights. Each returns the outputs for all inputs, and `R`
-            for its own. Each iteration sums statistics over the processes twice, and its backward pass once, so every
-            process has to run both. Gradients are those of the sum of the processes' losses, and each process gets
-            its part of a parameter's gradient. DDP takes the mean of these parts: that is the gradient of one process
-            if all compute the same loss.
+        group: processes that hold the inputs together; None if this process has all inputs. Each process has the same
+            weights and a part of the inputs, of any size or empty. It returns the outputs for all inputs, and `R` for
+            its own inputs. An iteration sums statistics over the processes twice, and its backward pass once, so every
+            process has to run both. Gradients are those of the sum of all processes' losses, and each process gets its
+            part of a parameter's gradient. DDP takes the mean of these parts. If all processes compute the same loss,
+            the mean is the gradient of this loss.
 
     Returns:
         `a_out [...j]` (logits), `mu_out [...jch]` (means), `sig2_out [...jch]` (variances) and, with `return_R`,
@@ -128,7 +128,7 @@ def route(
         ValueError: If an option is unknown, shapes do not fit each other, tensors are on several devices, or the
             strategy does not serve the call.
         TypeError: If a tensor is complex, or `group` is not a process group.
-        ImportError: If a strategy asked for by name needs a library that is not installed.
+        ImportError: If a strategy chosen by name needs a library that is not installed.
     """
     n_out, n_iters, eps = plain(n_out), plain(n_iters), plain(eps)
     check_routing_options(n_iters=n_iters, p_model=p_model, eps=eps, strategy=strategy)
@@ -136,12 +136,14 @@ def route(
     tensors = (a_inp, mu_inp, W, B, beta_use, beta_ign)
     if any(tensor.device != mu_inp.device for tensor in tensors):
         devices = (f"{name} on {tensor.device}" for name, tensor in zip(("a_inp", "mu_inp", "W", "B"), tensors))
-        raise ValueError(f"There is {', '.join(devices)}; expected all tensors on one device: move them with .to().")
+        raise ValueError(
+            f"The tensors include {', '.join(devices)}; expected all tensors on one device: move them with .to()."
+        )
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     if not dtype.is_floating_point:
-        raise TypeError(f"Routing is of real numbers, and one of its tensors is {dtype}.")
+        raise TypeError(f"One of the tensors of a routing is {dtype}; expected real numbers in all of them.")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group is {shown(group)}; expected a process group, such as torch.distributed.group.WORLD, or None where "
@@ -163,7 +165,7 @@ def route(
 
 
 def _choose(call: Call) -> Strategy:
-    """Return the strategy that "auto" takes; where none serves the call, the last line of `AUTO` says why."""
+    """Return the strategy that "auto" takes; if none serves the call, raise the error of the last line of `AUTO`."""
     for name, holds in AUTO:
         if holds(call) and STRATEGIES[name].unserved(call) is None:
             return STRATEGIES[name]
@@ -171,7 +173,7 @@ def _choose(call: Call) -> Strategy:
 
 
 def _named(name: str, call: Call) -> Strategy:
-    """Return the strategy of a name, which has to serve the call."""
+    """Return the strategy with a name, and check that it serves the call."""
     _check_served(STRATEGIES[name], call)
     return STRATEGIES[name]
 

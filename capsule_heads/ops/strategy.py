@@ -1,4 +1,4 @@
-"""What a strategy is: the interface that each one implements, and the call that it is asked about."""
+"""The interface that every strategy implements, and the description of a call that it may serve."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IN_EXPORTS = "is an operator of this package, which an exported program would need wherever it runs"
+IN_EXPORTS = "is an operator of this package, and an exported program would need the package wherever it runs"
 IN_GROUPS = "does not route inputs split over processes"
 
 
 @dataclass
 class Call:
-    """One call of `route`, as far as strategies differ in what they serve.
+    """The properties of one call of `route` that decide which strategies serve it.
 
     Attributes:
         mu_inp: `[...icd]`, input capsules.
         parameters: `W`, `B`, `beta_use` and `beta_ign`; see `route`.
         n_out: number of output capsules.
-        dtype: what it computes in.
+        dtype: dtype of the computation.
         is_split: whether a group of processes holds the inputs together.
     """
 
@@ -38,7 +38,7 @@ class Call:
 
     @property
     def n_own(self) -> int:
-        """Return for how many inputs the parameters differ; 1 where all inputs share all of them."""
+        """Return the number of inputs that have parameters of their own; 1 if all inputs share all parameters."""
         return max(parameter.shape[0] for parameter in self.parameters)
 
     @property
@@ -53,7 +53,7 @@ class Strategy(ABC):
     To add a strategy, write a file with an object of a subclass, and add it to `routing.STRATEGIES`.
 
     Attributes:
-        name: what `route` calls it.
+        name: its name as an argument of `route`.
     """
 
     name: str
@@ -64,10 +64,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def unserved(self, call: Call) -> str | None:
-        """Return None if it serves a call, else the reason, as a clause that follows the name of the strategy.
+        """Return None if the strategy serves a call, else the reason, as a clause that follows the strategy's name.
 
-        Reasons are the device, parameters of each input's own, sizes, a group of processes, `torch.export` and what
-        `missing` returns.
+        A reason may be the device, parameters of each input's own, sizes, a group of processes, `torch.export`, or a
+        library that `missing` names.
         """
 
     @abstractmethod
@@ -87,10 +87,10 @@ class Strategy(ABC):
         return_R: bool,
         group: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Route a call that it serves.
+        """Route a call that the strategy serves.
 
         Args:
-            a_inp: as in `routing.route`, and so are the others, but for `group`; all of one dtype, float32 or float64.
+            a_inp: as in `routing.route`, like all others but `group`. All tensors have one dtype, float32 or float64.
             mu_inp: see there.
             W: see there.
             B: see there.

@@ -1,6 +1,6 @@
 """Routing in a few passes over blocks of inputs, forward and backward: what all streaming strategies share.
 
-A strategy provides the passes (`passes.Passes`). This module has what happens between them, on tensors without `i`.
+A strategy provides the passes (`passes.Passes`). This module does the work between passes, on tensors without `i`.
 README.md derives it; shapes are those of `terms`.
 """
 
@@ -19,7 +19,7 @@ from .terms import EStep, Inputs, Statistics, UseGradient
 
 
 class MStep:
-    """The M-step on statistics, what the next E-step needs of it, and the gradients of both.
+    """The M-step on statistics, the parameters of the next E-step, and the gradients of both.
 
     Attributes:
         a_out: `[n,j]`.
@@ -37,7 +37,7 @@ class MStep:
         self.count = n_used + self.eps  # [n11j]
         self.a_out = self.beta_use * statistics.n_used - self.beta_ign * (self.total - statistics.n_used)
         self.mu_out = n_used * (statistics.mean + bias) / self.count
-        # eps draws the means to zero: they are not quite the mean votes, about which the scatter was taken
+        # The scatter is about the mean votes. The means are not quite the mean votes, as eps draws them to zero.
         self.gap = self.eps * (statistics.mean + bias) / self.count
         self.mean = statistics.mean - self.gap
         self.sum_of_squares = statistics.scatter + n_used * self.gap.square()  # about self.mean
@@ -46,12 +46,12 @@ class MStep:
     def e_step(self, p_model: str) -> EStep:
         """Return the parameters of the next E-step."""
         log_prior = F.logsigmoid(self.a_out)
-        if p_model == "skm":  # the log-softmax of the paper is a constant of each input, which the softmax takes out
+        if p_model == "skm":  # the paper's log-softmax adds a constant to an input's logits; the softmax removes it
             return EStep(log_prior, self.mean, torch.ones_like(self.mean))
         return EStep(log_prior - 0.5 * self.sig2_out.log().sum((1, 2)), self.mean, (2.0 * self.sig2_out).rsqrt())
 
     def e_step_backward(self, p_model: str, e_step: EStep, d: EStep) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of `a_out`, `mean` and `sig2_out`, from that of `e_step`."""
+        """Return the gradients of `a_out`, `mean` and `sig2_out`, from the gradient of `e_step`."""
         d_a_out = d.log_prior * torch.sigmoid(-self.a_out)
         if p_model == "skm":
             return d_a_out, d.mean, torch.zeros_like(self.sig2_out)
@@ -61,13 +61,13 @@ class MStep:
     def backward(
         self, d_a_out: Tensor, d_mean: Tensor, d_sig2_out: Tensor, d_mu_out: Tensor | float = 0.0
     ) -> tuple[UseGradient, MStepGradient]:
-        """Return the gradient of `D`, and those of what else is read, from those of the four attributes."""
+        """Return the gradients of `D` and of all else that the M-step reads, from those of the four attributes."""
         n_used = self.statistics.n_used
         square = d_sig2_out / self.count
         # The sum of squares is about `mean`, which is not quite the mean vote.
         d_mean = d_mean - 2.0 * square * n_used[:, None, None] * self.gap
         linear = (d_mean + d_mu_out) / self.count
-        # The mean moves with n_used too, by what cancels against u = v + mean.
+        # The mean depends on n_used too, so the linear term is in v = u - mean and not in u.
         constant = (self.beta_use + self.beta_ign) * d_a_out - (square * self.sum_of_squares / self.count).sum((1, 2))
         return UseGradient(constant, linear, square, self.mean), MStepGradient(
             total=-(self.beta_ign * d_a_out).sum(-1, keepdim=True),
@@ -104,23 +104,23 @@ def forward(
     """Route.
 
     Args:
-        passes: of a strategy.
+        passes: the passes of a strategy.
         a_inp: `[n,i]`.
         mu_inp: `[n,i,c,d]`.
         W: `[h,j,d]`, float64.
         B: `[c,h,j]`, float64.
         beta_use: `[j]`, float64.
         beta_ign: `[j]`, float64.
-        n_iters: as in `routing.route`, and so are the next three.
+        n_iters: as in `routing.route`, like the next three.
         p_model: see there.
         eps: see there.
         return_R: see there.
         group: the name of the processes that hold the inputs together.
 
     Returns:
-        `a_out [n,j]`, `mu_out` and `sig2_out [n,c,h,j]`, and `R [n,i,j]` (empty unless asked for), of the dtype of
-        `mu_inp`; and what `backward` needs: `centre`, the moments of the inputs, and the statistics of every iteration,
-        `[n_iters,n,1+2ch,j]`.
+        `a_out [n,j]`, `mu_out` and `sig2_out [n,c,h,j]`, and `R [n,i,j]` (empty unless requested), of the dtype of
+        `mu_inp`. The remaining results are for `backward`: `centre`, the moments of the inputs, and the statistics of
+        every iteration, `[n_iters,n,1+2ch+k,j]`.
     """
     f_inp = torch.sigmoid(a_inp)
     weighted_sum = (f_inp[:, None] @ mu_inp.flatten(2)).view(len(mu_inp), 1, *mu_inp.shape[2:])
@@ -160,7 +160,10 @@ def backward(
     eps: float,
     group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `forward`'s six tensors, from those of `a_out`, `mu_out`, `sig2_out` and `R`, or None."""
+    """Return the gradients of `forward`'s six tensors, from those of its first four results, each of which may be None.
+
+    The first four results are `a_out`, `mu_out`, `sig2_out` and `R`.
+    """
     f_inp = torch.sigmoid(a_inp)
     own_total = f_inp.sum(-1, keepdim=True, dtype=torch.float64)
     (total,) = summed(group, own_total)
@@ -170,7 +173,7 @@ def backward(
     m_steps = [MStep(s.merged(group), total, eps, bias, beta_use, beta_ign) for s in own]
 
     last = m_steps[-1]
-    # Each process has the outputs, and may use them in another way.
+    # Every process has the outputs, and may compute another loss from them.
     d_mu_out: Tensor | float
     d_a_out, d_mu_out, d_sig2_out = summed(
         group,
@@ -192,13 +195,13 @@ def backward(
             e_step = previous.e_step(p_model)
             d_e_step, d_W_here = passes.gradients(inputs, e_step, own[t], d_use, d_R, d_mu_inp, d_f_inp)
             d_e_step = EStep(*summed(group, *d_e_step))
-            d_R, d_mu_out = None, 0.0  # only the last iteration's are outputs
+            d_R, d_mu_out = None, 0.0  # only R and mu_out of the last iteration are outputs
             d_W += d_W_here
             d_a_out, d_mean, d_sig2_out = previous.e_step_backward(p_model, e_step, d_e_step)
 
     d_total, d_bias, d_beta_use, d_beta_ign = (functools.reduce(torch.add, parts) for parts in zip(*d_read))
     d_f_inp += d_total.to(d_f_inp.dtype)
-    # Every process has all of these: the sum over processes shall have them once.
+    # Every process has these completely, and the sum over processes should contain them once.
     d_bias, d_beta_use, d_beta_ign = (x / n_processes(group) for x in (d_bias, d_beta_use, d_beta_ign))
     d_W += torch.einsum("nkcd,nchj->hjd", centre.double(), d_bias)
     d_a_inp = d_f_inp * f_inp * (1.0 - f_inp)

@@ -18,7 +18,7 @@ from .blocks import workspace
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every pass reads.
+    """The data that every pass reads.
 
     Attributes:
         mu_inp: `[n,i,c,d]`.
@@ -27,7 +27,7 @@ class Inputs:
         centre: `[n,1,c,d]`, of the dtype of `mu_inp`.
         W: `[h,j,d]`, of the dtype of `mu_inp`.
         eps: added to counts and variances.
-        memo: what a strategy keeps from pass to pass.
+        memo: data that a strategy keeps from pass to pass.
     """
 
     mu_inp: Tensor
@@ -67,13 +67,13 @@ class EStep(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a pass adds up for the M-step.
+    """The sums of a pass for the M-step.
 
     Attributes:
         n_used: `[n,j]`, `sum_i D_ij`.
-        mean: `[n,c,h,j]`, `sum_i D_ij u_ijch / n_used_j`; anything finite where nothing is used.
-        scatter: `[n,c,h,j]`, `sum_i D_ij (u_ijch - mean_jch)^2`, about this very mean.
-        kept: `[n,k,j]`, what else the strategy wants to see again in the backward pass.
+        mean: `[n,c,h,j]`, `sum_i D_ij u_ijch / n_used_j`; any finite number where `n_used_j` is 0.
+        scatter: `[n,c,h,j]`, `sum_i D_ij (u_ijch - mean_jch)^2`, about exactly this mean.
+        kept: `[n,k,j]`, other data that the strategy needs in the backward pass.
     """
 
     n_used: Tensor
@@ -82,7 +82,7 @@ class Statistics(NamedTuple):
     kept: Tensor | None = None
 
     def packed(self, n_kept: int) -> Tensor:
-        """Return all of them as one tensor, `[n,1+2ch+k,j]`."""
+        """Return all fields as one tensor, `[n,1+2ch+k,j]`."""
         kept = self.mean.new_zeros(len(self.mean), n_kept, self.mean.shape[-1]) if self.kept is None else self.kept
         return torch.cat([self.n_used[:, None], self.mean.flatten(1, 2), self.scatter.flatten(1, 2), kept], dim=1)
 
@@ -93,7 +93,7 @@ class Statistics(NamedTuple):
         return cls(n_used[:, 0], mean.unflatten(1, (c, h)), scatter.unflatten(1, (c, h)), kept)
 
     def merged(self, group: str | None) -> Statistics:
-        """Merge them with those of the other processes of a group. What is kept is not merged."""
+        """Merge these statistics with those of the other processes of a group. The result has no `kept`."""
         if group is None:
             return self
         own_n_used = self.n_used[:, None, None]

@@ -1,7 +1,7 @@
-"""Run a function on several threads at once: on torch's own, if they can be had.
+"""Run a function on several threads at once, on torch's own threads where possible.
 
-When an operation of torch is done, OpenMP's threads look for work for milliseconds, each on a core of its own. Other
-threads would share the cores with them. docs/benchmarks.md has what that costs, and why numba's threads will not do.
+After an operation of torch, OpenMP's threads look for work for milliseconds, each on a core of its own. Other threads
+would share the cores with them. docs/benchmarks.md says what that costs, and why numba's threads are not suitable.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run_on_threads(function: Callable[[int], None], n_threads: int) -> None:
-    """Call `function(0)` to `function(n_threads - 1)`, at the same time as far as threads allow.
+    """Call `function(0)` to `function(n_threads - 1)`, at the same time if there are enough threads.
 
-    The function should release the GIL. What one call raises is raised here.
+    The function should release the GIL. An error in one of the calls is raised here.
     """
     if n_threads == 1:
         function(0)
@@ -36,10 +36,10 @@ def run_on_threads(function: Callable[[int], None], n_threads: int) -> None:
     waiting, errors = list(range(n_threads)), []
 
     def body(_: int | None) -> None:
-        while waiting:  # OpenMP may give fewer threads than it was asked for
+        while waiting:  # OpenMP may give fewer threads than requested
             try:
                 function(waiting.pop())
-            except BaseException as error:  # which ctypes would print, and forget
+            except BaseException as error:  # ctypes would print it and go on
                 errors.append(error)
 
     parallel(_BODY(body), None, n_threads, 0)
@@ -52,7 +52,7 @@ def _openmp_parallel() -> Callable[..., None] | None:
     """Return `GOMP_parallel` of the OpenMP that torch uses, GNU's or LLVM's; None if torch uses no OpenMP."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # also looks through what the library was linked to
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # also searches the libraries that this one links to
     except (OSError, AttributeError):
         return None
     parallel.argtypes, parallel.restype = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
@@ -61,9 +61,9 @@ def _openmp_parallel() -> Callable[..., None] | None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """Return threads for all calls. None waits for another, so calls from several threads only share them."""
+    """Return the threads for all calls. No thread waits for another, so concurrent calls can share them."""
     return ThreadPoolExecutor(max_workers=max(1, os.cpu_count() or 1), thread_name_prefix="capsule_heads")
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has the pool, and none of its threads
+if hasattr(os, "register_at_fork"):  # a forked process inherits the pool, but not its threads
     os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -46,7 +46,7 @@ def quadratic_form(inputs: Inputs, moments: Tensor, d_use: UseGradient) -> tuple
 
     Returns:
         `constant [n]` and `half [n,c,d+1,d]`, of the dtype of the inputs, and the gradient of `W`. `half` is `square`
-        and below it half of `linear`: its product with `x` and a column of ones is half the gradient of `x`, without
+        above half of `linear`. Multiplied by `half`, `x` with a column of ones gives half the gradient of `x`, without
         the factor `f`.
     """
     W, n_out = inputs.W.double(), inputs.W.shape[1]

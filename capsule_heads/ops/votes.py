@@ -9,7 +9,7 @@ from .autograd import StreamingStrategy
 from .blocks import block_size, blocks, d_logits_of_R, exp_, use, use_backward, workspace
 from .terms import EStep, Inputs, Statistics, UseGradient
 
-_SMALLEST_SUM = 1e-9  # of the weights of an input, far above those that `exp_` leaves out
+_SMALLEST_SUM = 1e-9  # least sum of an input's weights, far above the weights that `exp_` sets to 0
 
 
 class Votes(StreamingStrategy):
@@ -30,7 +30,7 @@ class Votes(StreamingStrategy):
             _, z, weights, sum_weights = planes.e_step(samples, part)
             D = use(weights, sum_weights, f, None if R is None else R[samples, part])
             n_block = D.sum(-1)  # [nj]
-            # The scatter about the block's own mean: about any other, it would lose digits to the distance.
+            # The scatter is about the block's own mean: about another, it would lose digits to the distance.
             mean_z = _weighted_sum(D, z) / n_block.clamp_min(torch.finfo(D.dtype).tiny)[:, None]  # [npj]
             scatter_z = _weighted_sum(D, z.sub_(mean_z[..., None]).square_())
             _merge(
@@ -83,7 +83,8 @@ class Votes(StreamingStrategy):
                 d_mu_inp[sample, part].transpose(0, 1).baddbmm_(d_z_c.mT, planes.weights[sample, ..., :d])
                 d_weights[sample].baddbmm_(d_z_c, x[sample - samples.start])
 
-        # d_weights has what the E-step's scale and mean need, and, as u is also what the M-step averages, some more.
+        # d_weights has the gradients of the E-step's scale and mean. It also has a part through the M-step, which
+        # averages u. That part is subtracted.
         n_used = statistics.n_used[:, None, None]
         gap = statistics.mean - d_use.mean
         sum_v = scale * n_used * gap
@@ -97,7 +98,7 @@ class Votes(StreamingStrategy):
 
 
 class _Planes:
-    """Makes the planes `z [n,p,j,i]` of a block, `p` counting `c` and `h`, and the weights of its softmax."""
+    """Makes the planes `z [n,p,j,i]` of a block, where `p` counts `c` and `h`, and the weights of its softmax."""
 
     def __init__(self, inputs: Inputs, e_step: EStep) -> None:
         self.inputs = inputs
@@ -106,7 +107,7 @@ class _Planes:
         torch.mul(e_step.scale.to(dtype)[..., None], W, out=weights[..., :-1])
         weights[..., -1] = -e_step.scale * e_step.mean
         self.weights = weights.flatten(2, 3)  # [n,c,hj,d+1]
-        # No logit is above the largest prior, so this softmax can neither overflow nor, mostly, underflow.
+        # No logit is above the largest prior, so this softmax cannot overflow, and it rarely underflows.
         log_prior = e_step.log_prior - e_step.log_prior.amax(1, keepdim=True)
         self.log_prior = log_prior.to(dtype)[..., None]  # [nj1]
 
@@ -143,7 +144,7 @@ def _weighted_sum(D: Tensor, z: Tensor) -> Tensor:
     """Return `sum_i D_nji z_npji`, `[npj]`."""
     if z.shape[1] == 1:
         return (D[:, None] * z).sum(-1)
-    # One product for each j, of [1,i] and [i,p]: it writes no product of planes. Slow for a single plane.
+    # For each j, one product of [1,i] and [i,p] writes no product of planes. For a single plane that would be slow.
     return torch.stack([torch.bmm(D_[:, None], z_.permute(1, 2, 0))[:, 0].mT for D_, z_ in zip(D, z)])
 
 

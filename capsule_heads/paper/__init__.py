@@ -1,6 +1,6 @@
-"""What the paper's own experiments need: its stereo network and data, published checkpoints and figures.
+"""Code for the paper's own experiments: its stereo network and data, published checkpoints and figures.
 
-Only the registry of tasks and the command that converts published checkpoints import it, when they need it.
+Only the registry of tasks and the command that converts published checkpoints import this package, when needed.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Conversion of the original implementation's published checkpoints to directories that `from_pretrained` loads."""
+"""Conversion of the published checkpoints of the original implementation to directories for `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .stereo import CATEGORIES
 
 NETWORKS = ("sst2_root", "sst5_root", "smallnorb")
 GPT2_LARGE = "openai-community/gpt2-large"
-# Patterns of our names of weights, and what to put there for the original's. In the original, convolutions are numbered
-# through: normalisation, convolution, swish.
+# Patterns in our names of weights, and replacements that give the original's names. The original numbers the layers of
+# all convolution blocks in sequence: normalisation, convolution, swish.
 Names = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 TEXT_NAMES: Names = (
     (r"^head\.detect_parts\.0\.depth_emb$", "depth_emb"),
@@ -45,7 +45,8 @@ def build_network(network: str) -> CapsuleHeadPreTrainedModel:
     """Build one of the networks of Heinsen (2019), section 4, with random weights.
 
     Args:
-        network: "sst2_root" or "sst5_root", heads on the hidden states of GPT-2-large, without it; or "smallnorb".
+        network: "sst2_root" or "sst5_root" for a head on the hidden states of GPT-2-large, without the backbone; or
+            "smallnorb".
 
     Returns:
         The model, in evaluation mode.
@@ -77,11 +78,11 @@ def build_network(network: str) -> CapsuleHeadPreTrainedModel:
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read a file that `torch.save` wrote of a state dict, without executing anything in it.
+    """Read a state dict that `torch.save` wrote, without executing anything in the file.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it holds anything but tensors by name, or is no such file.
+        OSError: If the file cannot be read.
+        ValueError: If it is not such a file, or holds anything but tensors by name.
     """
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
@@ -89,11 +90,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         reason = (str(error).strip().splitlines() or ["It is empty."])[0]
         raise ValueError(
             f"{path} is not a state dict; expected a file of tensors by name, as torch.save(model.state_dict(), path) "
-            f"writes it. Nothing else is read: a pickle could execute code. {reason}"
+            f"writes it. Nothing else is read, as a pickle could execute code. {reason}"
         ) from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(
-            f"{path} holds a {type(state_dict).__name__} of other things than tensors; expected a state dict."
+            f"{path} holds a {type(state_dict).__name__} that is not tensors by name; expected a state dict."
         )
     return dict(state_dict)
 
@@ -106,15 +107,15 @@ def convert_state_dict(state_dict: dict[str, Tensor], network: str) -> CapsuleHe
         network: one of `NETWORKS`.
 
     Returns:
-        The model, in evaluation mode, of the dtype of the weights.
+        The model, in evaluation mode, with the dtype of the weights.
 
     Raises:
-        ValueError: If a tensor is missing, unexpected, or of another shape; names all of them.
+        ValueError: If a tensor is missing, unexpected, or of another shape. The message names all such tensors.
     """
     model = build_network(network)
     own = model.state_dict()
     names = {key: _original_name(key, VISION_NAMES if network == "smallnorb" else TEXT_NAMES) for key in own}
-    # Constants of the original, which are not needed here.
+    # Our networks do not need the original's constants.
     given = {name: tensor for name, tensor in state_dict.items() if not name.endswith(".CONST_one")}
     problems = [f"{name} is missing" for name in names.values() if name not in given]
     problems += [f"{name} is unexpected" for name in given.keys() - set(names.values())]
@@ -142,7 +143,7 @@ def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.P
         output: directory to write; it must be new, or empty.
 
     Raises:
-        OSError: If the file cannot be read, or the directory not written.
+        OSError: If the file cannot be read, or the directory cannot be written.
         ValueError: If the file is not the network's state dict, or the directory is not empty.
     """
     output = Path(output)
@@ -151,7 +152,7 @@ def convert_checkpoint(path: str | os.PathLike, network: str, output: str | os.P
     model = convert_state_dict(read_state_dict(path), network)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-        complete = Path(folder, "model")  # what is half-written never has the name of the output
+        complete = Path(folder, "model")  # an incomplete directory never has the name of the output
         model.save_pretrained(complete)
         if network == "smallnorb":
             StereoImageProcessor().save_pretrained(complete)
@@ -166,5 +167,5 @@ def _original_name(key: str, names: Names) -> str:
 
 
 def _original_shape(key: str, tensor: Tensor) -> torch.Size:
-    """Return the shape that a weight of ours has in the original, whose head has two-dimensional convolutions."""
+    """Return the shape of one of our weights in the original, whose head has two-dimensional convolutions."""
     return torch.Size([*tensor.shape, 1]) if re.match(r"^head\.compute_\w+\.1\.weight$", key) else tensor.shape

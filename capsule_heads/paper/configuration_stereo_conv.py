@@ -15,7 +15,7 @@ class StereoConvConfig(PreTrainedConfig):
     """Configuration of a `StereoConvModel`.
 
     Args:
-        num_channels: channels of an image: the two views of a pair.
+        num_channels: channels of an image, by default the two views of a pair.
         image_size: height and width of images.
         hidden_sizes: channels after each block.
         strides: stride of each block's convolution.

@@ -23,11 +23,11 @@ class StereoImageProcessor(BaseImageProcessor):
 
     A pair is one of:
 
-    - an image of both views side by side, the left one on the left, as `side_by_side` makes it; colours become grey,
-      so pipelines, which load images in colour, can be used;
+    - an image of both views side by side, the left one on the left, as `side_by_side` makes it. Colours become grey, so
+      pipelines can be used, which load images in colour;
     - an array or tensor `[2, height, width]`, the left view first, of integers from 0 to 255 or of floats in [0, 1].
 
-    Pairs of another size are resized, bilinearly; those of the model's size are left as they are, as in training.
+    Pairs of another size are resized bilinearly. Pairs of the model's size are not changed, as in training.
 
     Args:
         size: Height and width of the model's images: a number of pixels, or `{"height": ..., "width": ...}`.
@@ -54,13 +54,13 @@ class StereoImageProcessor(BaseImageProcessor):
         """Read the fields of a processor; arguments as in transformers.
 
         Raises:
-            OSError: If there is no file, or it holds something else than keys and values.
+            OSError: If there is no file, or it does not hold keys and values.
         """
         fields, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(fields, dict):
             raise OSError(
                 f"{pretrained_model_name_or_path} has a preprocessor_config.json without keys and values; expected "
-                "what save_pretrained wrote."
+                "the file that save_pretrained wrote."
             )
         return fields, kwargs
 
@@ -72,17 +72,17 @@ class StereoImageProcessor(BaseImageProcessor):
         Args:
             images: A pair, a list of pairs, or an array or tensor `[batch, 2, height, width]` of them.
             return_tensors: `"pt"` or `"np"`; lists of arrays without it.
-            kwargs: No other options are known; those of other processors, such as `do_resize`, are refused.
+            kwargs: No other options are known. Options of other processors, such as `do_resize`, raise an error.
 
         Returns:
             `pixel_values`, float32 `[batch, 2, height, width]`.
 
         Raises:
-            TypeError: If an option is unknown, or something is neither an image, an array nor a tensor.
-            ValueError: If there is no pair, or one is not of a pair's shape or range of values.
+            TypeError: If an option is unknown, or a pair is not an image, an array or a tensor.
+            ValueError: If there is no pair, or a pair has another shape or range of values.
         """
         if kwargs:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(kwargs)}; it has return_tensors alone.")
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(kwargs)}; expected only return_tensors.")
         if isinstance(images, Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim != 4):
             images = [images]
         if not len(images):
@@ -99,7 +99,7 @@ class StereoImageProcessor(BaseImageProcessor):
 
 
 def side_by_side(pair: np.ndarray | Tensor) -> Image.Image:
-    """Make one grey image of a stereo pair, the left view on the left: for looking at it, and for pipelines.
+    """Make one grey image of a stereo pair, the left view on the left, to look at or to pass to a pipeline.
 
     Args:
         pair: `[2, height, width]`, integers from 0 to 255 or floats in [0, 1], which are rounded to 256 steps.
@@ -108,8 +108,8 @@ def side_by_side(pair: np.ndarray | Tensor) -> Image.Image:
         An image of `height` and twice the `width`.
 
     Raises:
-        TypeError: If it is neither an array nor a tensor.
-        ValueError: If it is not of a pair's shape or range of values.
+        TypeError: If `pair` is neither an array nor a tensor.
+        ValueError: If it does not have the shape or range of values of a pair.
     """
     if isinstance(pair, Image.Image):
         raise TypeError("pair is an image already; expected an array or a tensor [2, height, width].")
@@ -149,7 +149,7 @@ def _read_pair(pair: Pair) -> np.ndarray:
 def _check_mode(pair: Image.Image) -> None:
     if pair.mode.startswith("I") or pair.mode == "F":
         raise ValueError(
-            f"The image is of mode {pair.mode}, whose values may not fit in 8 bits; expected one of 8 bits, as "
+            f"The image is of mode {pair.mode}, whose values may not fit in 8 bits; expected an image of 8 bits, as "
             "capsule_heads.data.images.as_image makes it."
         )
 

@@ -85,7 +85,7 @@ class StereoConvModel(PreTrainedModel):
 def _coordinates(images: Tensor) -> Tensor:
     """Return the row and the column of each pixel, from -1 to 1, `[batch, 2, height, width]`."""
     n, _, height, width = images.shape
-    # Always float32, as in the original: a float64 network then agrees with it to the last digit.
+    # Always float32, as in the original, so a float64 network agrees with the original to the last digit.
     rows, columns = (torch.linspace(-1.0, 1.0, size, device=images.device) for size in (height, width))
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(images.dtype).expand(n, -1, -1, -1)
 

@@ -1,11 +1,11 @@
 """A small ray tracer, in numpy, for stereo pairs of solids on a floor.
 
 A solid is an affine image of a unit ball, a unit cylinder, or a box that may narrow. Each of these is the set of points
-that satisfy at most one quadric inequality and some linear ones, so a ray is inside it between the last of its entries
-and the first of its exits: one function traces them all.
+that satisfy at most one quadric inequality and some linear ones. So a ray is inside a solid between the last of its
+entries and the first of its exits, and one function traces all solids.
 
-World coordinates: `x` to the right, `y` away from the cameras, `z` up, the floor at `z = 0`. Camera coordinates: `x` to
-the right, `y` down, `z` forward, the camera at the origin. Everything is float32.
+In world coordinates, `x` points to the right, `y` away from the cameras, `z` up, and the floor is at `z = 0`. In camera
+coordinates, `x` points to the right, `y` down, `z` forward, and the camera is at the origin. Everything is float32.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _TINY = np.float32(1e-12)  # keeps a divisor from being exactly zero
-_SIGNS = np.array(list(product((-1, 1), repeat=3)), np.float32)  # of the corners of a cube
+_SIGNS = np.array(list(product((-1, 1), repeat=3)), np.float32)  # signs of the corners of a cube
 
-# The cameras: where they stand, how wide they see, and how far apart they are, in radii of a toy.
+# The cameras: their distance from the toy, half the width of an image at the toy, and the distance between them, all in
+# radii of a toy.
 DISTANCE = 6.0
-HALF_WIDTH = 1.2  # of what an image shows, at the toy
+HALF_WIDTH = 1.2
 BASELINE = 0.7
 
 _FLOOR_ALBEDO = 0.62
-_SAMPLES = 2  # samples a pixel, along rows and columns
+_SAMPLES = 2  # samples per pixel, along rows and along columns
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Solid:
     Attributes:
         center: `[3]`.
         axes: `[3, 3]`; its columns are the half axes.
-        quadric: `[3]`, the coefficients of the squares in `sum(quadric * point ** 2) <= 1`; zeros for none.
+        quadric: `[3]`, the coefficients of the squares in `sum(quadric * point ** 2) <= 1`; zeros for no quadric.
         planes: `[n_planes, 4]`, rows `(normal, bound)` of `normal @ point <= bound`.
-        albedo: The fraction of light it reflects.
+        albedo: The fraction of light that it reflects.
     """
 
     center: NDArray
@@ -55,7 +56,7 @@ class Solid:
 
     @property
     def bounds(self) -> NDArray:
-        """Return the least and the greatest coordinates `[2, 3]`: exact for balls and boxes, near for cylinders."""
+        """Return the least and the greatest coordinates `[2, 3]`, exact for balls and boxes, near for cylinders."""
         norm = 2 if self.quadric.any() else 1
         extent = np.linalg.norm(self.axes, ord=norm, axis=1)
         return np.stack([self.center - extent, self.center + extent])
@@ -95,13 +96,13 @@ def rod(start: ArrayLike, end: ArrayLike, radius: float, albedo: float) -> Solid
 
 
 def box(center: ArrayLike, half_axes: ArrayLike, albedo: float, taper: tuple[float, float] = (1, 1)) -> Solid:
-    """Return a box, or a frustum: at the end of its third axis its first two are `taper` times as long.
+    """Return a box or a frustum, whose first two axes are `taper` times as long at the end of its third axis.
 
     Args:
         center: `[3]`.
         half_axes: Three lengths, or three half axes as columns, not necessarily at right angles.
         albedo: The fraction of light that its sides reflect.
-        taper: At most 1.
+        taper: Two factors, at most 1.
     """
     axes = np.asarray(half_axes, np.float64)
     planes = [(0, 0, 1, 1), (0, 0, -1, 1)]
@@ -119,13 +120,13 @@ def render_pair(
 ) -> NDArray[np.uint8]:
     """Render solids on the floor as two cameras side by side see them.
 
-    Both look at the point halfway up the solids, from one height. Surfaces are Lambertian, lights are directional and
-    cast shadows, and the floor is uniform.
+    Both cameras look at the point halfway up the solids, from the same height. Surfaces are Lambertian, lights are
+    directional and cast shadows, and the floor is uniform.
 
     Args:
         solids: Solids in the world, on the floor, around its `z` axis.
         elevation: Elevation of the cameras, in degrees above the horizon.
-        lights: For each light the direction towards it, in the world, and its strength.
+        lights: For each light the direction towards it in world coordinates, and its strength.
         ambient: The strength of light from everywhere; surfaces that face down get less of it.
         size: Height and width of an image, in pixels.
 
@@ -139,7 +140,7 @@ def render_pair(
     for side in (-0.5, 0.5):
         camera = np.add(middle, (side * BASELINE, 0, 0))
         forward = _unit(target - camera)
-        down = _unit(np.cross(forward, (1, 0, 0)))  # neither camera is rolled against the line between them
+        down = _unit(np.cross(forward, (1, 0, 0)))  # so no camera is rolled against the line between them
         rotation = np.stack([np.cross(down, forward), down, forward])  # world to camera
         seen = [solid.moved(rotation, -rotation @ camera) for solid in solids]
         beams = [(_unit(rotation @ np.asarray(towards)), strength) for towards, strength in lights]
@@ -160,13 +161,13 @@ def _slopes(size: int) -> NDArray:
 
 
 def _render(solids: list[Solid], rotation: NDArray, height: float, lights: list, ambient: float, size: int) -> NDArray:
-    """Return one view, of solids in its camera's coordinates."""
+    """Render one view of solids in its camera's coordinates."""
     slopes = _slopes(size)
     rays = np.empty((len(slopes), len(slopes), 3), np.float32)
     rays[..., 0], rays[..., 1], rays[..., 2] = slopes, slopes[:, None], 1
     up = rotation[:, 2]
 
-    # The floor is beneath everything: where nothing else is hit, a ray goes on to it.
+    # The floor is beneath everything, so a ray that hits nothing else reaches it.
     depth = -np.float32(height) / (rays @ up)
     index = np.full(depth.shape, -1, np.int16)
     for number, solid in enumerate(solids):
@@ -195,7 +196,7 @@ def _shade(solids: list[Solid], points: NDArray, index: NDArray, up: NDArray, li
         albedos[on_it] = solid.albedo
 
     light = ambient * (0.75 + 0.25 * (normals @ up))
-    raised = points + np.float32(2e-3) * normals  # a solid casts no shadow on the point of its own that it begins at
+    raised = points + np.float32(2e-3) * normals  # else a solid would cast a shadow on its own points
     for towards, strength in lights:
         cosines = np.maximum(normals @ towards, 0)
         cosines[_find_shadowed(solids, raised, towards, cosines > 0)] = 0
@@ -212,15 +213,16 @@ def _window(solid: Solid, slopes: NDArray) -> tuple[slice, slice]:
 
 
 def _cross(solid: Solid, origins: NDArray, directions: NDArray) -> tuple[NDArray, NDArray]:
-    """Find where rays, `origins + t * directions`, enter and leave a solid; those that miss it enter after they leave.
+    """Find where rays, `origins + t * directions`, enter and leave a solid.
 
     Args:
         solid: A solid in the coordinates of the rays.
-        origins: `[..., 3]`; either these or the directions may be one for all rays.
+        origins: `[..., 3]`. Either origins or directions may be one vector for all rays.
         directions: `[..., 3]`, of any length.
 
     Returns:
-        Two arrays of values of `t`, `[...]`.
+        Two arrays `[...]` of values of `t`, where rays enter and leave. A ray that misses the solid enters after it
+        leaves.
     """
     inverse = np.linalg.inv(solid.axes).T
     o, d = (origins - solid.center) @ inverse, directions @ inverse
@@ -229,7 +231,7 @@ def _cross(solid: Solid, origins: NDArray, directions: NDArray) -> tuple[NDArray
         a = (d * d) @ solid.quadric + _TINY
         b = (d * o) @ solid.quadric
         c = (o * o) @ solid.quadric - 1
-        root = np.sqrt(np.maximum(b * b - a * c, 0))  # of a ray that misses, both are where it is nearest
+        root = np.sqrt(np.maximum(b * b - a * c, 0))  # 0 for a ray that misses: both values are its nearest point
         enter, leave = (-b - root) / a, (root - b) / a
     for *normal, bound in solid.planes:
         slope = d @ np.array(normal, np.float32) + _TINY
@@ -245,7 +247,7 @@ def _normals(solid: Solid, points: NDArray) -> NDArray:
     local = (points - solid.center) @ inverse.T
     gradients = local * solid.quadric
     if len(solid.planes):
-        # On the plane whose bound it meets, unless the quadric's is nearer.
+        # A point is on the plane whose bound it meets, unless the quadric is nearer.
         slack = local @ solid.planes[:, :3].T - solid.planes[:, 3]
         nearest = slack.argmax(axis=1)
         on_plane = slack.max(axis=1) > ((local * gradients).sum(axis=1) - 1 if solid.quadric.any() else -np.inf)
@@ -255,8 +257,8 @@ def _normals(solid: Solid, points: NDArray) -> NDArray:
 
 
 def _find_shadowed(solids: list[Solid], points: NDArray, towards: NDArray, facing: NDArray) -> NDArray:
-    """Return the indices of those points `[n, 3]` that face a light and have a solid between it and them."""
-    # Seen from the light, in a plane across its direction, only points in a solid's rectangle can be behind it.
+    """Return the indices of the points `[n, 3]` that face a light and have a solid between them and the light."""
+    # In a plane across the light's direction, only points in a solid's rectangle can be behind the solid.
     across = _unit(np.cross(towards, (0, 0, 1) if abs(towards[2]) < 0.9 else (1, 0, 0)))
     plane = np.stack([across, np.cross(towards, across)])
     corners = np.stack([solid.corners @ plane.T for solid in solids])

@@ -25,7 +25,7 @@ _STEMS = {
     "train": "smallnorb-5x46789x9x18x6x2x96x96-training",
     "test": "smallnorb-5x01235x9x18x6x2x96x96-testing",
 }
-_KINDS = ("dat", "cat", "info")  # images, categories, the other factors
+_KINDS = ("dat", "cat", "info")  # images, categories, other factors
 _FACTORS = ("instance", "elevation", "azimuth", "lighting")
 _TYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}  # by magic number
 _MAGIC = {"dat": 0x1E3D4C55, "cat": 0x1E3D4C54, "info": 0x1E3D4C54}
@@ -38,33 +38,33 @@ def load_smallnorb(
     validation_instances: Collection[int] = (9,),
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.DatasetDict:
-    """Load smallNORB: 24,300 stereo pairs of 25 toys for training, and as many of 25 other toys for testing.
+    """Load smallNORB: 24,300 stereo pairs of 25 toys for training, and as many pairs of 25 other toys for testing.
 
-    Pairs go one after another from a memory-mapped or gzipped file into the cache of datasets (about 450 MB for each of
-    training and testing), which is memory-mapped in turn. Files that have changed are read again. Pairs keep the order
-    of the files, which is shuffled.
+    Pairs are copied one by one from a memory-mapped or gzipped file into the cache of datasets (about 450 MB each for
+    training and testing), which is memory-mapped too. Files that have changed are read again. Pairs keep the order of
+    the files, which is shuffled.
 
-    Validation: The five toys of each category in the training files are its instances 4, 6, 7, 8 and 9. All pairs of
-    some of them are set apart, 9 unless told otherwise: the last, since nothing speaks for any other. So the model is
-    validated on toys that it was not trained on, as it will be tested. The test split is for testing only. Heinsen's
-    2019 training notebook validated on the images it tested on, "to match other papers", and trained on all 24,300
-    pairs; `validation_instances=()` trains on as many.
+    Validation: The five toys of each category in the training files are its instances 4, 6, 7, 8 and 9. The validation
+    split has all pairs of some of these instances, by default of the last one, 9. So the model is validated on toys
+    that it was not trained on, as in testing. The test split is for testing only. Heinsen's 2019 training notebook
+    validated on the images it tested on, "to match other papers", and trained on all 24,300 pairs, as
+    `validation_instances=()` does.
 
     Args:
         source: A directory with the six original files, `smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat` and so on,
             as published at `SMALLNORB_URL`, each plain or gzipped (`.mat.gz`).
-        validation_instances: Numbers of the training instances of each category that make up the validation split. With
-            none there is no such split.
-        cache_dir: Folder that the pairs are kept in; by default the cache folder of datasets.
+        validation_instances: Numbers of the training instances of each category that make up the validation split. If
+            empty, there is no validation split.
+        cache_dir: Folder for the pairs; by default the cache folder of datasets.
 
     Returns:
         The splits `train`, `validation` and `test` with the columns of `capsule_heads.paper.stereo.stereo_features`.
 
     Raises:
         FileNotFoundError: If the directory or one of its files does not exist.
-        ValueError: If a file is not what its name says, truncated, or of another length than the others; if a
-            validation instance is not in the training files, or none is left to train on; or if an instance is in the
-            training and in the test files.
+        ValueError: If a file is truncated, does not match its name, or has another number of pairs than the others; if
+            a validation instance is not in the training files, or no instance is left to train on; or if an instance is
+            in both the training and the test files.
     """
     directory = Path(source).expanduser()
     files = {split: _find_files(directory, stem) for split, stem in _STEMS.items()}
@@ -105,7 +105,7 @@ def _find_files(directory: Path, stem: str) -> dict[str, Path]:
 
 
 def _check_validation_instances(wanted: Collection[int], instances: np.ndarray) -> np.ndarray:
-    """Return which of the training pairs are for validation."""
+    """Return a mask of the training pairs that are for validation."""
     present = sorted(set(instances.tolist()))
     for instance in wanted:
         if instance not in present:
@@ -118,13 +118,13 @@ def _check_validation_instances(wanted: Collection[int], instances: np.ndarray) 
     return np.isin(instances, list(wanted))
 
 
-# The files. A matrix is a magic number for its type, its number of dimensions, the dimensions - of which there are at
-# least three, the last ones meaningless if it has fewer - and its values in C order, all little endian.
+# The files. A matrix is a magic number for its type, its number of dimensions, its dimensions, and its values in C
+# order, all little endian. At least three dimensions are stored; those beyond the number of dimensions mean nothing.
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """The header of a matrix: what is in its file, and where its values begin."""
+    """The header of a matrix: its shape and type, and where its values begin in the file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -141,7 +141,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 
 def _read_header(path: Path, kind: str) -> _Matrix:
-    """Read the header of a file, and check it against what a file of its kind should have."""
+    """Read the header of a file, and check that it fits the kind of the file."""
     expected = _MAGIC[kind]
     with _open(path) as file:
         start = _read(file, 8, path)
@@ -166,7 +166,7 @@ def _read_header(path: Path, kind: str) -> _Matrix:
 
 
 def _read(file: io.BufferedIOBase, n_bytes: int, path: Path) -> bytes:
-    """Read `n_bytes`, no fewer."""
+    """Read exactly `n_bytes`."""
     payload = _read_at_most(file, n_bytes, path)
     if len(payload) < n_bytes:
         raise ValueError(f"{path} is truncated: {n_bytes - len(payload):,} bytes or more are missing; fetch it again.")
@@ -181,7 +181,7 @@ def _read_at_most(file: io.BufferedIOBase, n_bytes: int, path: Path) -> bytes:
 
 
 def _expect_end(file: io.BufferedIOBase, path: Path) -> None:
-    """Check that a file was read to its end; this also checks the checksum of a gzipped one."""
+    """Check that a file was read to its end; this also checks the checksum of a gzipped file."""
     if _read_at_most(file, 1, path):
         raise ValueError(f"{path} is too long: it holds more than its header says; fetch it again.")
 
@@ -199,8 +199,8 @@ def _read_labels(files: dict[str, Path]) -> np.ndarray:
     n_categories, n_info = len(columns["cat"]), len(columns["info"])
     if n_categories != n_info:
         raise ValueError(
-            f"{files['cat']} is of {n_categories:,} pairs and {files['info']} of {n_info:,}; expected as many in both. "
-            "Fetch them again."
+            f"{files['cat']} has {n_categories:,} pairs and {files['info']} has {n_info:,}; expected the same number "
+            "in both. Fetch them again."
         )
     unknown = set(columns["cat"].ravel().tolist()) - set(range(len(CATEGORIES)))
     if unknown:
@@ -215,8 +215,8 @@ def _check_images(path: Path, n_labels: int) -> None:
     header = _read_header(path, "dat")
     if header.shape[0] != n_labels:
         raise ValueError(
-            f"{path} is of {header.shape[0]:,} pairs, and the cat and info files beside it of {n_labels:,}; expected "
-            "as many in all three. Fetch them again."
+            f"{path} has {header.shape[0]:,} pairs, and the cat and info files beside it have {n_labels:,}; expected "
+            "the same number in all three. Fetch them again."
         )
     expected, found = header.offset + header.n_bytes, path.stat().st_size
     if path.suffix != ".gz" and found != expected:
@@ -229,7 +229,7 @@ def _read_pairs(files: dict[str, Path], split: str, cache_dir: str | os.PathLike
     stats = {kind: files[kind].resolve().stat() for kind in _KINDS}
     settings = {
         "files": {kind: str(files[kind].resolve()) for kind in _KINDS},
-        # datasets names its cache after these: a file that was changed is another one.
+        # datasets names its cache after these, so a changed file counts as another file.
         "identity": tuple((stats[kind].st_size, stats[kind].st_mtime_ns) for kind in _KINDS),
     }
     height, width = _read_header(files["dat"], "dat").shape[2:]
@@ -242,7 +242,7 @@ def _read_pairs(files: dict[str, Path], split: str, cache_dir: str | os.PathLike
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):  # a damaged gzip file shows when it is read
+        if isinstance(error.__cause__, ValueError):  # a damaged gzip file is noticed while it is read
             raise error.__cause__ from None
         raise
 

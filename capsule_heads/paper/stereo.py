@@ -1,4 +1,4 @@
-"""Stereo pairs: the columns of a data set of them, and the pixel values that the vision model takes."""
+"""Stereo pairs: the columns of a data set of pairs, and the pixel values that the vision model takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.images import with_pixel_values
 
-CATEGORIES = ("animal", "human", "airplane", "truck", "car")  # smallNORB's, in its order
+CATEGORIES = ("animal", "human", "airplane", "truck", "car")  # of smallNORB, in its order
 
 PADDING = 16
 
@@ -17,7 +17,7 @@ PADDING = 16
 def stereo_features(height: int = 96, width: int = 96) -> datasets.Features:
     """Return the columns of a set of stereo pairs.
 
-    `image` is `[2, height, width]`, grey values from 0 to 255, the left view first; `label` is one of `CATEGORIES`;
+    `image` is `[2, height, width]`, grey values from 0 to 255, the left view first. `label` is one of `CATEGORIES`, and
     `instance` is the number of the toy within its category. The views are numbered as in smallNORB: `elevation` 0 to 8
     for 30 to 70 degrees in steps of 5, `azimuth` 0, 2, ... 34 for tens of degrees, and `lighting` 0 to 5.
     """
@@ -32,23 +32,24 @@ def stereo_features(height: int = 96, width: int = 96) -> datasets.Features:
 
 
 def prepare_stereo(pairs: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Give stereo pairs the two columns that a Trainer takes, made when they are read.
+    """Give stereo pairs the two columns that a Trainer takes; they are made when a pair is read.
 
-    `pixel_values` is `[2, height, width]`, float32 in [0, 1], and `labels` the class. In the split `train` a pair is
-    cropped at random each time it is read, by torch's global generator (so by the Trainer's seed, and differently in
-    each worker of a DataLoader); in all others it is as it is. Nothing is resized, mirrored or normalized.
+    `pixel_values` is `[2, height, width]`, float32 in [0, 1], and `labels` is the class. In the split `train` a pair is
+    cropped at random each time it is read. The crop comes from torch's global generator, so it follows the Trainer's
+    random seed and differs between the workers of a DataLoader. Other splits are not cropped. Nothing is resized,
+    mirrored or normalised.
 
-    This is what the training notebook of Heinsen (2019) does, with one difference: there the images that the model was
-    validated on, which were those of the test split, were cropped at random too. Those it was tested on were not.
+    The training notebook of Heinsen (2019) does the same, with one difference. There the images for validation, which
+    were those of the test split, were cropped at random too, but not when they were used for testing.
 
-    Reading takes about 1.5 ms a pair. Where a training step takes little more, let workers do it
+    Reading takes about 1.5 ms per pair. If a training step takes little more, let workers do the reading
     (`dataloader_num_workers`).
 
     Args:
         pairs: Splits with the columns `image` and `label`.
 
     Returns:
-        The same splits. Columns have their new names already, so that `remove_unused_columns` may be on or off.
+        The same splits. Columns already have their new names, so `remove_unused_columns` may be on or off.
 
     Raises:
         ValueError: If a split has no `image` or no `label`.
@@ -57,7 +58,7 @@ def prepare_stereo(pairs: datasets.DatasetDict) -> datasets.DatasetDict:
         if not {"image", "label"} <= set(split.column_names):
             raise ValueError(
                 f"The split {name} has the columns {', '.join(split.column_names)}; expected image and label, as "
-                "load_smallnorb and load_toy_norb give them."
+                "load_smallnorb and load_toy_norb return them."
             )
     pairs = pairs.select_columns(["image", "label"])
     return datasets.DatasetDict(
@@ -69,18 +70,19 @@ def prepare_stereo(pairs: datasets.DatasetDict) -> datasets.DatasetDict:
 
 
 def crop_randomly(images: Tensor, padding: int = PADDING) -> Tensor:
-    """Crop images at random to their own size, out of themselves with their edges repeated on all sides.
+    """Pad images with their edge values on all sides, and crop them at random to their own size.
 
     Args:
-        images: `[batch, channels, height, width]`. Its channels, so both views of a pair, are cropped alike.
-        padding: Number of repeated edge pixels, and so the largest distance of a crop from the middle, in pixels.
+        images: `[batch, channels, height, width]`. All channels, and so both views of a pair, are cropped alike.
+        padding: Number of repeated edge pixels, which is the largest distance of a crop from the middle, in pixels.
 
     Returns:
-        The crops, of the same shape and dtype; each of the `(2 * padding + 1) ** 2` of an image is equally likely.
+        The crops, of the same shape and dtype. Each of the `(2 * padding + 1) ** 2` crops of an image is equally
+        likely.
     """
     n_images, _, height, width = images.shape
     top, left = torch.randint(-padding, padding + 1, (2, n_images, 1))
-    # To read with coordinates held inside the image is to crop the padded one.
+    # Reading an image with clamped coordinates is cropping its padded version.
     rows = (torch.arange(height) + top).clamp(0, height - 1)[:, :, None]  # [batch, height, 1]
     columns = (torch.arange(width) + left).clamp(0, width - 1)[:, None]  # [batch, 1, width]
     crops = images[torch.arange(n_images)[:, None, None], :, rows, columns]  # [batch, height, width, channels]

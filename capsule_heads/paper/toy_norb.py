@@ -1,4 +1,4 @@
-"""toyNORB: stereo pairs of procedurally built toys, with the classes and factors of smallNORB and no download."""
+"""toyNORB: stereo pairs of procedurally built toys, with the classes and factors of smallNORB, without a download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stereo import CATEGORIES, stereo_features
 _N_AZIMUTHS = 18
 _ELEVATIONS = range(30, 75, 5)  # degrees
 
-# Of each lighting: directions towards lights and their strengths, and the strength of light from everywhere.
+# For each lighting: directions towards lights and their strengths, and the strength of light from everywhere.
 _LIGHTINGS = (
     ([((-0.8, -0.6, 1.0), 0.70)], 0.35),
     ([((0.8, -0.6, 1.0), 0.70)], 0.35),
@@ -29,7 +29,7 @@ _LIGHTINGS = (
 _VARIED = {"elevation": range(len(_ELEVATIONS)), "azimuth": range(0, 2 * _N_AZIMUTHS, 2)}  # as numbered in the data
 _VIEWS = tuple(product(range(len(_ELEVATIONS)), range(_N_AZIMUTHS), range(len(_LIGHTINGS))))
 
-# Raise it with whatever changes the images: it is part of the name that they are cached by.
+# Increase this with every change to the images, as it is part of the name of their cache.
 _EDITION = 1
 
 
@@ -42,26 +42,26 @@ def load_toy_norb(
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.DatasetDict:
-    """Render stereo pairs of toys, or find those rendered before: a stand-in for smallNORB, without a network.
+    """Render stereo pairs of toys, or load those rendered before, as a substitute for smallNORB without a network.
 
-    Each category is a family of solid toys; an instance is one of them, its proportions, kind of body, size and grey
-    tones drawn at random. Two cameras side by side look at it from one of 9 elevations (30 to 70 degrees), turned to
-    one of 18 azimuths, in one of 6 lightings: 972 views, of which each instance has some of its own, drawn at random.
+    Each category is a family of solid toys. An instance is one toy, with random proportions, kind of body, size and
+    grey tones. Two cameras side by side look at it from one of 9 elevations (30 to 70 degrees), turned to one of 18
+    azimuths, in one of 6 lightings. Each instance has its own random selection of these 972 views.
 
-    The set is for quickstarts and tests: what a model reaches on it says little of what it reaches on smallNORB. A
-    thousand pairs take about half a minute on one core, once; they are cached.
+    The set is for quickstarts and tests. A model's accuracy on it says little about its accuracy on smallNORB.
+    Rendering a thousand pairs takes about half a minute on one core. Pairs are cached, so this happens once.
 
-    Instances are numbered within their category: those of the test split first, then validation, then training. So no
-    two splits share an instance, and a larger training split leaves the others as they are. The same seed gives the
-    same toys and views everywhere; between processors, rounding may make a grey value differ by 1.
+    Instances are numbered within their category: the test split's first, then validation's, then training's. So no two
+    splits share an instance, and a larger training split does not change the others. The same random seed gives the
+    same toys and views everywhere. Between processors, rounding may make a grey value differ by 1.
 
     Args:
         n_train_instances: Number of toys of each category in the training split.
         n_validation_instances: Number of toys of each category in the validation split.
         n_test_instances: Number of toys of each category in the test split.
-        n_views: Pairs of each instance, at most 972; more views contain those that fewer do.
+        n_views: Pairs of each instance, at most 972. A larger number adds views to those of a smaller number.
         seed: Random seed of toys and views.
-        cache_dir: Where rendered pairs are kept; by default the cache folder of datasets.
+        cache_dir: Folder for rendered pairs; by default the cache folder of datasets.
 
     Returns:
         The splits `train`, `validation` and `test` with the columns of `stereo_features`; by default 2,000, 400 and 800
@@ -105,11 +105,11 @@ def render_sequence(
     """Render one toy from all elevations, or from all azimuths.
 
     Args:
-        factor: "elevation" or "azimuth": what varies.
+        factor: The factor that varies, "elevation" or "azimuth".
         label: Category of the toy, by name or index.
         instance: Number of the toy within its category. The first ones are those of the test split, by default four.
-        elevation: 0 to 8; 4 by default, and not given where it varies.
-        azimuth: 0, 2, ... 34; 0 by default, and not given where it varies.
+        elevation: 0 to 8; 4 by default, and not given if it varies.
+        azimuth: 0, 2, ... 34; 0 by default, and not given if it varies.
         lighting: 0 to 5.
         seed: As in `load_toy_norb`.
 
@@ -117,10 +117,10 @@ def render_sequence(
         9 or 18 pairs with the columns of `stereo_features`, in the order of the factor.
 
     Raises:
-        ValueError: If an argument is none of these.
+        ValueError: If an argument has another value.
     """
     if (elevation if factor == "elevation" else azimuth) is not None:
-        raise ValueError(f"{factor} was given, and is to vary; leave it out.")
+        raise ValueError(f"{factor} was given, but it is the factor that varies; leave it out.")
     elevation, azimuth = 4 if elevation is None else elevation, 0 if azimuth is None else azimuth
     index = CATEGORIES.index(label) if isinstance(label, str) and label in CATEGORIES else label
     choices = {
@@ -165,7 +165,7 @@ def render_view(toy: list[Solid], elevation: int, azimuth: int, lighting: int, s
     """Render one view of a toy.
 
     Args:
-        toy: What `build_toy` returns.
+        toy: A toy that `build_toy` built.
         elevation: 0 to 8.
         azimuth: 0 to 17, by which the toy is turned in steps of 20 degrees.
         lighting: 0 to 5.
@@ -183,12 +183,13 @@ def render_view(toy: list[Solid], elevation: int, azimuth: int, lighting: int, s
 def build_toy(category: str, rng: np.random.Generator) -> list[Solid]:
     """Build a toy of one of `CATEGORIES`, on the floor, facing along `x`.
 
-    Toys of all categories are brought to about the same size, so that it does not tell them apart.
+    Toys of all categories are scaled to about the same size, so that size does not tell them apart.
     """
     parts = _BUILDERS[category](rng)
     bounds = np.stack([part.bounds for part in parts])
     low, high = bounds[:, 0].min(axis=0), bounds[:, 1].max(axis=0)
-    # At one length trucks would look larger than planes, at one bulk planes would be longer than trucks: in between.
+    # At equal length, trucks would look larger than planes. At equal bulk, planes would be longer than trucks. So the
+    # scale is in between.
     length = (high - low).max() / 2
     bulk = math.sqrt(sum(abs(np.linalg.det(part.axes)) ** (2 / 3) for part in parts))
     scale = rng.uniform(0.51, 0.67) / math.sqrt(length * bulk)
@@ -246,7 +247,7 @@ def _human(rng: np.random.Generator) -> list[Solid]:
         parts.append(rod(joint, hand, limb * 0.85, shirt))
         parts.append(ball(hand, limb * 1.05, skin))
         parts.append(ball(joint, limb, shirt))
-    # Widest at the shoulders: the third axis points down, along which a box narrows.
+    # The body is widest at the shoulders: a box narrows along its third axis, which points down here.
     axes = np.diag([layer, shoulder, -chest])
     parts.append(box((0, 0, hip + chest), axes, shirt, taper=(0.85, waist / shoulder)))
     size, top = u(0.15, 0.2), hip + 2 * chest
@@ -268,7 +269,7 @@ def _airplane(rng: np.random.Generator) -> list[Solid]:
     root, low = u(-0.05, 0.2), u(-0.5, 0.7) * girth
     engines = rng.integers(0, 3)
     for y in (-1, 1):
-        # A wing narrows towards its tip: the third axis runs along it, and back by the sweep.
+        # A wing narrows towards its tip, so the third axis runs along the wing, and back by the sweep.
         half = np.array([-sweep, y * span, rise]) / 2
         axes = np.stack([(chord, 0, 0), (0, 0, 0.025), half], axis=1)
         parts.append(box(np.add(half, (root, 0, height + low)), axes, second, taper=(u(0.4, 0.8), 0.6)))

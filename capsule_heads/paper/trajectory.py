@@ -1,8 +1,8 @@
 """Pose trajectories: how the pose of a class capsule moves as the viewpoint changes ("reverse graphics", Heinsen 2019).
 
-The paper's picture: images of one object whose elevation or azimuth varies and, below them, a two-dimensional view of
-the trajectory of each pose vector. Smooth trajectories say that a pose follows the viewpoint, though no viewpoint was
-ever a target of training.
+As in the paper, a picture shows images of one object whose elevation or azimuth varies. Below them it shows a
+two-dimensional view of the trajectory of each pose vector. Smooth trajectories mean that a pose follows the viewpoint,
+although viewpoints were never a target of training.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class PoseTrajectory:
     """Two-dimensional view of the trajectories of pose vectors.
 
     Attributes:
-        coordinates: `[d_cov, steps, 2]`, float64: a plane of its own for each vector, in the unit of the poses, centred
+        coordinates: `[d_cov, steps, 2]`, float64. Each vector has a plane of its own, in the unit of the poses, centred
             on the mean over the steps. Distances within a plane mean something. Directions, and one vector's position
             relative to another's, do not.
-        stress: `[d_cov]`, Kruskal's stress-1: the root of the sum of squared errors of all distances between steps,
-            over the sum of their squares. 0 if the vector moves in a plane.
+        stress: `[d_cov]`, Kruskal's stress-1. It is the square root of the summed squared errors of all distances
+            between steps, divided by the summed squares of these distances. It is 0 if the vector moves in a plane.
     """
 
     coordinates: np.ndarray
@@ -49,16 +49,16 @@ def select_sequence(
 
     Args:
         dataset: a data set with the columns `label`, `instance`, `elevation`, `azimuth` and `lighting`, integers.
-        factor: what varies.
-        **fixed: values of the other columns; for `label` also its name, if the column is a `ClassLabel`. A column that
-            is not given, or None, takes the smallest value that occurs with the columns before it, in the order label,
-            instance, lighting, elevation, azimuth.
+        factor: the factor that varies.
+        **fixed: values of the other columns. A label may be given by name, if its column is a `ClassLabel`. A column
+            that is not given, or None, takes the smallest value that occurs with the values of the columns before it,
+            in the order label, instance, lighting, elevation, azimuth.
 
     Returns:
         The images in the order of `factor`, one for each of its values, and the values of the other columns.
 
     Raises:
-        ValueError: If `factor` is unknown or is itself fixed, if a column is missing, or if there are fewer than 3 such
+        ValueError: If `factor` is unknown or itself fixed, if a column is missing, or if there are fewer than 3 such
             images.
     """
     if factor not in FACTORS:
@@ -127,18 +127,18 @@ def compute_capsules(
 
 
 def activated_poses(logits: np.ndarray, poses: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Return the poses, over all images, of the one class capsule that is activated in most of them.
+    """Return the poses, over all images, of the class capsule that most of the images activate.
 
-    A capsule is activated by an image if its score is the highest, so if it is the predicted class. The trajectory is
-    that of one capsule: the poses of different capsules are in different spaces. If two are activated equally often, it
-    is the one with the higher mean score.
+    An image activates the capsule with the highest score, which is the predicted class. A trajectory follows one
+    capsule, as the poses of different capsules are in different spaces. If two capsules are activated equally often,
+    the one with the higher mean score is taken.
 
     Args:
         logits: `[steps, n_classes]`, scores of the class capsules.
         poses: `[steps, n_classes, d_cov, d_out]`.
 
     Returns:
-        Its poses `[steps, d_cov, d_out]`, its class index, and in how many of the images it is activated.
+        The capsule's poses `[steps, d_cov, d_out]`, its class index, and the number of images that activate it.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -158,14 +158,14 @@ def pose_trajectory(poses: np.ndarray) -> PoseTrajectory:
 
     A pose vector is a row of a capsule's pose, so a pose of 4 x 4 has four. Classical MDS of Euclidean distances is the
     projection on the two directions in which the vector moves most. It is exact and has no random start. Distances can
-    only shrink: movement in other directions is lost, and `stress` says how much. It finds no curved surface. The sign
+    only shrink, as movement in other directions is lost; `stress` says how much. It finds no curved surface. The sign
     of each axis is arbitrary (here the coordinate furthest from 0 is positive).
 
     Args:
         poses: `[steps, d_cov, d_out]`, poses of one capsule; at least 3 steps.
 
     Raises:
-        ValueError: If the shape is another, there are fewer than 3 steps, or a value is not finite.
+        ValueError: If the shape does not fit, there are fewer than 3 steps, or a value is not finite.
     """
     poses = np.asarray(poses, dtype=np.float64)
     if poses.ndim != 3 or len(poses) < 3:
@@ -200,11 +200,12 @@ def draw_trajectory(
 
     Args:
         trajectory: the trajectory, of as many steps as there are images.
-        images: uint8 arrays `[2, height, width]`; the first, left-eye, channel is shown.
-        steps: the value of `factor` of each image.
-        factor: what varies, such as "azimuth".
+        images: uint8 arrays `[2, height, width]`; the first channel, the left view, is shown.
+        steps: the value of `factor` for each image.
+        factor: the factor that varies, such as "azimuth".
         title: title of the picture.
-        closed: whether the first image follows on the last, as in a full circle of azimuths; a dotted line joins them.
+        closed: whether the first image follows the last one, as in a full circle of azimuths. A dotted line then joins
+            them.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -215,7 +216,7 @@ def draw_trajectory(
         raise ValueError(f"{n_steps} steps, {len(images)} images and {len(steps)} values; expected equal numbers.")
     columns = min(d_cov, 4)
     rows = -(-d_cov // columns)
-    width, height = 2.9 * max(columns, 3), 2.9 * rows + 0.4  # of the trajectories, in inches
+    width, height = 2.9 * max(columns, 3), 2.9 * rows + 0.4  # size of the trajectories, in inches
     row = min(width / n_steps, 1.6) + 0.2
     figure = new_figure(width, row + height + 0.6)
     figure.suptitle(title, fontsize=11)
@@ -273,7 +274,7 @@ def _step_colors(n_steps: int) -> np.ndarray:
 
 
 def _distances(points: np.ndarray) -> np.ndarray:
-    """Return the distances between points `[..., n, d]`, `[..., n, n]`."""
+    """Return the distances `[..., n, n]` between points `[..., n, d]`."""
     return np.linalg.norm(points[..., :, None, :] - points[..., None, :, :], axis=-1)
 
 

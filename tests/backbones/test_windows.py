@@ -227,7 +227,7 @@ def test_a_backbone_whose_tokens_become_fewer_with_layer():
     )
     model = CapsuleHeadForSequenceClassification.from_backbone(config, **WINDOWS)
     assert model(**batch([text(8)])).logits.isfinite().all()
-    with pytest.raises(ValueError, match=r"made hidden states of 8, 8, 4, 8, 8, 8 tokens, by layer, of windows of 8"):
+    with pytest.raises(ValueError, match=r"made hidden states of 8, 8, 4, 8, 8, 8 tokens, by layer, from windows of 8"):
         model(**batch([text(17)]))
 
 

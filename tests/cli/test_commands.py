@@ -381,11 +381,11 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(call, backbone, classifier,
     for arguments, of in (
         (
             ("train", "--backbone", own, *options),
-            f"{own} comes with Python code of its own, which runs with your consent",
+            f"{own} comes with Python code of its own, which runs only with your consent",
         ),
         (
             ("predict", head, "a text"),
-            f"The tokenizer of {head} comes with Python code of its own, which runs with your",
+            f"The tokenizer of {head} comes with Python code of its own, which runs only with your",
         ),
         (("evaluate", head, "--task", "reviews"), f"The tokenizer of {head} comes with Python code of its own"),
     ):

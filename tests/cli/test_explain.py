@@ -130,7 +130,7 @@ def test_models_without_credits_are_refused_before_they_are_loaded(fails, backbo
             {"head_type": "vector_routing"},
             "A VectorRoutingHead has no credits to explain; expected a classifier",
         ),
-        ("value", {"num_labels": 1, "d_inp": 8, "n_parts": 6}, "this model is a regression; its values have none"),
+        ("value", {"num_labels": 1, "d_inp": 8, "n_parts": 6}, "this model is a regression, which has none; expected"),
     ):
         CapsuleHeadForSequenceClassification.from_backbone(backbone, **fields).save_pretrained(tmp_path / name)
         (tmp_path / name / "model.safetensors").unlink()

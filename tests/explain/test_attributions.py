@@ -142,7 +142,7 @@ def test_stretches_of_a_path_are_halved_where_scores_change_fast(sharp, monkeypa
     coarse = miss(integrate_slopes(*sharp), *sharp)
     assert coarse > 100 * TOLERANCE
     (record,) = caplog.records
-    assert record.message.startswith("Credits of tokens add up to scores to ")
+    assert record.message.startswith("The sum of token credits misses scores by ")
 
 
 def test_scores_that_are_not_numbers_are_not_halved_for_ever(sharp, monkeypatch):
@@ -346,7 +346,7 @@ def test_long_texts_in_windows(make_model, tokenizer):
 
 
 def test_what_cannot_be_explained(make_model, backbone_dir, tokenizer):
-    with pytest.raises(ValueError, match="this model is a regression; its values have none"):
+    with pytest.raises(ValueError, match="this model is a regression, which has none; expected a classifier"):
         explain(make_model(num_labels=1, problem_type="regression"), "dull", tokenizer)
     with pytest.raises(TypeError, match="Input 1 is 3; expected a text, or a pair: a tuple of two"):
         explain(make_model(), ["dull", 3], tokenizer)
@@ -463,7 +463,7 @@ def test_positions_of_a_feature_map(shake):
 def test_a_batch_in_one_array_is_refused(shake):
     model = image_model(ViTConfig(image_size=24, patch_size=8, **SMALL), shake, freeze_backbone=False)
     processor = ViTImageProcessor(size={"height": 24, "width": 24}, do_rescale=False)
-    with pytest.raises(ValueError, match="The processor made 2 samples of 1 inputs; expected one of each: pass a list"):
+    with pytest.raises(ValueError, match="The processor made 2 samples of 1 inputs; expected one sample of each input"):
         explain(model, np.zeros((2, 3, 24, 24), np.float32), processor)
 
 

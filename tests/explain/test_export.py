@@ -61,7 +61,7 @@ def test_images(shake, tmp_path, as_image):
     [
         ("[]", "expected keys and values, found list"),
         ("{}", "has version None; expected 1, as save_explanations of this version"),
-        ('{"version": 1}', r"holds no explanations \('explanations'\); expected what save_explanations wrote"),
+        ('{"version": 1}', r"holds no explanations \('explanations'\); expected a file that save_explanations wrote"),
         ('{"version": 1, "explanations": [{"labels": ["a"]}]}', "holds no explanations"),
         ('{"version": 1, "explanations": [3]}', "holds no explanations"),
     ],

@@ -48,7 +48,7 @@ def test_the_words_of_a_part():
 
 def test_parts_in_pages_are_words():
     page = render_report(REVIEWS)
-    assert "among 10, with the number" in page and "fine <small>5</small>" in page
+    assert "among 10 inputs. The number" in page and "fine <small>5</small>" in page
     page = render_explanation(REVIEWS[0], summarize_parts(REVIEWS))
     assert "<mark>fine</mark> <small>5</small>" in page and "of 5 parts" in page  # the text has the word
     for nothing in (render_explanation(REVIEWS[0]), render_report([AUDIO])):
@@ -67,6 +67,6 @@ def test_a_model_and_its_file(classifier, tmp_path, caplog):
     found.save(tmp_path / "parts.json")
     assert load_parts(str(tmp_path)) == found
     (tmp_path / "parts.json").write_text("[]")
-    assert load_parts(str(tmp_path)) is None and "expected those of describe_parts" in caplog.text
+    assert load_parts(str(tmp_path)) is None and "expected a file that PartDescriptions.save wrote" in caplog.text
     with pytest.raises(ValueError, match="holds no descriptions of parts"):
         PartDescriptions.load(tmp_path / "parts.json")

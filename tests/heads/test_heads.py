@@ -365,7 +365,7 @@ def test_inputs_that_are_none(hidden_states, mask, error, said):
             lambda: TokenDepthHead(hidden_sizes=[8], n_out=3).routings[0](
                 torch.zeros(5), torch.zeros(5, 1, 64, device="meta")
             ),
-            "There is a_inp on cpu, mu_inp on meta, W on cpu, B on cpu; expected all tensors on one device",
+            "The tensors include a_inp on cpu, mu_inp on meta, W on cpu, B on cpu; expected all tensors on one device",
         ),
     ],
 )

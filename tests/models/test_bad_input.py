@@ -47,8 +47,8 @@ LABELS = torch.tensor([0, 1])
         ({"input_ids": IDS.tolist()}, 'input_ids are a list; expected a tensor: return_tensors="pt"'),
         ({"input_ids": IDS + 99}, "input_ids go from 106 to 106, and the bert backbone has embeddings for 0 to 63"),
         ({"input_ids": -IDS}, "input_ids go from -7 to -7, and the bert backbone has embeddings for 0 to 63"),
-        ({"input_ids": IDS[:0]}, "input_ids have shape (0, 5); expected a sample and a token at least"),
-        ({"input_ids": IDS[:, :0]}, "input_ids have shape (2, 0); expected a sample and a token at least"),
+        ({"input_ids": IDS[:0]}, "input_ids have shape (0, 5); expected at least one sample and one token"),
+        ({"input_ids": IDS[:, :0]}, "input_ids have shape (2, 0); expected at least one sample and one token"),
         ({"input_ids": IDS, "labels": [0, 1]}, "labels are a list; expected a tensor"),
         ({"input_ids": IDS, "labels": torch.tensor([0, 1, 2])}, "There are labels of 3 samples, and inputs of 2"),
         (
@@ -214,7 +214,7 @@ def test_a_damaged_backbone(backbone_dir, trap, tmp_path, damage):
         ("/etc/passwd", "names the file /etc/passwd; expected safetensors files beside it"),
         ("pytorch_model.bin", "names the file pytorch_model.bin; expected safetensors files beside it"),
         (3, "names the file 3; expected safetensors files beside it"),
-        ("none.safetensors", "names the file none.safetensors, which is not there"),
+        ("none.safetensors", "names the file none.safetensors, which is missing"),
         (None, "is not an index of files: expected JSON with metadata and a weight_map"),
     ],
 )

@@ -629,7 +629,7 @@ def test_shapes_that_are_served(sizes):
             "the votes of inputs with weights of their own are 32768 numbers, each size rounded up to a power of two, "
             "and the kernels hold up to 16384",
         ),
-        ((0, 1, 64, 2, 5), "there are none"),
+        ((0, 1, 64, 2, 5), "they are empty"),
     ],
     ids=str,
 )

@@ -124,7 +124,7 @@ def test_mistakes():
             route(*tensors, n_out=N_OUT, group=group, strategy="reference")
         with pytest.raises(ValueError, match=r"weights that all inputs share.*`Routing` without n_inp"):
             Routing(3, 5, 2, n_inp=N_INP, n_out=N_OUT).double()(*tensors[:2], group=group)
-        with pytest.raises(ValueError, match=r"n_out is None; expected the number of outputs, as no process has all"):
+        with pytest.raises(ValueError, match=r"n_out is None; expected the number of outputs, as no process of a"):
             Routing(3, 5, 2).double()(*tensors[:2], group=group)
     finally:
         dist.destroy_process_group()

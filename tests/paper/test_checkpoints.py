@@ -212,7 +212,7 @@ def test_nothing_in_a_file_is_executed(save, tmp_path, monkeypatch):
 def test_files_that_are_no_state_dicts(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save([torch.zeros(1)], path)
-    with pytest.raises(ValueError, match="holds a list of other things than tensors; expected a state dict"):
+    with pytest.raises(ValueError, match="holds a list that is not tensors by name; expected a state dict"):
         read_state_dict(path)
     torch.save(original_state_dict("sst2_root"), path)
     whole = path.read_bytes()

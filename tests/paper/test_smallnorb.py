@@ -284,9 +284,9 @@ def test_a_matrix_of_another_shape(source, load, kind, array, message):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("dat", r"dat\.mat is of 49 pairs, and the cat and info files beside it of 50; expected as many in all three"),
-        ("cat", r"cat\.mat is of 49 pairs and \S+info\.mat of 50; expected as many in both"),
-        ("info", r"cat\.mat is of 50 pairs and \S+info\.mat of 49; expected as many in both"),
+        ("dat", r"dat\.mat has 49 pairs, and the cat and info files beside it have 50; expected the same number in"),
+        ("cat", r"cat\.mat has 49 pairs and \S+info\.mat has 50; expected the same number in both"),
+        ("info", r"cat\.mat has 50 pairs and \S+info\.mat has 49; expected the same number in both"),
     ],
 )
 def test_files_of_different_lengths(source, load, kind, message):

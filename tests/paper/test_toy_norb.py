@@ -196,7 +196,7 @@ def test_a_sequence_shows_a_toy_of_the_test_split(toys):
     ("arguments", "message"),
     [
         ({"factor": "lighting"}, "factor is 'lighting'; expected one of elevation, azimuth"),
-        ({"factor": "azimuth", "azimuth": 2}, "azimuth was given, and is to vary; leave it out"),
+        ({"factor": "azimuth", "azimuth": 2}, "azimuth was given, but it is the factor that varies; leave it out"),
         (
             {"factor": "azimuth", "label": "tree"},
             "label is 'tree'; expected one of animal, human, airplane, truck, car",

@@ -86,7 +86,7 @@ def test_draw_trajectory(call, stand_ins, tmp_path, monkeypatch):
 
 def test_draw_trajectory_mistakes(fails, stand_ins, tmp_path):
     start = ("benchmarks/draw_trajectory.py", "model", "--output", tmp_path / "t.png", "--factor", "azimuth", "--data")
-    assert "azimuth was given, and is to vary" in fails(*start, "toy_norb", "--azimuth", 0)
+    assert "azimuth was given, but it is the factor that varies" in fails(*start, "toy_norb", "--azimuth", 0)
     assert "label is 'plane'; expected one of animal, human" in fails(*start, "toy_norb", "--label", "plane")
     assert "smallnorb needs --source" in fails(*start, "smallnorb")
     start = (*start, "smallnorb", "--source", "folder")
