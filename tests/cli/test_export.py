@@ -32,20 +32,6 @@ def write_csv(path, texts, labels):
     return path
 
 
-@pytest.fixture
-def saved(backbone, tmp_path, shake):
-    """saved(**fields): directory of a classifier with such fields, whose scores are not all alike."""
-
-    def save(**fields):
-        model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=6, **fields)
-        shake(model.head, scale=0.5)
-        model.save_pretrained(tmp_path / "model")
-        AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
-
-    return save
-
-
 def serve(folder, *texts):
     done = subprocess.run([sys.executable, "-c", SERVE, folder / "serve.py", *texts], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
