@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
 from capsule_heads.data.images import process_images
+from capsule_heads.exporting import export_onnx
 from capsule_heads.predicting import score_inputs
 
 TEXTS = ["the food was good", "bad", "it was long and bad " * 20, "a good film", "the film", "food"]
@@ -133,6 +134,11 @@ def test_mistakes(fails, classifier, tmp_path):
     )
     assert "--output_dir is" in fails("export", classifier, "--data", data, "--output_dir", data)
     assert "invalid choice" in fails("export", classifier, "--data", data, "--format", "tflite")
+
+
+def test_unknown_quantization(tmp_path):
+    with pytest.raises(ValueError, match=r"^quantize is 'int4'; expected int8, or None to keep float32\.$"):
+        export_onnx(None, None, None, tmp_path, quantize="int4")
 
 
 def test_what_torch_cannot_export_leaves_nothing(fails, classifier, tmp_path, monkeypatch):
