@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -73,6 +74,14 @@ def test_imports_point_downward(path):
     assert part in FLOOR, f"{path} is on no floor: add it to FLOORS"
     for other in imported_parts(path, (ROOT / path).read_text(encoding="utf-8")):
         assert other == part or FLOOR.get(other, len(FLOORS)) < FLOOR[part], f"{path} imports {other}"
+
+
+def test_the_wheel_has_all_packages():
+    """The list is kept by hand, because configs/ is a package of the wheel and not of the checkout."""
+    with open(REPOSITORY / "pyproject.toml", "rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    found = [".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("__init__.py")]
+    assert sorted(listed) == sorted([*found, "capsule_heads.configs"])
 
 
 def test_the_papers_wing_stands_apart():

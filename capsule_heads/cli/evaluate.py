@@ -175,8 +175,12 @@ def _folder(options: argparse.Namespace, split: str, n_splits: int) -> Path:
     name = Path(options.data).stem if options.task is None else f"{options.task}-{split}"
     if options.output_dir is not None:
         return Path(options.output_dir, split) if n_splits > 1 else Path(options.output_dir)
-    parent = Path(options.model) if Path(options.model).is_dir() else Path()
-    return parent / f"evaluation-{name}"
+    return folder_of(options.model) / f"evaluation-{name}"
+
+
+def folder_of(model: str) -> Path:
+    """Return the directory of a model; the working directory for one of the Hub."""
+    return Path(model) if Path(model).is_dir() else Path()
 
 
 def _write(found: Mapping[str, Any], folder: Path, title: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from .evaluate import add_data_options, check_data_options, load_splits
+from .evaluate import add_data_options, check_data_options, folder_of, load_splits
 from .options import Command, OneLineParser, at_least, one_line_errors
 from .options.quiet import without_data_bars, without_export_notes
 
@@ -20,7 +20,7 @@ DESCRIPTION = (
 
 def make_parser(prog: str) -> OneLineParser:
     """Return the parser of options."""
-    from ..exporting.onnx import QUANTIZATIONS
+    from ..exporting import QUANTIZATIONS
 
     parser = OneLineParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("model", help="Directory or Hub name of the model.")
@@ -55,8 +55,7 @@ def run(options: argparse.Namespace) -> None:
         model = load_classifier(options.model)
         processor, splits = load_splits(options, model)
         examples = concatenate_datasets(list(splits.values()))  # some tasks have two validation splits
-        parent = Path(options.model) if Path(options.model).is_dir() else Path()
-        folder = Path(options.output_dir or parent / "onnx")
+        folder = Path(options.output_dir or folder_of(options.model) / "onnx")
         collator = MODALITIES[modality_of(model)].collator(processor)
         check = export_onnx(model, processor, examples, folder, collator, options.quantize, options.batch_size)
     n_bytes = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))

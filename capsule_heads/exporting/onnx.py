@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from scipy.special import expit
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedTokenizerFast, default_data_collator
@@ -19,11 +21,10 @@ from transformers import PreTrainedTokenizerFast, default_data_collator
 from ..files import write_json
 from ..models.modeling_capsule_head import CapsuleHeadClassifier
 from ..models.processors import modality_of
-from ..predicting.scoring import tokens_at_most
+from ..predicting.scoring import in_batches, tokens_at_most
+from . import QUANTIZATIONS
 
 MODEL, LABELS, SERVE = "model.onnx", "labels.json", "serve.py"
-INT8 = "int8"
-QUANTIZATIONS = (INT8,)
 MOST_BYTES = 2**31 - 2**20  # of weights in one file: protocol buffers hold 2 GiB, and the graph needs some of them
 TOLERANCE = 1e-3  # of a regression's value, in standard deviations of the training labels
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -78,9 +79,11 @@ def export_onnx(
     Raises:
         ImportError: If a package of the extra `onnx` is not installed.
         OSError: If the folder cannot be written to.
-        ValueError: If there are fewer than two examples, torch cannot export the model, or the exported model, not
-            quantized, predicts other labels.
+        ValueError: If `quantize` is something else, there are fewer than two examples, torch cannot export the model,
+            or the exported model, not quantized, predicts other labels.
     """
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantize is {quantize!r}; expected {' or '.join(QUANTIZATIONS)}, or None to keep float32.")
     _check_packages()
     if len(examples) < 2:
         raise ValueError(f"There is {len(examples)} example to export with; expected two or more.")
@@ -94,7 +97,7 @@ def export_onnx(
         _write(model, _inputs(collate([rows[0], rows[1]])), path)
         if quantize is not None:
             path = _quantize(path, Path(name, quantize, MODEL))
-        check = _compare(model, path, (_inputs(collate(batch)) for batch in _batches(rows, batch_size)))
+        check = _compare(model, path, (_inputs(collate(batch)) for batch in in_batches(rows, batch_size)))
         if quantize is None and check.n_equal < len(rows):
             raise ValueError(
                 f"The exported model predicts other labels than the model for {len(rows) - check.n_equal} of "
@@ -120,21 +123,15 @@ def _inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in batch.items() if name != "labels"}
 
 
-def _batches(rows: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), size):
-        yield [rows[row] for row in range(start, min(start + size, len(rows)))]
-
-
 def _write(model: CapsuleHeadClassifier, inputs: Mapping[str, Tensor], path: Path) -> None:
     """Write the model as a program for any batch size, and any length of texts, and of audio where it can have any."""
     length = {"text": {1: Dim.DYNAMIC}, "audio": {1: Dim.AUTO}, "image": {}}[modality_of(model)]
     dimensions = {0: Dim.DYNAMIC, **length}
-    n_bytes = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     try:
         with torch.no_grad():
             program = torch.export.export(model, (), dict(inputs), dynamic_shapes=dict.fromkeys(inputs, dimensions))
             torch.onnx.export(
-                program, (), path, dynamo=True, verbose=False, external_data=n_bytes > MOST_BYTES,
+                program, (), path, dynamo=True, verbose=False, external_data=model.get_memory_footprint() > MOST_BYTES,
                 output_names=["logits"],
             )  # fmt: skip
     except RuntimeError as error:
@@ -172,9 +169,7 @@ def _are_equal(model: CapsuleHeadClassifier, ours: np.ndarray, theirs: np.ndarra
     if config.problem_type == "regression":
         return (np.abs(ours - theirs) < TOLERANCE * config.label_std).all(-1)
     if config.problem_type == "multi_label_classification":
-        thresholds = np.array(config.label_thresholds)
-        least = np.log(thresholds) - np.log1p(-thresholds)
-        return ((ours > least) == (theirs > least)).all(-1)
+        return np.equal(*(expit(x) > np.array(config.label_thresholds) for x in (ours, theirs))).all(-1)
     return ours.argmax(-1) == theirs.argmax(-1)
 
 
@@ -187,7 +182,8 @@ def _write_beside(model: CapsuleHeadClassifier, processor: Any, folder: Path) ->
     processor.save_pretrained(folder)
     if not isinstance(processor, PreTrainedTokenizerFast):
         return
-    tokenizer, most = processor.backend_tokenizer, tokens_at_most(model, processor)
+    tokenizer = Tokenizer.from_str(processor.backend_tokenizer.to_str())  # the processor's own stays as it is
+    most = tokens_at_most(model, processor)
     if most is not None:
         tokenizer.enable_truncation(most)
     tokenizer.enable_padding(

@@ -114,7 +114,7 @@ class Scorer:
         for row in set(range(len(texts))) - set(features):
             found.faults[row] = ValueError("the tokenizer makes no token of the text")
         by_length = sorted(features, key=lambda row: -len(features[row]["input_ids"]))  # little padding
-        for rows in _batches(by_length, 1 if self.processor.pad_token is None else self.batch_size):
+        for rows in in_batches(by_length, 1 if self.processor.pad_token is None else self.batch_size):
             self._run(self._pad([features[row] for row in rows]), rows, found)
 
     def _pad(self, features: list[dict[str, Any]]) -> Mapping[str, Any]:
@@ -135,7 +135,7 @@ class Scorer:
 
     def _score_images(self, images: Sequence[Any], found: Scored) -> None:
         step = self.batch_size if resizes(self.processor) else 1
-        for batch in _batches(self._read(images, as_image, found), step):
+        for batch in in_batches(self._read(images, as_image, found), step):
             found.n_scaled += sum(is_scaled(image) for _, image in batch)
             self._run(process_images(self.processor, [image for _, image in batch]), [row for row, _ in batch], found)
 
@@ -152,7 +152,7 @@ class Scorer:
         features = self._read(recordings, read, found)
         # Without padding, which would change the scores of some backbones.
         for _, alike in itertools.groupby(features, key=lambda entry: [x.shape for x in entry[1].values()]):
-            for batch in _batches(alike, self.batch_size):
+            for batch in in_batches(alike, self.batch_size):
                 self._run(collate([x for _, x in batch]), [row for row, _ in batch], found)
 
 
@@ -162,7 +162,8 @@ def tokens_at_most(model: CapsuleHeadClassifier, processor: Any) -> int | None:
     return token_limit(processor) if is_cut else None
 
 
-def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def in_batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield values in lists of `size`, the last of which may be shorter."""
     values = iter(values)
     while batch := list(itertools.islice(values, size)):
         yield batch

@@ -25,7 +25,8 @@ from capsule_heads.cli.evaluate import add_data_options, check_data_options, loa
 from capsule_heads.cli.options import OneLineParser, at_least, fail
 from capsule_heads.data.hidden_states import CapsuleCollator
 from capsule_heads.exporting import export_onnx
-from capsule_heads.exporting.onnx import INT8, MODEL
+from capsule_heads.exporting.onnx import MODEL
+from capsule_heads.predicting.scoring import in_batches
 from capsule_heads.tasks import load_classifier
 
 BATCHES = (1, 32)
@@ -50,12 +51,12 @@ def measure(options: argparse.Namespace) -> str:
     collate = CapsuleCollator(tokenizer)
     with tempfile.TemporaryDirectory() as name:
         checks, sizes, runs = {}, {}, {}
-        for label, quantize in (("ONNX", None), ("ONNX, 8 bits", INT8)):
+        for label, quantize in (("ONNX", None), ("ONNX, 8 bits", "int8")):
             folder = Path(name, label)
             checks[label] = export_onnx(model, tokenizer, rows, folder, collate, quantize)
             sizes[label] = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
             runs[label] = session_of(folder / MODEL, options.threads)
-        sizes["torch"] = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+        sizes["torch"] = model.get_memory_footprint()
 
         @torch.inference_mode()
         def run(inputs: Inputs) -> object:
@@ -64,8 +65,7 @@ def measure(options: argparse.Namespace) -> str:
         all_runs = {"torch": run, **runs}
         names = [x for x in tokenizer.model_input_names if x in rows.column_names]
         taken = rows.select_columns(names)
-        batches = {n: [dict(collate(taken.select(range(i, min(i + n, len(rows)))).to_list()))
-                       for i in range(0, len(rows), n)] for n in BATCHES}  # fmt: skip
+        batches = {n: [dict(collate(batch)) for batch in in_batches(taken, n)] for n in BATCHES}
         rates: dict[tuple[str, int], list[float]] = {}
         for _ in range(options.rounds):
             for label, run_one in all_runs.items():

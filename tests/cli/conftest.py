@@ -66,3 +66,21 @@ def check_push(tmp_path):
             assert AutoConfig.from_pretrained(run).id2label[0] in files["README.md"].content.decode()
 
     return check
+
+
+@pytest.fixture
+def saved(backbone, tmp_path, shake):
+    """saved(**fields): directory of a classifier with such fields, whose scores are not all alike."""
+
+    from transformers import AutoTokenizer
+
+    from capsule_heads import CapsuleHeadForSequenceClassification
+
+    def save(**fields):
+        model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=6, **fields)
+        shake(model.head, scale=0.5)
+        model.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save

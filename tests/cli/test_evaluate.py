@@ -30,20 +30,6 @@ def evaluated(result):
     return json.loads(path.read_text()), out, path.parent
 
 
-@pytest.fixture
-def saved(backbone, tmp_path, shake):
-    """saved(**fields): directory of a classifier with such fields, whose scores are not all alike."""
-
-    def save(**fields):
-        model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=6, **fields)
-        shake(model.head, scale=0.5)
-        model.save_pretrained(tmp_path / "model")
-        AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
-
-    return save
-
-
 def logits_of(folder):
     model, tokenizer = (
         CapsuleHeadForSequenceClassification.from_pretrained(folder),

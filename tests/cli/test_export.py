@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor
 
 from capsule_heads import CapsuleHeadForImageClassification, CapsuleHeadForSequenceClassification
 from capsule_heads.data.images import process_images
+from capsule_heads.exporting import export_onnx
 from capsule_heads.predicting import score_inputs
 
 TEXTS = ["the food was good", "bad", "it was long and bad " * 20, "a good film", "the film", "food"]
@@ -30,20 +31,6 @@ def write_csv(path, texts, labels):
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *zip(texts, labels)])
     return path
-
-
-@pytest.fixture
-def saved(backbone, tmp_path, shake):
-    """saved(**fields): directory of a classifier with such fields, whose scores are not all alike."""
-
-    def save(**fields):
-        model = CapsuleHeadForSequenceClassification.from_backbone(backbone, d_inp=8, n_parts=6, **fields)
-        shake(model.head, scale=0.5)
-        model.save_pretrained(tmp_path / "model")
-        AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
-
-    return save
 
 
 def serve(folder, *texts):
@@ -147,6 +134,11 @@ def test_mistakes(fails, classifier, tmp_path):
     )
     assert "--output_dir is" in fails("export", classifier, "--data", data, "--output_dir", data)
     assert "invalid choice" in fails("export", classifier, "--data", data, "--format", "tflite")
+
+
+def test_unknown_quantization(tmp_path):
+    with pytest.raises(ValueError, match=r"^quantize is 'int4'; expected int8, or None to keep float32\.$"):
+        export_onnx(None, None, None, tmp_path, quantize="int4")
 
 
 def test_what_torch_cannot_export_leaves_nothing(fails, classifier, tmp_path, monkeypatch):
