@@ -361,8 +361,8 @@ def _split_off(train: Dataset, seed: int) -> tuple[Dataset, Dataset]:
         single = [names[label] for label, count in counts.items() if count == 1]
         if single:
             logger.warning(
-                "%d of the classes have one example, which is trained on and not validated: %s.",
-                len(single), ", ".join(single[:5]),
+                "There is no validation example of %s, whose only example is trained on: %s.",
+                f"{len(single)} class{'' if len(single) == 1 else 'es'}", ", ".join(single[:5]),
             )  # fmt: skip
     rest, held_out = hold_out(len(train), classes, seed)
     if not held_out:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import torch
 
+from ..data.tables import count_of
 from ..models.configuration_capsule_head import DEFAULT_THRESHOLD
 from .attributions import Explanation
 from .parts import PartDescriptions, summarize_parts
@@ -151,7 +152,8 @@ def _read_labels(labels: Any, explanations: Sequence[Explanation]) -> list[Truth
     labels = labels.to_numpy() if hasattr(labels, "to_numpy") else labels  # from pandas
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     if len(labels) != len(explanations):
-        raise ValueError(f"There are {len(labels)} labels of {len(explanations)} explanations; expected one for each.")
+        n_labels, n_explanations = count_of(len(labels), "label"), count_of(len(explanations), "explanation")
+        raise ValueError(f"labels has {n_labels} for {n_explanations}; expected one label for each explanation.")
     return [_read_label(n, *pair) for n, pair in enumerate(zip(labels, explanations))]
 
 

@@ -127,7 +127,7 @@ class Head(nn.Module, abc.ABC):
         n_out = plain(n_out)
         self.hidden_sizes = check_hidden_sizes(plain(hidden_sizes), at_most=1 if self.takes_one_layer else None)
         if n_out is None and not self.has_parts:
-            raise ValueError(f"n_out is None, and a {type(self).__name__} has no parts to stop at; load a classifier.")
+            raise ValueError(f"n_out is None, and {type(self).__name__} has no parts to stop at; load a classifier.")
         check_size("n_out", n_out, or_none="stop at the parts")
         self.n_out = n_out
         self.options = self.make_options(options)

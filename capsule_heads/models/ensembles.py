@@ -120,8 +120,8 @@ def check_models(models: Sequence[CapsuleHeadClassifier]) -> None:
         name = f"models[{index}]"
         if not isinstance(model, CapsuleHeadClassifier) or type(model) is not type(first):
             raise TypeError(
-                f"{name} is a {type(model).__name__} and models[0] a {type(first).__name__}; expected classifiers of "
-                "one class, such as CapsuleHeadForSequenceClassification."
+                f"{name} is of class {type(model).__name__} and models[0] of {type(first).__name__}; expected "
+                "classifiers of one class, such as CapsuleHeadForSequenceClassification."
             )
         if get_head(model.config.head_type).made_by is not None:
             raise ValueError(f"{name} is an ensemble itself; pass the models that it was made of.")

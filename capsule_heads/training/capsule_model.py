@@ -24,7 +24,7 @@ def find_capsule_model(model: nn.Module | None) -> CapsuleHeadPreTrainedModel:
         if isinstance(module, CapsuleHeadPreTrainedModel):
             return module
     raise TypeError(
-        f"model is a {type(model).__name__}; CapsuleTrainer expects a capsule-head model, wrapped or not: use "
+        f"model is of class {type(model).__name__}; CapsuleTrainer expects a capsule-head model, wrapped or not: use "
         "transformers' Trainer for others."
     )
 

@@ -256,7 +256,10 @@ class TrainingRun:
             self.task = task or find_task(data, arguments.seed)
         check_data_options(data, self.task)
         if data.early_stopping_patience and not arguments.load_best_model_at_end:
-            raise ValueError("early_stopping_patience needs load_best_model_at_end.")
+            raise ValueError(
+                f"early_stopping_patience is {data.early_stopping_patience} without load_best_model_at_end; set both, "
+                "or neither."
+            )
         check_cache_options(data, arguments.dataloader_num_workers)
         check_reporting(list(arguments.report_to or ()))
         self.output_dir = str(arguments.output_dir)  # __post_init__ of TrainingArguments has set it

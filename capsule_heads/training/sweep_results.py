@@ -91,7 +91,7 @@ def save(sweep: Sweep, folder: Path) -> dict[str, Any]:
     try:
         figure = draw(found)
     except ImportError:
-        logger.warning("No picture was drawn, as matplotlib is not installed: pip install capsule_heads[demo].")
+        logger.warning('No picture was drawn, as matplotlib is not installed: pip install "capsule-heads[pictures]".')
     else:
         with writing(folder / PICTURE, "make room, or choose another output_dir"):
             figure.savefig(folder / PICTURE, dpi=150)

@@ -217,7 +217,7 @@ def test_mistakes_in_training(fails, backbone, trees, tmp_path):
     error = fails("train", "--config", config, "--cache_hidden_states", "--no_freeze_backbone")
     assert error.startswith("error: The backbone is not frozen")
     error = fails("train", "--config", config, "--early_stopping_patience", "2")
-    assert error == "error: early_stopping_patience needs load_best_model_at_end."
+    assert error == "error: early_stopping_patience is 2 without load_best_model_at_end; set both, or neither."
     error = fails("train", "--config", config, "--resume_from_checkpoint", tmp_path / "none")
     assert error.startswith(
         f"error: resume_from_checkpoint is {tmp_path}/none, which is not a directory; expected the "

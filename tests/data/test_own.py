@@ -125,7 +125,7 @@ def test_what_is_left_out_or_odd_is_said(said):
         "Left out of train: 1 row without a label.",
         "Left out of test: 1 row with labels that train does not have (unknown); a model of these classes has them "
         "wrong.",
-        "1 of the classes have one example, which is trained on and not validated: rare.",
+        "There is no validation example of 1 class, whose only example is trained on: rare.",
     ):
         assert line in lines, lines
     assert any(line.endswith("of test are in train too.") for line in lines) == ("text 1" in data["train"]["text"])

@@ -389,7 +389,7 @@ def test_wrong_predictions_come_first():
     assert in_order(page) == ["sure", "unsure", "barely", "right"]
     assert "Wrong, the most confident first (2)" in page and "Right, the least confident first (2)" in page
     assert page.count("true: bad") == 2 and page.count("✗ wrong") == 2 and page.count("✓ right") == 2
-    with pytest.raises(ValueError, match="There are 1 labels of 4 explanations"):
+    with pytest.raises(ValueError, match="labels has 1 label for 4 explanations"):
         render_report(four_texts(), [0])
 
 
