@@ -191,7 +191,11 @@ def test_it_is_not_trained_or_explained(make_members, pad, tokenizer, tmp_path):
     "change, error, message",
     [
         (lambda models: models[:1], ValueError, "^models is a list of 1; expected a list of two classifiers or more"),
-        (lambda models: [models[0], models[1].head], TypeError, r"^models\[1\] is a LinearHead and models\[0\] a Caps"),
+        (
+            lambda models: [models[0], models[1].head],
+            TypeError,
+            r"^models\[1\] is of class LinearHead and models\[0\] of Caps",
+        ),
         (
             lambda models: [make_ensemble(models), models[0]],
             ValueError,
