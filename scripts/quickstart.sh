@@ -8,9 +8,9 @@ venv=${VENV:-.venv-quickstart}
 python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --editable ".[quickstart]"
 
-"$venv/bin/python" scripts/train.py configs/quickstart.yaml
-"$venv/bin/python" scripts/evaluate.py runs/quickstart --task reviews --split test
-"$venv/bin/python" scripts/predict.py runs/quickstart \
+"$venv/bin/capsule-heads" train --config quickstart
+"$venv/bin/capsule-heads" evaluate runs/quickstart --task reviews --split test
+"$venv/bin/capsule-heads" predict runs/quickstart \
   "The soup was cold and the waiter could not have cared less." \
   "Best pair of boots I have owned, and they were on sale." \
   "Not a single dull moment from the first page to the last."

@@ -115,7 +115,7 @@ def test_importing_the_package_refuses(install, tmp_path):
 def test_every_dependency_declares_the_minimum_that_the_table_has():
     lines = [*PROJECT["dependencies"], *(line for group in PROJECT["optional-dependencies"].values() for line in group)]
     declared = {(r.name, str(r.specifier)) for r in map(Requirement, lines) if r.name != PROJECT["name"]}
-    table = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    table = (ROOT / "docs" / "reference" / "versions.md").read_text(encoding="utf-8")
     assert dict(declared) == dict(re.findall(r"^\| ([\w.-]+) \| (>=[\d.]+) \|", table, re.MULTILINE))
     assert len(dict(declared)) == len(declared)  # one minimum for all extras
 

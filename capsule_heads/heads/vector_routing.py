@@ -19,11 +19,11 @@ class VectorRouting(nn.Module):
     """Routing of vectors to the vectors that best predict them (Heinsen, 2022, arXiv 2211.11754), in efficient form.
 
     The inputs are `x_i [d]`, the outputs `y_j [h]`, and the mask is `m_i` with `n = sum_i m_i`. `N` normalises to mean
-    0 and variance 1, and `*` multiplies element by element:
+    0 and variance 1, and `*` multiplies element by element::
 
         z_i = x_i / sqrt(n)          f_i = m_i sigmoid(w_A z_i + b_A)
         V_ij = (w_F1_j * z_i) W_F2 + b_F2_j                              votes
-    then `n_iters` times
+        then n_iters times
         E-step   R_ij = 1 / n_out; later softmax_j(logsigmoid(w_S_j (x_i u_j) + b_S_j)),
                  u_j = w_G2_j * (N(y_j) W_G1) + b_G2_j                   what output j predicts
         D-step   D_use_ij = f_i R_ij            D_ign_ij = f_i - D_use_ij

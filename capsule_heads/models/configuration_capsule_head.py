@@ -63,7 +63,7 @@ class CapsuleHeadConfig(PreTrainedConfig):
         linear_term: whether there is a `LinearTerm` beside the head. None for what `CapsuleTrainer` chooses when
             it trains; a model that it did not train has none then.
         mixup_alpha: of the Beta distribution of mixup's ratios in training; 0 for none. The paper's is 0.2, with which
-            this package measured less accuracy: docs/results.md. `PAPER` has it by name.
+            this package measured less accuracy: docs/benchmarks/heads.md. `PAPER` has it by name.
         class_weights: weight of each class in the loss; "balanced" for weights that `CapsuleTrainer` makes of the
             training labels, in inverse proportion to the classes' numbers; None for equal ones. Not for regression.
         adapters: of each linear layer of the backbone whose weights adapters were added to (`training.adapt`), its

@@ -1,7 +1,7 @@
 """Calibration: a temperature and label thresholds that make a trained classifier's probabilities trustworthy.
 
 A temperature divides the logits. It changes no predicted class, only how sure the model says it is (Guo et al., 2017,
-arXiv 1706.04599). docs/calibration.md shows what calibration gains.
+arXiv 1706.04599). docs/benchmarks/calibration.md shows what calibration gains.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kill what computes hidden states at random moments, and look at what it leaves and how it goes on.
 
-    python scripts/benchmarks/cache_faults.py --page docs/cache_measured.md
+    python scripts/benchmarks/cache_faults.py --page docs/benchmarks/cache.md
 
 The states are computed by one process, two or four, or by two actors of a Ray cluster on this machine, and shards are
 small. In a trial each process is killed (SIGKILL) at a moment of its own, or one actor at a batch of its own. A trial

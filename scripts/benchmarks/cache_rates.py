@@ -1,6 +1,6 @@
 """Time writing and reading hidden states in shards, beside copying a file of their size, and `datasets.map`.
 
-    python scripts/benchmarks/cache_rates.py --scratch DIRECTORY --page docs/cache_measured.md
+    python scripts/benchmarks/cache_rates.py --scratch DIRECTORY --page docs/benchmarks/cache.md
 
 The states are random numbers, of as many layers and numbers as all-MiniLM-L6-v2 has, so nothing is computed that a
 backbone would. Each case is a process of its own, in which its largest memory is measured beyond what it began with.

@@ -3,7 +3,7 @@
     python scripts/benchmarks/compare_heads.py --set trec --data DIRECTORY
     python scripts/benchmarks/compare_heads.py --set sst5 --trees DIRECTORY
     python scripts/benchmarks/compare_heads.py --set glue_sst2 --glue DIRECTORY
-    python scripts/benchmarks/write_results.py   # docs/results.md
+    python scripts/benchmarks/write_results.py   # docs/benchmarks/heads.md
 
 A head is tuned on the validation split with seed 0, one setting of `SPACE` after another, in this order: all learning
 rates first, then the other values of each further setting that the head has. What is best so far is kept. The best
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=(*HEADS, REGRESSION), default=[*HEADS, REGRESSION])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="of the capsule head")
     parser.add_argument("--runs", default="runs/heads", help="folder for what was measured")
-    parser.add_argument("--results", default="docs/results/heads", help="folder for the results of each set")
+    parser.add_argument("--results", default="docs/benchmarks/heads", help="folder for the results of each set")
     parser.add_argument("--commit", default="", help="commit that is measured")
     options = parser.parse_args()
     if options.variants and CAPSULES not in options.heads:

@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), default=600)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="number of seeds, from 0 on")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help="default: all")
-    parser.add_argument("--results", default="docs/results/heads", help="folder of what compare_heads.py found")
+    parser.add_argument("--results", default="docs/benchmarks/heads", help="folder of what compare_heads.py found")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", default="runs/conditions", help="folder for what is measured")
     options = parser.parse_args()

@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/draw_results.py --task sst5
 
-Writes docs/pictures/TASK_parameters.png and TASK_year.png, from docs/results/published.yaml (published numbers and
-their sources) and docs/results/measured.json (this project's; summarize.py --measured writes it).
+Writes docs/pictures/TASK_parameters.png and TASK_year.png, from docs/benchmarks/published.yaml (published numbers and
+their sources) and docs/benchmarks/measured.json (this project's; summarize.py --measured writes it).
 """
 
 import argparse
@@ -25,8 +25,8 @@ TITLES = {
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=TITLES)
-    parser.add_argument("--published", default=DOCS / "results" / "published.yaml", help="YAML file")
-    parser.add_argument("--measured", default=DOCS / "results" / "measured.json", help="JSON file")
+    parser.add_argument("--published", default=DOCS / "benchmarks" / "published.yaml", help="YAML file")
+    parser.add_argument("--measured", default=DOCS / "benchmarks" / "measured.json", help="JSON file")
     parser.add_argument("--output_dir", type=Path, default=DOCS / "pictures", help="directory for the two pictures")
     options = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
 """Measure how faithful explanations of texts are, beside other methods, and what they cost.
 
     python scripts/benchmarks/explanations.py MODEL ... --set trec --data DIRECTORY --json trec.json
-    python scripts/benchmarks/explanations.py --table trec.json sst2.json --page docs/explanations.md
+    python scripts/benchmarks/explanations.py --table trec.json sst2.json --page docs/concepts/credits.md
 
 For texts of the test split, drawn at random, the script measures each method on each model, such as the seeds of one
 head: comprehensiveness, sufficiency and log-odds where tokens are masked and where they are replaced by the mask token,

@@ -1,6 +1,6 @@
 """Cache, train and predict with a million short texts, by the commands that a user calls, and measure them.
 
-    python scripts/benchmarks/million_texts.py --scratch DIRECTORY --page docs/cache_measured.md
+    python scripts/benchmarks/million_texts.py --scratch DIRECTORY --page docs/benchmarks/cache.md
 
 The texts are made of the embedded reviews: the words of two of them, each text another. The backbone is a BERT of
 random weights with 2 layers of 32 numbers, and the head has 16 parts: what is measured is all the rest. Each command is

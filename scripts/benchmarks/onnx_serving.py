@@ -1,7 +1,7 @@
 """Compare a model in torch, exported to ONNX, and exported with weights of 8 bits: size, accuracy and speed.
 
     capsule-heads train --config quickstart
-    python scripts/benchmarks/onnx_serving.py runs/quickstart --task reviews --split test --page docs/exporting.md
+    python scripts/benchmarks/onnx_serving.py runs/quickstart --task reviews --split test --page docs/how_to/export.md
 
 Each takes the same texts, one at a time and 32 at a time, in rounds, one after another; figures are medians. Texts are
 tokenized before. Size is that of all weights, of backbone and head.

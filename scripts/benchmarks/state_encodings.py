@@ -1,6 +1,6 @@
 """Compare the accuracy of a capsule head on hidden states that are kept as float16, bfloat16 and int8.
 
-    python scripts/benchmarks/state_encodings.py --set sst5 --trees DIRECTORY --page docs/cache_measured.md
+    python scripts/benchmarks/state_encodings.py --set sst5 --trees DIRECTORY --page docs/benchmarks/cache.md
 
 For each encoding the same heads are trained, from several seeds, on the same batches, as compare_heads.py trains them,
 and tested on states that are kept in the same way. Differences are paired by seed. What was measured is kept in

@@ -1,8 +1,8 @@
-"""Write docs/results.md, and a page for each set, from what compare_heads.py has measured.
+"""Write docs/benchmarks/heads.md, and a page for each set, from what compare_heads.py has measured.
 
     python scripts/benchmarks/write_results.py
 
-Published numbers are from docs/results/published.yaml, each with its source.
+Published numbers are from docs/benchmarks/published.yaml, each with its source.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from capsule_heads.files import read_json, write_text
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--heads", type=Path, default="docs/results/heads", help="folder of measured sets, and of pages"
+        "--heads", type=Path, default="docs/benchmarks/heads", help="folder of measured sets, and of pages"
     )
-    parser.add_argument("--published", default="docs/results/published.yaml")
-    parser.add_argument("--output", default="docs/results.md")
+    parser.add_argument("--published", default="docs/benchmarks/published.yaml")
+    parser.add_argument("--output", default="docs/benchmarks/heads.md")
     options = parser.parse_args()
     try:
         records = in_order([read_json(file) for file in sorted(options.heads.glob("*.json"))])

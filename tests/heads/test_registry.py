@@ -1,4 +1,4 @@
-"""The registry of heads, and a head of a user's own: the one of docs/extending.md."""
+"""The registry of heads, and a head of a user's own: the one of docs/how_to/extend.md."""
 
 import dataclasses
 import os
@@ -15,13 +15,13 @@ from capsule_heads import CapsuleHeadForSequenceClassification
 from capsule_heads.heads import Head, HeadOptions, HeadOutput, get_head, option, register, registered_heads
 from capsule_heads.heads import base as registry
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how_to" / "extend.md"
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 @pytest.fixture
 def own_head(tmp_path):
-    """The file of docs/extending.md, in a folder of its own."""
+    """The file of docs/how_to/extend.md, in a folder of its own."""
     (source,) = re.findall(r"```python\n(\"\"\"mean_head\.py.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     path = tmp_path / "mean_head.py"
     path.write_text(source, encoding="utf-8")

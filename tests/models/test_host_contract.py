@@ -1,4 +1,5 @@
-"""What transformers' own tests of models and configurations demand, on tiny backbones; see docs/contract.md."""
+"""What transformers' own tests of models and configurations demand, on tiny backbones; see
+docs/reference/contract.md."""
 
 import copy
 import functools

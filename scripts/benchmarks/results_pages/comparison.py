@@ -35,7 +35,7 @@ Sets have at most 20,000 texts to train on; of SST these are phrases. Accuracies
 ± standard deviation over seeds. The last line of the table has the standard error of an accuracy, which follows from
 the number of test texts. A difference below it says little about other texts, even where all seeds agree.
 
-[An earlier comparison](results/earlier.md) tuned learning rates alone, on SST-5, SST-2 and GLUE's SST-2."""
+[An earlier comparison](heads_earlier.md) tuned learning rates alone, on SST-5, SST-2 and GLUE's SST-2."""
 TESTED = """## Against the capsule head
 
 Differences of the mean accuracies on the test split, in points. Set in bold are those of paired t-tests over seeds with
@@ -190,7 +190,7 @@ def accuracies(records: Sequence[Record], names: Sequence[str]) -> str:
         for values, record in zip(of_sets, records, strict=True)
     ]
     rows.append(["standard error", *(f"{error:.1f}" for error in errors), "", "", "", ""])
-    sets = [f"[{TITLES[x['set']]}](results/heads/{x['set']}.md)" for x in records]
+    sets = [f"[{TITLES[x['set']]}](heads/{x['set']}.md)" for x in records]
     return markdown(["head", *sets, "mean", "mean rank", "trainable parameters", "training, s"], rows)
 
 

@@ -1,4 +1,4 @@
-"""A sample of the types in docs/backbones.md, checked as its script checks all."""
+"""A sample of the types in docs/reference/backbones.md, checked as its script checks all."""
 
 import json
 from pathlib import Path
@@ -69,8 +69,8 @@ def test_the_table():
 
 
 def test_the_committed_table_is_the_one_of_its_numbers():
-    report = json.loads((ROOT / "docs" / "backbones.json").read_text(encoding="utf-8"))
-    text = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
+    report = json.loads((ROOT / "docs" / "reference" / "backbones.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "reference" / "backbones.md").read_text(encoding="utf-8")
     assert text == render(report)
     assert "site-packages" not in text  # no reason names a path of the machine
     works = sum(found["works"] for found in report["types"].values())

@@ -56,7 +56,7 @@ def test_heads_are_tuned_and_written(call, backbone, tiny_set, tmp_path):
         "benchmarks/write_results.py", "--heads", tmp_path / "heads", "--output", tmp_path / "results.md"
     )
     assert status == 0, err
-    assert "[CR](results/heads/cr.md)" in (tmp_path / "results.md").read_text()
+    assert "[CR](heads/cr.md)" in (tmp_path / "results.md").read_text()
     assert "commit abc1234" in (tmp_path / "heads" / "cr.md").read_text()
 
 

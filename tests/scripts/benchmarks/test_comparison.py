@@ -48,7 +48,7 @@ def test_accuracies():
     page = render_results([record("trec"), record("cr")], [])
     section = page.split("## Accuracy")[1].split("## Against")[0]
     assert "600 batches" in page and "with 3 seeds" in " ".join(page.split())
-    assert "| head | [CR](results/heads/cr.md) | [TREC](results/heads/trec.md) | mean |" in section  # in one order
+    assert "| head | [CR](heads/cr.md) | [TREC](heads/trec.md) | mean |" in section  # in one order
     assert cells(section, "capsules") == ["capsules", "86.0 ± 1.0", "94.0 ± 1.0", "90.0", "2.5", "1,234", "11"]
     assert cells(section, "regression") == ["regression", "97.0", "97.0", "97.0", "1.0", "1,234", "10"]
     errors = [100 * (0.97 * 0.03 / 400) ** 0.5] * 2

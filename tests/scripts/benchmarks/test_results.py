@@ -8,7 +8,7 @@ from results_pages.results import collect_results, read_published, summarize_run
 import capsule_heads
 from capsule_heads.hub.results import read_runs
 
-DOCS = Path(capsule_heads.__file__).parents[1] / "docs" / "results"
+DOCS = Path(capsule_heads.__file__).parents[1] / "docs" / "benchmarks"
 PUBLISHED_TASKS = {"sst5", "sst2_root", "smallnorb"}
 MEASURED_TASKS = {"sst5", "sst2_root", "toy_norb"}
 
