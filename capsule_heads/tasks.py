@@ -250,7 +250,7 @@ class Task:
 
         Args:
             source: where the data is; None for the task's default.
-            **options: `phrases`, for the tasks that have them; False to train on whole sentences only.
+            **options: `phrases`, for the tasks that have them; False to train on complete sentences only.
 
         Raises:
             ValueError: If a source is given to a task that takes none, or missing for a task that needs it.
@@ -489,8 +489,8 @@ def _prepare_stereo(splits: DatasetDict) -> DatasetDict:
 def _register_own_tasks() -> None:
     register_task(Task("reviews", "the 735 reviews in capsule_heads", "text", _load_reviews))
     for name, title, fine_grained in (
-        ("sst5", "SST-5: whole sentences of the Stanford Sentiment Treebank, five classes", True),
-        ("sst2_root", "SST-2: whole sentences of the Stanford Sentiment Treebank, two classes", False),
+        ("sst5", "SST-5: complete sentences of the Stanford Sentiment Treebank, five classes", True),
+        ("sst2_root", "SST-2: complete sentences of the Stanford Sentiment Treebank, two classes", False),
     ):
         register_task(
             Task(

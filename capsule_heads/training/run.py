@@ -108,7 +108,7 @@ class DataArguments:
     )
     phrases: bool = field(
         default=True,
-        metadata={"help": "Train on all distinct phrases of the Stanford trees, not on whole sentences only."},
+        metadata={"help": "Train on all distinct phrases of the Stanford trees, not on complete sentences only."},
     )
     window_overlap: int | None = field(
         default=None,
