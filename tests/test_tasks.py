@@ -159,7 +159,7 @@ def test_a_checkpoint_that_is_no_classifier(backbone, tmp_path, architectures):
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": architectures}))
-    with pytest.raises(ValueError, match=r"is of .*; expected CapsuleHeadForSequenceClassification or"):
+    with pytest.raises(ValueError, match=r"has the architecture .*; expected CapsuleHeadForSequenceClassification or"):
         load_classifier(str(tmp_path))
 
 
