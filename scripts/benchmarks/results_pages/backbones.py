@@ -9,22 +9,26 @@ from typing import Any
 INTRODUCTION = """\
 # Backbones
 
-{date}, transformers {transformers}, torch {torch}. Of the {all} types in transformers' mapping of models, {built} \
-were built under a capsule head, and **{works} work**: a tiny model of that type, with random weights, runs under it, \
-takes a training step that moves every parameter of the head and none of the backbone, and gives equal logits (to \
-1e-6) after saving and loading. {of_modality}. The others are listed below with what stopped them.
+Of the {all} types in transformers' mapping of models, {built} were built under a capsule head, and **{works} work**. To
+work means that a tiny model of that type, with random weights, runs under the head and takes a training step. The step
+moves every parameter of the head and none of the backbone. After saving and loading, the logits are equal to 1e-6.
+{of_modality}. The others are listed below with the reason.
 
+Measured on {date} with transformers {transformers} and torch {torch}, from a checkout of the source:
+
+<!-- not run: it trains a model of each type, and the script is in the source -->
 ```bash
 python scripts/benchmarks/check_backbones.py                    # all types, each in its own process
 python scripts/benchmarks/check_backbones.py --types bert,t5    # some; their rows are renewed
 ```
 
-- **States**: hidden states of one sample, tokens x hidden size at each layer; "3 of 4 x 64" are three layers of one \
-shape. Sizes are those of the tiny model.
-- **Padding**: whether a short sample has the same logits in a batch with a longer one. "neutral": to 1e-4. "mixes": \
-the backbone itself mixes padding into its tokens. Empty where samples do not differ in length.
-- A type with several towers is listed for text if its text tower works; its image and audio towers work under the \
-other heads where they are types of their own.
+- **States**: hidden states of one sample, tokens x hidden size at each layer. "3 of 4 x 64" are three layers of one
+  shape. Sizes are those of the tiny model.
+- **Padding**: whether a short sample has the same logits in a batch with a longer one. "neutral" means equal to 1e-4.
+  "mixes" means that the backbone itself mixes padding into its tokens. The column is empty if samples do not differ in
+  length.
+- **Several towers**: a type with several towers is listed for text if its text tower works. Its image and audio towers
+  work under the other heads if they are types of their own.
 """
 
 
