@@ -214,6 +214,7 @@ class Task:
         metric: name of the metrics, as `capsule_heads.metrics.compute_metrics_for` takes it.
         repository: repository of the data on the Hub, if it is there.
         config: configuration of the data on the Hub, if there are several.
+        license: licence of the data, if it comes with the package.
         is_own_data: whether the data is the user's own, so that a model card cannot name it.
         processor: returns the processor, if it is not the backbone's own.
         preparation: returns prepared splits, if the modality's own preparation is not used.
@@ -229,6 +230,7 @@ class Task:
     metric: str = "classification"
     repository: str | None = None
     config: str | None = None
+    license: str | None = None
     is_own_data: bool = False
     processor: Callable[[], Any] | None = None
     preparation: Callable[[DatasetDict], DatasetDict] | None = None
@@ -243,14 +245,15 @@ class Task:
         """The data as results.json and the model card name it; None for the user's own."""
         if self.is_own_data:
             return None
-        return {"name": self.title, "repository": self.repository, "config": self.config}
+        fields = {"repository": self.repository, "config": self.config, "license": self.license}
+        return {"name": self.title, **fields}
 
     def load(self, source: str | None = None, **options: Any) -> DatasetDict:
         """Load the splits, with the columns of the modality and `label`.
 
         Args:
             source: where the data is; None for the task's default.
-            **options: `phrases`, for the tasks that have them; False to train on whole sentences only.
+            **options: `phrases`, for the tasks that have them; False to train on complete sentences only.
 
         Raises:
             ValueError: If a source is given to a task that takes none, or missing for a task that needs it.
@@ -487,10 +490,10 @@ def _prepare_stereo(splits: DatasetDict) -> DatasetDict:
 
 
 def _register_own_tasks() -> None:
-    register_task(Task("reviews", "the 735 reviews in capsule_heads", "text", _load_reviews))
+    register_task(Task("reviews", "the 735 reviews in capsule_heads", "text", _load_reviews, license="MIT"))
     for name, title, fine_grained in (
-        ("sst5", "SST-5: whole sentences of the Stanford Sentiment Treebank, five classes", True),
-        ("sst2_root", "SST-2: whole sentences of the Stanford Sentiment Treebank, two classes", False),
+        ("sst5", "SST-5: complete sentences of the Stanford Sentiment Treebank, five classes", True),
+        ("sst2_root", "SST-2: complete sentences of the Stanford Sentiment Treebank, two classes", False),
     ):
         register_task(
             Task(
@@ -522,6 +525,7 @@ def _register_own_tasks() -> None:
             "toys that capsule_heads renders, in the form of smallNORB",
             "image",
             _load_toy_norb,
+            license="MIT",
             processor=_stereo_processor,
             preparation=_prepare_stereo,
         )

@@ -7,8 +7,9 @@ cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
   # Without the kernels in Triton's interpreter and the comparisons of all strategies, which need long and know torch
   # alone: the newest versions run them.
-  set -- --numprocesses=auto tests/test_versions.py tests/test_layers.py tests/models tests/ops \
-    --ignore tests/ops/test_cuda.py --ignore tests/ops/test_strategies.py tests/cli/test_wheel.py tests/cli/test_demo.py
+  set -- --numprocesses=auto --dist=loadfile tests/test_versions.py tests/test_layers.py tests/models tests/ops \
+    --ignore tests/ops/test_cuda.py --ignore tests/ops/test_strategies.py tests/cli/test_wheel.py tests/cli/test_demo.py \
+    --deselect tests/cli/test_wheel.py::test_the_quickstart_elsewhere
 fi
 venv=${VENV:-.venv-minimums}
 python3 -m venv "$venv"

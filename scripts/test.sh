@@ -7,7 +7,11 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-test}
 python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --editable ".[test]"
-HF_HUB_OFFLINE=1 "$venv/bin/python" -m pytest "${@:---numprocesses=auto}"
-if [ $# -eq 0 ] && "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ $# -gt 0 ]; then
+  HF_HUB_OFFLINE=1 exec "$venv/bin/python" -m pytest "$@"
+fi
+# The tests of a file stay in one process: they share what took long to make, such as a trained model.
+HF_HUB_OFFLINE=1 "$venv/bin/python" -m pytest --numprocesses=auto --dist=loadfile
+if "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   HF_HUB_OFFLINE=1 "$venv/bin/python" -m pytest -m gpu
 fi

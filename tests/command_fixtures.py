@@ -1,5 +1,6 @@
 """What tests of commands and scripts share: a tiny backbone with its tokenizer, and an environment for processes."""
 
+import io
 import os
 import sys
 
@@ -74,6 +75,26 @@ def stereo_model(tmp_path_factory):
     model.save_pretrained(folder)
     StereoImageProcessor().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """call(command, *arguments): status, output and errors of a command, in this process: it spares it the imports."""
+
+    from capsule_heads.cli import main
+
+    def call_command(*arguments, stdin=""):
+        given = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        capfd.readouterr()
+        status = 0
+        try:
+            main([str(x) for x in arguments])
+        except SystemExit as error:
+            status = error.code
+        return status, *capfd.readouterr()
+
+    return call_command
 
 
 @pytest.fixture

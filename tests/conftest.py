@@ -11,6 +11,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may wait for a hub
 # Otherwise MKL's products differ in the last bit by where in memory the weights are, and loaded ones are elsewhere.
 os.environ["MKL_CBWR"] = "AUTO"
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of each would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 
 pytest_plugins = ["command_fixtures", "model_fixtures"]  # after the variables above are set

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[1]
 # The floors of the package, the lowest first. A module may import from its own floor and from those below.
 FLOORS = (
     ("version", "lazy", "requirements"),
-    ("checks", "files"),
+    ("checks", "files", "hardware"),
     ("ops",),
     ("layers", "mixup", "weights"),
     ("heads",),

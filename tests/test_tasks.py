@@ -110,7 +110,8 @@ def test_every_task_is_complete(task):
 
 def test_where_the_data_is_on_the_hub():
     for name in GLUE_TASKS:
-        assert get_task(name).dataset == {"name": f"GLUE {name}", "repository": HUB_REPOSITORY, "config": name}
+        fields = {"repository": HUB_REPOSITORY, "config": name, "license": None}
+        assert get_task(name).dataset == {"name": f"GLUE {name}", **fields}
         assert get_task(name).metric == name
     for name, (repository, *_) in IMAGE_DATASETS.items():
         assert get_task(name).repository == repository
@@ -159,7 +160,7 @@ def test_a_checkpoint_that_is_no_classifier(backbone, tmp_path, architectures):
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": architectures}))
-    with pytest.raises(ValueError, match=r"is of .*; expected CapsuleHeadForSequenceClassification or"):
+    with pytest.raises(ValueError, match=r"has the architecture .*; expected CapsuleHeadForSequenceClassification or"):
         load_classifier(str(tmp_path))
 
 

@@ -97,8 +97,8 @@ class HiddenStateCache(Dataset):
     may move) and configuration, their dtype, the layers, the encoding, and the tokens. Texts with the same tokens are
     computed and stored once. A folder has shards, of which each is written completely or not at all: a computation that
     is killed is resumed by the next, at the shard it was in. Several processes that ask for the same states share the
-    shards among them. The states do not depend on how many processes there were. docs/reference/cache_format.md specifies the
-    files.
+    shards among them. The states do not depend on how many processes there were. docs/reference/cache_format.md
+    specifies the files.
 
     Row `i` has the states of the dataset's row `i`, as `hidden_states` `[tokens, layers, hidden_size]` (float16 or
     float32, without padding), its `length` in tokens, and its `labels`, if any. `CapsuleCollator` makes batches of

@@ -1,4 +1,4 @@
-"""Hidden states that something else has computed: what vLLM writes, or plain arrays. See docs/reference/cache_format.md."""
+"""Hidden states that other programs computed: vLLM, or any that writes arrays. See docs/reference/cache_format.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard: a safetensors file with the hidden states of some texts, and their checksums. See docs/reference/cache_format.md."""
+"""A shard: a safetensors file with hidden states of some texts, and checksums. See docs/reference/cache_format.md."""
 
 from __future__ import annotations
 

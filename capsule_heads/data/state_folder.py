@@ -1,4 +1,4 @@
-"""A folder with hidden states in shards, and the key of what they depend on. docs/reference/cache_format.md specifies it."""
+"""A folder of shards of hidden states, and the key of what they depend on. See docs/reference/cache_format.md."""
 
 from __future__ import annotations
 

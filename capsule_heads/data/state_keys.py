@@ -1,4 +1,4 @@
-"""What hidden states depend on: the texts, told apart by digests, and the frozen backbone. See docs/reference/cache_format.md."""
+"""What hidden states depend on: digests of the texts, and the backbone. See docs/reference/cache_format.md."""
 
 from __future__ import annotations
 

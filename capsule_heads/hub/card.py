@@ -39,11 +39,22 @@ class Dataset(NamedTuple):
         name: a noun phrase.
         repository: its repository on the Hub; None if it has none.
         config: its configuration there; None if it has a single one.
+        license: its licence; None if that is not known here.
     """
 
     name: str
     repository: str | None = None
     config: str | None = None
+    license: str | None = None
+
+    @property
+    def said_of_license(self) -> str:
+        """A sentence about its licence."""
+        if self.license:
+            return f"The licence of the data is {self.license}."
+        if self.repository:
+            return f"For the licence of the data, see [{self.repository}](https://huggingface.co/datasets/{self.repository})."
+        return "The licence of the data is that of its authors."
 
 
 def write_model_card(
@@ -93,8 +104,9 @@ def model_card(
     pipeline_tag, example = TASKS[auto_class]
     name, rows = repo_id.split("/")[-1], list(_metrics(results))
     known = results.get("dataset")
-    dataset = Dataset(known["name"], known.get("repository"), known.get("config")) if known else None
+    dataset = Dataset(**{name: known.get(name) for name in Dataset._fields}) if known else None
     has_code, head = "auto_map" in config, get_head(config["head_type"])
+    has_processor = any((directory / file).is_file() for file in PROCESSOR_FILES)
     measured = _eval_results(rows, results, dataset, pipeline_tag)
     data = ModelCardData(
         base_model=config["base_model_name_or_path"] if config["base_model_revision"] else None,
@@ -107,6 +119,7 @@ def model_card(
         model_name=name if measured else None,
         pipeline_tag=pipeline_tag,
         tags=["capsule-heads", "capsule-routing", *tags],
+        widget=[{"text": example}] if has_processor and pipeline_tag == "text-classification" else None,
     )
     return ModelCard.from_template(
         data,
@@ -114,13 +127,13 @@ def model_card(
         auto_class=auto_class,
         backbone=_backbone(config),
         config=config,
-        dataset=dataset and dataset.name,
+        dataset=dataset,
         example=example,
         explains=_explains(head, config) if example else (),
         facts=_training_facts(results),
         fields=dict(_fields(config)),
         has_code=has_code,
-        has_processor=any((directory / file).is_file() for file in PROCESSOR_FILES),
+        has_processor=has_processor,
         head=_title(config),
         labels=_labels(config),
         marker=MARKER,
@@ -214,7 +227,7 @@ def _eval_results(
 
 
 def _training_facts(results: dict[str, Any]) -> dict[str, str]:
-    facts = {}
+    facts = {"hardware": results["hardware"]} if "hardware" in results else {}
     for key, name, form in (
         ("trained_parameters", "trainable parameters", ",d"),
         ("steps", "steps", ",d"),
@@ -223,4 +236,4 @@ def _training_facts(results: dict[str, Any]) -> dict[str, str]:
     ):
         if key in results:
             facts[name] = format(results[key], form)
-    return facts
+    return facts | {"energy and carbon emissions": "not measured"} if facts else {}

@@ -106,8 +106,8 @@ class Workspace(threading.local):
     """Buffers for the temporaries of a block. The next block and the next call use them again.
 
     New allocations would cost page faults on the CPU. Each thread that routes keeps the memory of one block. Other
-    devices allocate their buffers anew: each stream and each graph has memory of its own, and two of them may run at
-    once.
+    devices allocate new buffers in each call: each stream and each graph has memory of its own, and two of them may
+    run at once.
     """
 
     def __init__(self) -> None:

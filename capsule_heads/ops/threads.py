@@ -1,7 +1,8 @@
 """Run a function on several threads at once, on torch's own threads where possible.
 
 After an operation of torch, OpenMP's threads look for work for milliseconds, each on a core of its own. Other threads
-would share the cores with them. docs/benchmarks/speed.md says what that costs, and why numba's threads are not suitable.
+would share the cores with them. docs/benchmarks/speed.md says what that costs, and why numba's threads are not
+suitable.
 """
 
 from __future__ import annotations

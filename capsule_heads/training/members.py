@@ -63,7 +63,7 @@ class Member:
     Args:
         combination: its head, options and settings.
         model: a classifier without a backbone, made with the member's seed.
-        trainer: trainer of the model, just made.
+        trainer: new trainer of the model.
         places: indices of the model's hidden states among the cached ones; None for all of them.
 
     Attributes:

@@ -37,6 +37,7 @@ from ..data.state_folder import gigabytes
 from ..data.tokenization import window_fields
 from ..explain.parts import PARTS_FILE, describe_parts, sample_of
 from ..files import write_json
+from ..hardware import describe_hardware
 from ..heads import DEFAULT_HEAD, get_head
 from ..metrics import compute_metrics_for, metric_names
 from ..models.configuration_capsule_head import BALANCED, PROBLEM_TYPES, label_fields
@@ -108,7 +109,7 @@ class DataArguments:
     )
     phrases: bool = field(
         default=True,
-        metadata={"help": "Train on all distinct phrases of the Stanford trees, not on whole sentences only."},
+        metadata={"help": "Train on all distinct phrases of the Stanford trees, not on complete sentences only."},
     )
     window_overlap: int | None = field(
         default=None,
@@ -437,6 +438,7 @@ class TrainingRun:
             "seed": self.arguments.seed,
             "steps": self.trainer.state.global_step,
             "training_seconds": seconds,
+            "hardware": describe_hardware(self.arguments.device, self.arguments.world_size),
             "trained_parameters": self.model.num_parameters(only_trainable=True),
             "training_arguments": describe_arguments(self.arguments),
             **({} if self.calibration is None else {"calibration": self.calibration}),

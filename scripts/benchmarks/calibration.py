@@ -1,7 +1,8 @@
 """Measure how far probabilities are from frequencies, before and after calibration, and how many rows it takes.
 
     python scripts/benchmarks/calibration.py --data DIRECTORY --trees DIRECTORY --runs runs/calibration
-    python scripts/benchmarks/calibration.py --runs runs/calibration --page docs/benchmarks/calibration.md --machine "2 cores"
+    python scripts/benchmarks/calibration.py --runs runs/calibration --machine "2 cores" \
+        --page docs/benchmarks/calibration.md
 
 `--data` is a folder of cr, trec, subj and mr, each with train.csv, validation.csv and test.csv, with the columns text
 and label. `--trees` is a folder of the Stanford Sentiment Treebank. A capsule head is trained on the frozen backbone's

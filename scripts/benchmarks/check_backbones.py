@@ -29,7 +29,9 @@ from capsule_heads.cli.options import OneLineParser, at_least
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", help="comma-separated; by default all. Rows of other types are kept.")
-    parser.add_argument("--output", default="docs/reference/backbones", help="path without .md and .json (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="docs/reference/backbones", help="path without .md and .json (default: %(default)s)"
+    )
     parser.add_argument(
         "--seconds", type=at_least(1), default=60, help="CPU time limit for each type (default: %(default)s)"
     )

@@ -29,7 +29,6 @@ import datetime
 import functools
 import json
 import math
-import platform
 import signal
 import statistics
 import sys
@@ -44,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capsule_heads.cli.options import OneLineParser, at_least, file_to_write
+from capsule_heads.hardware import processor_name
 from capsule_heads.heads import AttentivePoolingHead, TokenDepthHead
 from capsule_heads.ops import STRATEGIES, cpu, route
 from capsule_heads.ops.reference import Reference
@@ -581,14 +581,7 @@ def cpu_product_flops(a_inp: Tensor, mu_inp: Tensor, W: Tensor, *_: Tensor, n_it
 
 def machine(device: str) -> Row:
     """Return what the numbers depend on, and the rates of large matrix products and copies."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        name = next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-        )
+    name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
     size = 8192 if device == "cuda" else 2048
 
     def rate_of_products(dtype: torch.dtype) -> float:

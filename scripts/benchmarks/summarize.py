@@ -3,8 +3,8 @@
     python scripts/benchmarks/summarize.py runs/sst5_minilm_*/results.json
 
 The table has one row per task, backbone, head and metric, of results that `capsule-heads train` wrote. With
-`--measured docs/benchmarks/measured.json --commit COMMIT --date YYYY-MM-DD` the script also writes them to the file that
-draw_results.py reads.
+`--measured docs/benchmarks/measured.json --commit COMMIT --date YYYY-MM-DD` the script also writes them to the file
+that draw_results.py reads.
 """
 
 import argparse

@@ -1,14 +1,11 @@
 """Ways to run the commands as a user does."""
 
-import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-
-from capsule_heads.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -27,24 +24,6 @@ def run(environment):
         )
 
     return run_command
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """call(command, *arguments): status, output and errors of a command, in this process: it spares it the imports."""
-
-    def call_command(*arguments, stdin=""):
-        given = stdin if isinstance(stdin, bytes) else stdin.encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
-        capfd.readouterr()
-        status = 0
-        try:
-            main([str(x) for x in arguments])
-        except SystemExit as error:
-            status = error.code
-        return status, *capfd.readouterr()
-
-    return call_command
 
 
 @pytest.fixture

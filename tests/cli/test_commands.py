@@ -60,7 +60,8 @@ def reviews_model(run, backbone, tmp_path_factory):
 def test_train_writes_results(reviews_model, backbone):
     results = json.loads((reviews_model / "results.json").read_text())
     assert (results["task"], results["backbone"], results["seed"], results["steps"]) == ("reviews", backbone, 7, 4)
-    assert results["dataset"] == {"name": "the 735 reviews in capsule_heads", "repository": None, "config": None}
+    fields = {"repository": None, "config": None, "license": "MIT"}
+    assert results["dataset"] == {"name": "the 735 reviews in capsule_heads", **fields}
     layers, hidden_size, d_inp, n_parts, n_classes = 3, 16, 8, 4, 2
     assert (results["head_type"], results["head_options"]) == ("token_depth", f"n_parts={n_parts}, d_inp={d_inp}")
     affine_and_norm = layers * hidden_size + (hidden_size + 1) * d_inp + 2 * d_inp

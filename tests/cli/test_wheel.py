@@ -103,9 +103,6 @@ def test_the_quickstart_elsewhere(anywhere):
     anywhere("train", "--config", "quickstart", *(x for k, v in few.items() for x in (f"--{k}", v)), "--use_cpu")
     results = json.loads((anywhere.folder / "runs" / "quickstart" / "results.json").read_text())
     assert (results["task"], results["steps"]) == ("reviews", 3)
-    evaluated = anywhere("evaluate", "runs/quickstart", "--task", "reviews", "--split", "test")
-    found = json.loads((anywhere.folder / evaluated.splitlines()[-1]).read_text())
-    assert found["accuracy"] == results["test_accuracy"]
 
 
 def page_of(process):

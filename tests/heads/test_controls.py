@@ -331,7 +331,7 @@ def test_what_cannot_be_built():
     ):
         make_model(head_type="vector_routing", num_labels=1)
     with pytest.raises(
-        ValueError, match="n_out is None, and a AttentivePoolingHead has no parts to stop at; load a classifier"
+        ValueError, match="n_out is None, and AttentivePoolingHead has no parts to stop at; load a classifier"
     ):
         CapsuleHeadModel(
             make_config(BertConfig(), hidden_sizes=[WIDTH] * 3, head_type="attentive_pooling"), build=False

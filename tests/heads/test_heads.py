@@ -353,7 +353,7 @@ def test_inputs_that_are_none(hidden_states, mask, error, said):
         ),
         (
             lambda: AttentivePoolingHead(hidden_sizes=[8], n_out=None),
-            "n_out is None, and a AttentivePoolingHead has no parts to stop at",
+            "n_out is None, and AttentivePoolingHead has no parts to stop at",
         ),
         (lambda: ScalarMixHead(hidden_sizes=[8], n_out=3, d_inp=0), "d_inp is 0; expected a positive whole number."),
         (lambda: VectorRouting(n_out=3, d_inp=0, d_out=2), "d_inp is 0; expected a positive whole number."),

@@ -105,12 +105,35 @@ def test_results_on_data_that_is_not_on_the_hub(make_checkpoint):
     (result,) = ModelCard(card).data.eval_results
     assert (result.dataset_type, result.dataset_name, result.dataset_config) == ("sst5", "SST-5", None)
     assert ModelCard(card).data.datasets is None and "Data: SST-5. One run." in card
+    assert "The licence of the data is that of its authors." in card
+
+
+def test_the_licence_of_data_that_is_known_here(make_checkpoint):
+    results = {"task": "reviews", "dataset": {"name": "the reviews", "license": "MIT"}, "test_accuracy": 0.5}
+    assert "The licence of the data is MIT." in str(model_card(make_checkpoint(), "me/x", results))
+    assert "see [nyu-mll/glue](https://huggingface.co/datasets/nyu-mll/glue)" in str(
+        model_card(make_checkpoint(), "me/x", MNLI)
+    )
+
+
+def test_what_it_was_trained_on(make_checkpoint):
+    card = str(model_card(make_checkpoint(), "me/x", {"hardware": "a GPU", "training_seconds": 12.3}))
+    assert "- hardware: a GPU\n- wall-clock time in seconds: 12\n- energy and carbon emissions: not measured" in card
+    assert "energy" not in str(model_card(make_checkpoint(), "me/x"))
 
 
 def test_results_on_unknown_data_have_no_metadata(make_checkpoint):
     card = str(model_card(make_checkpoint(), "me/x", {"eval_f1": 0.5, "task": "image_folder"}))
     assert ModelCard(card).data.eval_results is None
     assert "| evaluation | f1 | 0.5000 |" in card
+
+
+def test_a_text_to_try_on_the_hub(make_checkpoint):
+    directory = make_checkpoint()
+    (directory / "tokenizer_config.json").write_text("{}")
+    card = str(model_card(directory, "me/x"))
+    (widget,) = ModelCard(card).data.to_dict()["widget"]
+    assert f'print(classify("{widget["text"]}"))' in card
 
 
 def test_of_images(make_checkpoint):

@@ -131,7 +131,7 @@ def test_saved_and_loaded(make_members, pad, tmp_path):
     assert torch.equal(alone(hidden_states=states, attention_mask=masks[0]).logits, expected)
     with pytest.raises(ValueError, match=r"take the hidden states \[0, 1, 2\] of its own, and it has 2; exp"):
         load(tmp_path / "head", layers=[0, 1])
-    with pytest.raises(ValueError, match="n_out is None, and a EnsembleHead has no parts to stop at"):
+    with pytest.raises(ValueError, match="n_out is None, and EnsembleHead has no parts to stop at"):
         CapsuleHeadModel.from_pretrained(tmp_path / "head")
 
 

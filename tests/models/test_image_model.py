@@ -225,7 +225,7 @@ def test_wrong_inputs_are_refused(make_image_model, images):
         model(hidden_states=[torch.zeros(2, 16, 4), torch.zeros(2, 4, 12)])
     with pytest.raises(ValueError, match=r"pixel_values has shape \(2, 3, 16, 15\); expected \[batch, 3, 16, 16\]"):
         make_image_model("stereo_conv")(images[..., :-1])
-    with pytest.raises(ValueError, match="a LinearHead has no parts to stop at; load a classifier"):
+    with pytest.raises(ValueError, match="and LinearHead has no parts to stop at; load a classifier"):
         CapsuleHeadModel(make_config(AutoConfig.for_model("vit", **FLAT), head_type="linear"))
 
 

@@ -214,14 +214,14 @@ CASES = {
     "one iteration, R": case(TEXT, 5, 1, "gaussian"),
     "one iteration, R, narrow": case(POSES, 5, 1, "skm"),
     "four iterations": case(TEXT, 5, 4, "gaussian"),
-    "four iterations, narrow": case(SQUARES, 5, 4, "gaussian"),
+    "four iterations, narrow": case(SQUARES, 5, 4, "gaussian", batch=()),
     "text, two iterations": case(TEXT, 17, 2, "gaussian", return_R=False),
     "text, three iterations": case(TEXT, 5, 3, "gaussian"),
     "text, skm": case(TEXT, 17, 3, "skm"),
     "poses": case(POSES, 5, 3, "gaussian", return_R=False),
     "poses, skm": case(POSES, 17, 2, "skm", batch=()),
-    "squares": case(SQUARES, 5, 3, "gaussian"),
-    "squares, skm": case(SQUARES, 17, 2, "skm", return_R=False),
+    "squares": case(SQUARES, 5, 3, "gaussian", batch=()),
+    "squares, skm": case(SQUARES, 17, 2, "skm", return_R=False, batch=()),
     "long poses": case(LONG_POSES, 5, 2, "gaussian"),
     "chunks": case(CHUNKS, 5, 3, "gaussian"),
     "chunks, skm": case(CHUNKS, 5, 2, "skm", settings=SMALL_BLOCKS),
@@ -391,7 +391,7 @@ def count(interpreter, shape, options, **settings):
 @pytest.mark.parametrize("sizes", [TEXT, SQUARES], ids=["wide", "narrow"])
 def test_launches_with_shared_weights(interpreter, sizes, p_model, return_R):
     n_iters = 3
-    shape, options, _, _ = case(sizes, 5, n_iters, p_model, return_R=return_R)
+    shape, options, _, _ = case(sizes, 5, n_iters, p_model, return_R=return_R, batch=())
     (launched, operations), (launched_backward, operations_backward) = count(interpreter, shape, options)
     prefix = "narrow_" if sizes is SQUARES else ""
     assert launched == ["prepare_kernel", *[f"{prefix}statistics_kernel"] * n_iters]

@@ -127,8 +127,8 @@ def other_bert(tmp_path):
         ({}, {"optim": "adamw_torch"}, "optim is 'radam', and this run has 'adamw_torch'"),
         ({}, {"lr_scheduler_type": "linear"}, "lr_scheduler_type is 'one_cycle', and this run has 'linear'"),
         ({}, {"train_sampling_strategy": "random"}, "train_sampling_strategy is 'group_by_length'"),
-        ({}, {"num_train_epochs": 1}, "num_train_epochs is 1, and .* is of 2 already"),
-        ({}, {"max_steps": 9}, "max_steps is 9, and .* is of 16 already"),
+        ({}, {"num_train_epochs": 1}, "num_train_epochs is 1, and .* is at 2 already"),
+        ({}, {"max_steps": 9}, "max_steps is 9, and .* is at 16 already"),
     ],
 )
 def test_another_run_is_refused_by_name(run, make_model, model_fields, fields, said):

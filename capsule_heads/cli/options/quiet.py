@@ -1,6 +1,7 @@
 """Silence for the libraries that commands use: only our own warnings, and one progress bar at a time, are shown.
 
-docs/reference/command_line.md lists what is silenced here, and why it is harmless. Importing the package silences nothing.
+docs/reference/command_line.md lists what is silenced here, and why it is harmless. Importing the package
+silences nothing.
 """
 
 from __future__ import annotations
