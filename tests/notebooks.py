@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "language_info": {"name": "python", "pygments_lexer": "ipython3"},  # which knows lines that begin with !
 }
 SECONDS = 900  # of a cell; a machine that compiles routing kernels first takes the longest
 
