@@ -10,6 +10,7 @@ Blocks of a page share one folder; its blocks in Python share one namespace.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 RUN = {"sh", "bash", "python"}
+# What needs a process of its own: shells, and heads that a page registers again
+SHELL = re.compile(r"[|&;<>$*?(){}`]|--import|^(?!capsule-heads )", re.MULTILINE)
 # What a machine has once: a page may show it, and the tests have done it.
 INSTALLS = re.compile(r"^(pip|pipx|uv) .*\n?", re.MULTILINE)
 
@@ -67,10 +70,27 @@ def run(page: Path) -> None:
             Path(block.file).write_text(block.code, encoding="utf-8")
         elif block.runs and block.language == "python":
             exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
-        elif block.runs:
-            code = INSTALLS.sub("", block.code)
-            if subprocess.run(["bash", "-euo", "pipefail", "-c", code], stdin=subprocess.DEVNULL).returncode:
-                sys.exit(f"{where}: the commands failed")
+        elif block.runs and not run_commands(INSTALLS.sub("", block.code)):
+            sys.exit(f"{where}: the commands failed")
+
+
+def run_commands(code: str) -> bool:
+    """Run commands of a shell, and return whether all succeeded.
+
+    Those of `capsule-heads` alone run in this process, which saves each of them its imports.
+    """
+    lines = [line for line in code.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    if SHELL.search("\n".join(lines)):
+        return not subprocess.run(["bash", "-euo", "pipefail", "-c", code], stdin=subprocess.DEVNULL).returncode
+    from capsule_heads.cli import main
+
+    for line in lines:
+        try:
+            main(shlex.split(line, comments=True)[1:])
+        except SystemExit as end:
+            if end.code:
+                return False
+    return True
 
 
 if __name__ == "__main__":
