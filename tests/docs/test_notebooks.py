@@ -41,11 +41,7 @@ def test_there_are_notebooks():
 
 @pytest.mark.slow
 def test_a_notebook_runs(path, tmp_path):
-    notebook = notebooks.read(path)
-    notebooks.run(notebook, tmp_path)  # ends at the first error
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            assert output.get("name") != "stderr", output["text"]
+    notebooks.run(notebooks.read(path), tmp_path)  # ends at the first error
 
 
 def test_a_notebook_was_run_from_top_to_bottom(notebook):
